@@ -1,0 +1,12 @@
+"""Fused kernels for Object-Contextual Representations (semantic segmentation, arXiv 1909.11065; not text recognition).
+
+The gather's softmax runs over pixels, once per region; the attention's runs over regions, once per pixel.
+"""
+
+from ocr_kernels.attention import pixel_region_attention
+from ocr_kernels.backends import available_backends, use_backend
+from ocr_kernels.gather import spatial_gather
+
+__version__ = "0.1.0"
+
+__all__ = ["available_backends", "pixel_region_attention", "spatial_gather", "use_backend"]

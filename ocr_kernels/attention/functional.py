@@ -1,0 +1,41 @@
+"""The public call: `pixel_region_attention`."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ocr_kernels.attention.registration import pixel_region_attention_op
+from ocr_kernels.backends import resolve_backend
+from ocr_kernels.library import check_tensors
+
+
+def pixel_region_attention(
+    query: Tensor, key: Tensor, value: Tensor, scale: float | None = None, *, backend: str | None = None
+) -> Tensor:
+    r"""Context of every pixel: the regions' values, weighted by a softmax **over regions** (Eqs. 3 and 5).
+
+    .. math:: y_i = \sum_k w_{ik} v_k, \qquad w_{ik} = \mathrm{softmax}_k(\mathrm{scale} \cdot q_i^T k_k)
+
+    Args:
+        query: transformed pixels phi(x), `[B, D, *S]`, any number of spatial dimensions.
+        key: transformed regions psi(f), `[B, D, K]`; any K >= 1.
+        value: transformed regions delta(f), `[B, Dv, K]`; Dv may differ from D.
+        scale: factor on the scores; `None` means `D ** -0.5`.
+        backend: `"reference"`, `"triton"` or `"native"`; `None` chooses (see `ocr_kernels.use_backend`).
+
+    Returns:
+        y, `[B, Dv, *S]`, in the dtype and the memory format (contiguous or channels last) of `query`.
+        float64, float32, bfloat16 and float16 are accepted; sums and softmax statistics are float32, or
+        float64 for float64.
+
+    Under autocast all three tensors are cast to the autocast dtype. Forward and backward are bitwise
+    reproducible. Saved for backward: the inputs and two numbers per pixel, never a `[B, N, K]` map.
+
+    Raises:
+        TypeError: an argument is no tensor, or the dtypes differ or are others.
+        ValueError: shapes or devices do not match, D, Dv or K is 0, or `backend` is unknown.
+        RuntimeError: the backend asked for cannot run here; the message says why.
+    """
+    check_tensors(query=query, key=key, value=value)
+    out: Tensor = pixel_region_attention_op(query, key, value, scale, resolve_backend(query.device, backend))[0]
+    return out

@@ -1,0 +1,58 @@
+"""The definition of pixel-region attention in plain PyTorch, and its backward pass written out."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ocr_kernels.layout import statistics_dtype
+
+
+def pixel_region_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> Tensor:
+    """y_i = sum_k softmax_k(scale * q_i . k_k) v_k  (Eqs. 3 and 5): the softmax runs over regions."""
+    scale = query.shape[1] ** -0.5 if scale is None else scale
+    scores = scale * torch.matmul(query.flatten(2).transpose(1, 2), key)  # [B, N, K]
+    context = torch.matmul(F.softmax(scores, dim=2), value.transpose(1, 2))  # [B, N, Dv]
+    return context.transpose(1, 2).unflatten(2, query.shape[2:])  # [B, Dv, *S]
+
+
+def forward(out: Tensor, stats: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: float) -> None:
+    """Fill `out` [B, Dv, *S] and the softmax's maxima and sums, `stats` [B, 2, N]."""
+    q, k, v = (t.to(stats.dtype) for t in (query.flatten(2), key, value))
+    scores = scale * torch.matmul(k.transpose(1, 2), q)  # [B, K, N]
+    maximum = scores.amax(1, keepdim=True)
+    weights = (scores - maximum).exp()
+    total = weights.sum(1, keepdim=True)
+    stats.copy_(torch.cat((maximum, total), dim=1))
+    out.copy_(torch.matmul(v, weights.div_(total)).view(out.shape))
+
+
+def backward(
+    dquery: Tensor | None,
+    dkey: Tensor | None,
+    dvalue: Tensor | None,
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    stats: Tensor,
+    scale: float,
+) -> None:
+    """Fill the gradients that are wanted.
+
+    dV = dY w^T,  dS = w * (dw - sum_k w dw) with dw = V^T dY,  dQ = scale * K dS,  dK = scale * Q dS^T.
+    """
+    q, k, v, g = (t.to(stats.dtype) for t in (query.flatten(2), key, value, grad.flatten(2)))
+    maximum, total = stats.unsqueeze(2).unbind(1)  # [B, 1, N] each
+    weights = (scale * torch.matmul(k.transpose(1, 2), q) - maximum).exp() / total  # [B, K, N]
+    if dvalue is not None:
+        dvalue.copy_(torch.matmul(g, weights.transpose(1, 2)))
+    if dquery is None and dkey is None:
+        return
+    dweights = torch.matmul(v.transpose(1, 2), g)  # [B, K, N]
+    dscores = scale * weights * (dweights - (weights * dweights).sum(1, keepdim=True))
+    if dquery is not None:
+        dquery.copy_(torch.matmul(k, dscores).view(query.shape))
+    if dkey is not None:
+        dkey.copy_(torch.matmul(q, dscores.transpose(1, 2)))

@@ -1,0 +1,163 @@
+"""`ocr_kernels::pixel_region_attention` and its backward, as PyTorch ops."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ocr_kernels.attention import reference
+from ocr_kernels.layout import empty_in_format, pixels, statistics_dtype
+from ocr_kernels.library import (
+    batch_back,
+    batch_first,
+    check_device,
+    check_dtype,
+    check_shape,
+    differentiate_twice,
+    register_autocast,
+    register_op,
+)
+
+
+def _check(query: Tensor, key: Tensor, value: Tensor) -> None:
+    check_dtype("query", query)
+    check_shape("query", query, "[B, D, *S] with D >= 1", query.dim() >= 3 and query.shape[1] >= 1)
+    check_shape(
+        "key",
+        key,
+        f"[B, D, K] with K >= 1 beside query {tuple(query.shape)}",
+        key.dim() == 3 and key.shape[:2] == query.shape[:2] and key.shape[2] >= 1,
+    )
+    check_shape(
+        "value",
+        value,
+        f"[B, Dv, K] with Dv >= 1 beside key {tuple(key.shape)}",
+        value.dim() == 3 and value.shape[::2] == key.shape[::2] and value.shape[1] >= 1,
+    )
+    for name, tensor in (("key", key), ("value", value)):
+        if tensor.dtype != query.dtype:
+            raise TypeError(f"{name} must have the dtype of query, {query.dtype}, but has {tensor.dtype}")
+        check_device(name, tensor, "query", query)
+
+
+def _allocate(
+    query: Tensor, key: Tensor, value: Tensor, scale: float | None = None, backend: str = "reference"
+) -> tuple[Tensor, Tensor]:
+    _check(query, key, value)
+    out = empty_in_format(query, value.shape[1])
+    stats = query.new_empty((query.shape[0], 2, pixels(query.shape)), dtype=statistics_dtype(query))
+    return out, stats
+
+
+def _forward(
+    query: Tensor, key: Tensor, value: Tensor, scale: float | None = None, backend: str = "reference"
+) -> tuple[Tensor, Tensor]:
+    out, stats = _allocate(query, key, value)
+    if out.numel():
+        _implementation(backend).forward(out, stats, query, key, value, _scale(query, scale))
+    return out, stats
+
+
+def _empty_gradients(
+    query: Tensor, key: Tensor, value: Tensor, need_query: bool, need_key: bool, need_value: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients, the query's in its memory format; those not needed have no elements."""
+    _check(query, key, value)
+    dquery = empty_in_format(query, query.shape[1]) if need_query else query.new_empty(0)
+    dkey = key.new_empty(key.shape if need_key else 0)
+    dvalue = value.new_empty(value.shape if need_value else 0)
+    return dquery, dkey, dvalue
+
+
+def _backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    stats: Tensor,
+    scale: float | None,
+    need_query: bool,
+    need_key: bool,
+    need_value: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    gradients = _empty_gradients(query, key, value, need_query, need_key, need_value)
+    if grad.numel() == 0:  # no pixels: sums over nothing
+        return tuple(g.zero_() for g in gradients)
+    wanted = (g if g.numel() else None for g in gradients)
+    if any(g.numel() for g in gradients):
+        _implementation(backend).backward(*wanted, grad, query, key, value, stats, _scale(query, scale))
+    return gradients
+
+
+def _scale(query: Tensor, scale: float | None) -> float:
+    return query.shape[1] ** -0.5 if scale is None else scale
+
+
+def _implementation(backend: str) -> Any:
+    return importlib.import_module(f"ocr_kernels.attention.{backend}")
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    query, key, value, ctx.scale, ctx.backend = inputs
+    stats = output[1]
+    ctx.save_for_backward(query, key, value, stats)
+    ctx.mark_non_differentiable(stats)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 5
+    needs = ctx.needs_input_grad[:3]
+    gradients = pixel_region_attention_backward_op(grad, *ctx.saved_tensors, ctx.scale, *needs, ctx.backend)
+    return *(g if need else None for g, need in zip(gradients, needs, strict=True)), None, None
+
+
+def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    grad, query, key, value, _, ctx.scale, *_ = inputs
+    ctx.save_for_backward(grad, query, key, value)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate_backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+    grad, *inputs = ctx.saved_tensors
+    definition = functools.partial(reference.pixel_region_attention, scale=ctx.scale)
+    return *differentiate_twice(definition, inputs, grad, cotangents), *(None,) * 6
+
+
+def _vmap(info: Any, in_dims: Sequence[int | None], *args: Any) -> Any:
+    tensors = batch_first(args[:3], in_dims[:3], info.batch_size)
+    return batch_back(pixel_region_attention_op(*tensors, *args[3:]), info.batch_size)
+
+
+def _vmap_backward(info: Any, in_dims: Sequence[int | None], *args: Any) -> Any:
+    tensors = batch_first(args[:5], in_dims[:5], info.batch_size)
+    return batch_back(pixel_region_attention_backward_op(*tensors, *args[5:]), info.batch_size)
+
+
+pixel_region_attention_op = register_op(
+    "pixel_region_attention(Tensor query, Tensor key, Tensor value, float? scale=None,"
+    " str backend='reference') -> (Tensor, Tensor)",
+    kernel=_forward,
+    fake=_allocate,
+    setup_context=_save,
+    backward=_differentiate,
+    vmap=_vmap,
+)
+pixel_region_attention_backward_op = register_op(
+    "pixel_region_attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor stats,"
+    " float? scale, bool need_query, bool need_key, bool need_value, str backend) -> (Tensor, Tensor, Tensor)",
+    kernel=_backward,
+    fake=lambda grad, query, key, value, stats, scale, *needs_and_backend: _empty_gradients(
+        query, key, value, *needs_and_backend[:3]
+    ),
+    setup_context=_save_backward,
+    backward=_differentiate_backward,
+    vmap=_vmap_backward,
+)
+register_autocast(pixel_region_attention_op, leading=3)

@@ -1,0 +1,5 @@
+"""Step 3 of OCR: pixels gathered into region representations, by a softmax over pixels."""
+
+from ocr_kernels.gather.functional import spatial_gather
+
+__all__ = ["spatial_gather"]

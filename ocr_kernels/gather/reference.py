@@ -1,0 +1,52 @@
+"""The definition of the spatial gather in plain PyTorch, and its backward pass written out."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ocr_kernels.layout import statistics_dtype
+
+
+def spatial_gather(feats: Tensor, logits: Tensor, scale: float = 1.0) -> Tensor:
+    """f_k = sum_i softmax_i(scale * M_ki) x_i  (Eq. 4): the softmax runs over pixels."""
+    x = feats.flatten(2)  # [B, C, N]
+    weights = F.softmax(scale * logits.flatten(2), dim=2)  # [B, K, N]
+    return torch.matmul(x, weights.to(x.dtype).transpose(1, 2))  # [B, C, K]
+
+
+def forward(out: Tensor, stats: Tensor, feats: Tensor, logits: Tensor, scale: float) -> None:
+    """Fill `out` [B, C, K] and the softmax's row maxima and sums, `stats` [B, 2, K]."""
+    dtype = statistics_dtype(feats, logits)
+    x, scores = feats.flatten(2).to(dtype), scale * logits.flatten(2).to(dtype)
+    maximum = scores.amax(2)
+    total = (scores - maximum.unsqueeze(2)).exp().sum(2)
+    stats.copy_(torch.stack((maximum, total), dim=1))
+    out.copy_(spatial_gather(x, scores))
+
+
+def backward(
+    dfeats: Tensor | None,
+    dlogits: Tensor | None,
+    grad: Tensor,
+    feats: Tensor,
+    logits: Tensor,
+    out: Tensor,
+    stats: Tensor,
+    scale: float,
+) -> None:
+    """Fill the gradients that are wanted.
+
+    dX = dF P,  dM = scale * P * (dF^T X - rowsum(dF * F)),  P recomputed from the saved statistics.
+    """
+    dtype = stats.dtype
+    maximum, total = stats.unsqueeze(3).unbind(1)  # [B, K, 1] each
+    weights = (scale * logits.flatten(2).to(dtype) - maximum).exp() / total  # [B, K, N]
+    g = grad.to(dtype)  # [B, C, K]
+    if dfeats is not None:
+        dfeats.copy_(torch.matmul(g, weights).view(feats.shape))
+    if dlogits is not None:
+        dweights = torch.matmul(g.transpose(1, 2), feats.flatten(2).to(dtype))  # [B, K, N]
+        row = (g * out.to(dtype)).sum(1).unsqueeze(2)  # [B, K, 1]
+        dlogits.copy_((scale * weights * (dweights - row)).view(logits.shape))
