@@ -29,7 +29,7 @@ def pixel_region_attention(
         float64 for float64.
 
     Under autocast all three tensors are cast to the autocast dtype. Forward and backward are bitwise
-    reproducible. Saved for backward: the inputs and two numbers per pixel, never a `[B, N, K]` map.
+    reproducible. Saved for backward: the inputs alone.
 
     Raises:
         TypeError: an argument is no tensor, or the dtypes differ or are others.
@@ -37,5 +37,5 @@ def pixel_region_attention(
         RuntimeError: the backend asked for cannot run here; the message says why.
     """
     check_tensors(query=query, key=key, value=value)
-    out: Tensor = pixel_region_attention_op(query, key, value, scale, resolve_backend(query.device, backend))[0]
+    out: Tensor = pixel_region_attention_op(query, key, value, scale, resolve_backend(query.device, backend))
     return out

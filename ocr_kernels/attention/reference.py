@@ -17,15 +17,10 @@ def pixel_region_attention(query: Tensor, key: Tensor, value: Tensor, scale: flo
     return context.transpose(1, 2).unflatten(2, query.shape[2:])  # [B, Dv, *S]
 
 
-def forward(out: Tensor, stats: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: float) -> None:
-    """Fill `out` [B, Dv, *S] and the softmax's maxima and sums, `stats` [B, 2, N]."""
-    q, k, v = (t.to(stats.dtype) for t in (query.flatten(2), key, value))
-    scores = scale * torch.matmul(k.transpose(1, 2), q)  # [B, K, N]
-    maximum = scores.amax(1, keepdim=True)
-    weights = (scores - maximum).exp()
-    total = weights.sum(1, keepdim=True)
-    stats.copy_(torch.cat((maximum, total), dim=1))
-    out.copy_(torch.matmul(v, weights.div_(total)).view(out.shape))
+def forward(out: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: float) -> None:
+    """Fill `out` [B, Dv, *S]."""
+    dtype = statistics_dtype(query)
+    out.copy_(pixel_region_attention(query.to(dtype), key.to(dtype), value.to(dtype), scale))
 
 
 def backward(
@@ -36,16 +31,15 @@ def backward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    stats: Tensor,
     scale: float,
 ) -> None:
     """Fill the gradients that are wanted.
 
     dV = dY w^T,  dS = w * (dw - sum_k w dw) with dw = V^T dY,  dQ = scale * K dS,  dK = scale * Q dS^T.
     """
-    q, k, v, g = (t.to(stats.dtype) for t in (query.flatten(2), key, value, grad.flatten(2)))
-    maximum, total = stats.unsqueeze(2).unbind(1)  # [B, 1, N] each
-    weights = (scale * torch.matmul(k.transpose(1, 2), q) - maximum).exp() / total  # [B, K, N]
+    dtype = statistics_dtype(query)
+    q, k, v, g = (t.to(dtype) for t in (query.flatten(2), key, value, grad.flatten(2)))
+    weights = F.softmax(scale * torch.matmul(k.transpose(1, 2), q), dim=1)  # [B, K, N]
     if dvalue is not None:
         dvalue.copy_(torch.matmul(g, weights.transpose(1, 2)))
     if dquery is None and dkey is None:

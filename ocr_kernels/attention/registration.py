@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from ocr_kernels.attention import reference
-from ocr_kernels.layout import empty_in_format, pixels, statistics_dtype
+from ocr_kernels.layout import empty_in_format
 from ocr_kernels.library import (
     batch_back,
     batch_first,
@@ -46,20 +46,18 @@ def _check(query: Tensor, key: Tensor, value: Tensor) -> None:
 
 def _allocate(
     query: Tensor, key: Tensor, value: Tensor, scale: float | None = None, backend: str = "reference"
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     _check(query, key, value)
-    out = empty_in_format(query, value.shape[1])
-    stats = query.new_empty((query.shape[0], 2, pixels(query.shape)), dtype=statistics_dtype(query))
-    return out, stats
+    return empty_in_format(query, value.shape[1])
 
 
 def _forward(
     query: Tensor, key: Tensor, value: Tensor, scale: float | None = None, backend: str = "reference"
-) -> tuple[Tensor, Tensor]:
-    out, stats = _allocate(query, key, value)
+) -> Tensor:
+    out = _allocate(query, key, value)
     if out.numel():
-        _implementation(backend).forward(out, stats, query, key, value, _scale(query, scale))
-    return out, stats
+        _implementation(backend).forward(out, query, key, value, _scale(query, scale))
+    return out
 
 
 def _empty_gradients(
@@ -78,7 +76,6 @@ def _backward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    stats: Tensor,
     scale: float | None,
     need_query: bool,
     need_key: bool,
@@ -90,7 +87,7 @@ def _backward(
         return tuple(g.zero_() for g in gradients)
     wanted = (g if g.numel() else None for g in gradients)
     if any(g.numel() for g in gradients):
-        _implementation(backend).backward(*wanted, grad, query, key, value, stats, _scale(query, scale))
+        _implementation(backend).backward(*wanted, grad, query, key, value, _scale(query, scale))
     return gradients
 
 
@@ -102,15 +99,13 @@ def _implementation(backend: str) -> Any:
     return importlib.import_module(f"ocr_kernels.attention.{backend}")
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, ctx.scale, ctx.backend = inputs
-    stats = output[1]
-    ctx.save_for_backward(query, key, value, stats)
-    ctx.mark_non_differentiable(stats)
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.scale, ctx.backend = inputs
+    ctx.save_for_backward(*tensors)
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 5
     needs = ctx.needs_input_grad[:3]
@@ -119,30 +114,30 @@ def _differentiate(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | Non
 
 
 def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    grad, query, key, value, _, ctx.scale, *_ = inputs
-    ctx.save_for_backward(grad, query, key, value)
+    *tensors, ctx.scale, _, _, _, _ = inputs
+    ctx.save_for_backward(*tensors)
     ctx.set_materialize_grads(False)
 
 
 def _differentiate_backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
     grad, *inputs = ctx.saved_tensors
     definition = functools.partial(reference.pixel_region_attention, scale=ctx.scale)
-    return *differentiate_twice(definition, inputs, grad, cotangents), *(None,) * 6
+    return *differentiate_twice(definition, inputs, grad, cotangents), *(None,) * 5
 
 
 def _vmap(info: Any, in_dims: Sequence[int | None], *args: Any) -> Any:
     tensors = batch_first(args[:3], in_dims[:3], info.batch_size)
-    return batch_back(pixel_region_attention_op(*tensors, *args[3:]), info.batch_size)
+    return batch_back([pixel_region_attention_op(*tensors, *args[3:])], info.batch_size)
 
 
 def _vmap_backward(info: Any, in_dims: Sequence[int | None], *args: Any) -> Any:
-    tensors = batch_first(args[:5], in_dims[:5], info.batch_size)
-    return batch_back(pixel_region_attention_backward_op(*tensors, *args[5:]), info.batch_size)
+    tensors = batch_first(args[:4], in_dims[:4], info.batch_size)
+    return batch_back(pixel_region_attention_backward_op(*tensors, *args[4:]), info.batch_size)
 
 
 pixel_region_attention_op = register_op(
     "pixel_region_attention(Tensor query, Tensor key, Tensor value, float? scale=None,"
-    " str backend='reference') -> (Tensor, Tensor)",
+    " str backend='reference') -> Tensor",
     kernel=_forward,
     fake=_allocate,
     setup_context=_save,
@@ -150,10 +145,10 @@ pixel_region_attention_op = register_op(
     vmap=_vmap,
 )
 pixel_region_attention_backward_op = register_op(
-    "pixel_region_attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor stats,"
+    "pixel_region_attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value,"
     " float? scale, bool need_query, bool need_key, bool need_value, str backend) -> (Tensor, Tensor, Tensor)",
     kernel=_backward,
-    fake=lambda grad, query, key, value, stats, scale, *needs_and_backend: _empty_gradients(
+    fake=lambda grad, query, key, value, scale, *needs_and_backend: _empty_gradients(
         query, key, value, *needs_and_backend[:3]
     ),
     setup_context=_save_backward,

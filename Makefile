@@ -1,0 +1,46 @@
+# PYTHON makes the virtual environment; given to `make gpu`, it is the Python that runs there.
+PYTHON ?= python3
+OUT ?= gpu-results
+COMMIT ?=
+
+BIN := .venv/bin
+STAMP := .venv/stamp
+PYTHON_GIVEN := $(filter-out file,$(origin PYTHON))
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format bench gpu clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(STAMP) ## train a small OCR network on a photo, with and without the kernels, and draw what it sees
+	$(BIN)/ocr-kernels demo
+
+test: $(STAMP) ## every test that this machine can run
+	$(BIN)/python -m pytest
+
+lint: $(STAMP) ## ruff and mypy
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: $(STAMP) ## rewrite the code as `make lint` wants it
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+bench: $(STAMP) ## times against eager PyTorch and torch.compile
+	$(BIN)/python -m benchmarks
+
+gpu: $(if $(PYTHON_GIVEN),,$(STAMP)) ## tests and benchmarks on a GPU; PYTHON=python3 OUT=dir COMMIT=hash
+	@PYTHONPATH="$(CURDIR)" $(if $(PYTHON_GIVEN),$(PYTHON),$(BIN)/python) -m benchmarks.gpu_round --out "$(OUT)" --commit "$(COMMIT)"
+
+clean: ## remove everything that these commands made
+	rm -rf .venv build dist *.egg-info demo-output gpu-results .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find benchmarks ocr_kernels tests -name __pycache__ -prune -exec rm -rf {} +
+
+# PyTorch first and by its exact version, so that an index's CPU build of it is taken and then kept.
+$(STAMP): constraints.txt pyproject.toml setup.py
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install $$(grep -E '^(setuptools|torch)==' constraints.txt)
+	$(BIN)/pip install --no-build-isolation -c constraints.txt -e '.[dev]'
+	touch $@

@@ -1,0 +1,1 @@
+"""Times and floors of the ops: `python -m benchmarks`."""

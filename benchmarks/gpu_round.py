@@ -1,0 +1,128 @@
+"""`make gpu`: every test and benchmark that needs a GPU, in nine minutes at most, with everything it found on disk."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+import xml.etree.ElementTree as ET
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TextIO
+
+TOTAL_SECONDS = 500  # for both steps, of the 540 that a round may take
+TEST_SECONDS = 270
+GRACE_SECONDS = 10  # between asking a step to stop and ending it
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_round", description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("gpu-results"), help="folder for the results")
+    parser.add_argument("--commit", help="the commit to record; default: what git says")
+    args = parser.parse_args(argv)
+    start = time.monotonic()
+    try:
+        import torch
+    except ImportError as error:
+        return _refuse(f"{sys.executable} has no PyTorch ({error})")
+    if not torch.cuda.is_available():
+        return _refuse("no GPU is visible to PyTorch")
+    try:
+        from benchmarks import measure, report
+    except ImportError as error:
+        return _refuse(f"{sys.executable} lacks a package of the extra `bench` ({error})")
+
+    args.out.mkdir(parents=True, exist_ok=True)
+    record = measure.record(args.commit)
+    (args.out / "machine.json").write_text(json.dumps(record, indent=1) + "\n")
+    machine = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
+    results = args.out / f"{machine}.json"
+
+    junit = args.out / "tests.xml"
+    # a package that one test file lacks must not cost the others
+    pytest = ["pytest", "-m", "gpu", "--continue-on-collection-errors", f"--junitxml={junit}"]
+    tests = _step(pytest, args.out / "tests.log", TEST_SECONDS)
+    benchmarks = _step(
+        ["benchmarks", "--device", "cuda", "--json", str(results), "--commit", record["commit"]],
+        args.out / "benchmarks.log",
+        TOTAL_SECONDS - (time.monotonic() - start),
+    )
+
+    out = report.console()
+    out.print(f"\n{torch.cuda.get_device_name()}, commit {record['commit']}, {time.monotonic() - start:.0f} s")
+    out.print(f"tests       {_outcome(tests)}; {_count(junit)}")
+    out.print(f"benchmarks  {_outcome(benchmarks)}; {results if results.exists() else 'no results'}")
+    if results.exists():
+        out.print(report.summary(json.loads(results.read_text())["results"]))
+    return int(tests != 0 or benchmarks != 0)
+
+
+def _refuse(reason: str) -> int:
+    print(f"No GPU round: {reason}.", file=sys.stderr)
+    return 1
+
+
+def _step(module: list[str], log: Path, seconds: float) -> int | None:
+    """Run a module with its output here and in `log`; its exit status, or None if its time was up.
+
+    It leads a process group of its own, so that what it started ends with it.
+    """
+    root = Path(__file__).parent.parent
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(root)}
+    environment.pop("TRITON_INTERPRET", None)  # the kernels are to run on the GPU
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-m", *module],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        reader = threading.Thread(target=_tee, args=(process.stdout, file), daemon=True)
+        reader.start()
+        try:
+            return process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGINT)  # pytest and the benchmarks then report what they have
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(GRACE_SECONDS)
+            return None
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            reader.join()
+
+
+def _tee(lines: TextIO, file: TextIO) -> None:
+    with lines:
+        for line in lines:
+            print(line, end="", flush=True)
+            print(line, end="", flush=True, file=file)
+
+
+def _outcome(status: int | None) -> str:
+    if status is None:
+        return "stopped, time was up"
+    return "passed" if status == 0 else f"failed (exit status {status})"
+
+
+def _count(junit: Path) -> str:
+    """The numbers of a JUnit report."""
+    try:
+        suite = next(ET.parse(junit).iter("testsuite"))
+    except (OSError, ET.ParseError, StopIteration):
+        return "no report"
+    total, failed, errors, skipped = (int(suite.get(key, 0)) for key in ("tests", "failures", "errors", "skipped"))
+    return f"{total - failed - errors - skipped} passed, {failed} failed, {errors} errors, {skipped} skipped"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,646 @@
+"""Pixel-region attention in Triton: forward, and backward in two forms.
+
+Every tensor is addressed as `[B, channels, N]` with three strides, so both memory formats are read in place.
+A region tile covers all K regions up to 256, so the softmax over regions stays inside one program and the query
+and the incoming gradient pass through memory once per kernel.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ocr_kernels.layout import statistics_dtype
+from ocr_kernels.tiles import (
+    TL,
+    Blocks,
+    blocks_from,
+    device_facts,
+    dot_dtype,
+    extent,
+    input_precision,
+    lift,
+    narrow,
+    padded,
+    product,
+    requires_int64_offsets,
+    split,
+    tile_pointers,
+)
+
+
+@triton.jit
+def channel_product(
+    pixels, regions, k0, n0, CHANNELS, K, N,
+    pixels_stride_c, pixels_stride_n, regions_stride_c, regions_stride_k,
+    DOT: tl.constexpr, ACCUMULATOR: tl.constexpr, INPUT_PRECISION: tl.constexpr, INT64: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """sum over channels of regions[c, k] * pixels[c, n], a [BLOCK_K, BLOCK_N] tile."""
+    c = tl.arange(0, BLOCK_C)
+    k = tl.arange(0, BLOCK_K)
+    n = tl.arange(0, BLOCK_N)
+    total = tl.zeros([BLOCK_K, BLOCK_N], ACCUMULATOR)
+    for c0 in range(0, CHANNELS, BLOCK_C):
+        in_c = c0 + c < CHANNELS
+        p = tl.load(
+            tile_pointers(pixels, c0, n0, c, n, pixels_stride_c, pixels_stride_n, INT64),
+            mask=in_c[:, None] & (n0 + n < N)[None, :],
+            other=0.0,
+        )
+        r = tl.load(
+            tile_pointers(regions, c0, k0, c, k, regions_stride_c, regions_stride_k, INT64),
+            mask=in_c[:, None] & (k0 + k < K)[None, :],
+            other=0.0,
+        )
+        total = product(tl.trans(r.to(DOT)), p.to(DOT), total, INPUT_PRECISION)
+    return total
+
+
+@triton.jit
+def pixel_region_attention_forward_kernel(
+    out,  # [B, V, N]
+    query,  # [B, D, N]
+    key,  # [B, D, K]
+    value,  # [B, V, K]
+    D,
+    V,
+    K,
+    N,
+    scale: tl.float64,
+    out_stride_b,
+    out_stride_v,
+    out_stride_n,
+    query_stride_b,
+    query_stride_d,
+    query_stride_n,
+    key_stride_b,
+    key_stride_d,
+    key_stride_k,
+    value_stride_b,
+    value_stride_v,
+    value_stride_k,
+    REGION_TILES: tl.constexpr,  # ceil(K / BLOCK_K)
+    DOT: tl.constexpr,
+    ACCUMULATOR: tl.constexpr,
+    LIFT: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    INT64: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One program owns a tile of pixels, all their regions and all their channels."""
+    program = tl.program_id(0)
+    n0 = (program % tl.cdiv(N, BLOCK_N)) * BLOCK_N
+    image = tl.cast(program // tl.cdiv(N, BLOCK_N), tl.int64)
+    out += image * out_stride_b
+    query += image * query_stride_b
+    key += image * key_stride_b
+    value += image * value_stride_b
+
+    v = tl.arange(0, BLOCK_C)
+    k = tl.arange(0, BLOCK_K)
+    n = tl.arange(0, BLOCK_N)
+    in_n = n0 + n < N
+    factor = tl.full((), scale, ACCUMULATOR)
+    maximum = tl.full([BLOCK_N], float("-inf"), ACCUMULATOR)
+    total = tl.zeros([BLOCK_N], ACCUMULATOR)
+    rounded = tl.zeros([BLOCK_K, BLOCK_N], DOT)
+    for k0 in range(0, REGION_TILES * BLOCK_K, BLOCK_K):
+        scores = channel_product(
+            query, key, k0, n0, D, K, N, query_stride_d, query_stride_n, key_stride_d, key_stride_k,
+            DOT, ACCUMULATOR, INPUT_PRECISION, INT64, BLOCK_C, BLOCK_K, BLOCK_N,
+        )  # fmt: skip
+        scores = tl.where((k0 + k < K)[:, None], scores * factor, float("-inf"))
+        new_maximum = tl.maximum(maximum, tl.max(scores, 0))
+        shift = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)  # no region above -inf yet
+        rounded = narrow(tl.exp(scores - shift[None, :]) * LIFT, DOT)
+        decay = tl.exp(maximum - shift)
+        total = total * decay + tl.sum(rounded.to(ACCUMULATOR), 0)  # of what enters the product
+        maximum = new_maximum
+
+    shift = tl.where(maximum == float("-inf"), 0.0, maximum)
+    for v0 in range(0, V, BLOCK_C):
+        in_v = v0 + v < V
+        context = tl.zeros([BLOCK_C, BLOCK_N], ACCUMULATOR)
+        for k0 in range(0, REGION_TILES * BLOCK_K, BLOCK_K):
+            if REGION_TILES > 1:  # too many regions to have kept their weights
+                scores = channel_product(
+                    query, key, k0, n0, D, K, N, query_stride_d, query_stride_n, key_stride_d, key_stride_k,
+                    DOT, ACCUMULATOR, INPUT_PRECISION, INT64, BLOCK_C, BLOCK_K, BLOCK_N,
+                )  # fmt: skip
+                scores = tl.where((k0 + k < K)[:, None], scores * factor, float("-inf"))
+                rounded = narrow(tl.exp(scores - shift[None, :]) * LIFT, DOT)
+            region = tl.load(
+                tile_pointers(value, v0, k0, v, k, value_stride_v, value_stride_k, INT64),
+                mask=in_v[:, None] & (k0 + k < K)[None, :],
+                other=0.0,
+            )
+            context = product(region.to(DOT), rounded, context, INPUT_PRECISION)
+        tl.store(
+            tile_pointers(out, v0, n0, v, n, out_stride_v, out_stride_n, INT64),
+            narrow(context / total[None, :], out.dtype.element_ty),
+            mask=in_v[:, None] & in_n[None, :],
+        )
+
+
+FORWARD_TILES = {
+    2: ((64, 64, 4, 2), (64, 64, 8, 2), (64, 64, 8, 2), (32, 32, 8, 2)),
+    4: ((32, 32, 8, 2), (32, 32, 4, 2), (32, 32, 8, 2), (32, 16, 8, 2)),
+    8: ((16, 16, 8, 1),) * 4,
+}
+
+
+def forward_blocks(channels: int, value_channels: int, regions: int, itemsize: int) -> Blocks:
+    """Tiles of the forward kernel: all regions up to 256, then pixels, then channels."""
+    return blocks_from(FORWARD_TILES, max(channels, value_channels), regions, itemsize)
+
+
+def forward(out: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: float) -> None:
+    """Fill `out` [B, V, *S], in its own strides."""
+    q, y = query.flatten(2), out.flatten(2)
+    batch, channels, pixels = q.shape
+    _, value_channels, regions = value.shape
+    dtype = dot_dtype(q)
+    blocks = forward_blocks(channels, value_channels, regions, dtype.itemsize)
+    with torch.cuda.device_of(q):
+        pixel_region_attention_forward_kernel[(batch * triton.cdiv(pixels, blocks.pixels),)](
+            y, q, key, value, channels, value_channels, regions, pixels, scale,
+            *y.stride(), *q.stride(), *key.stride(), *value.stride(),
+            REGION_TILES=triton.cdiv(regions, blocks.regions),
+            DOT=TL[dtype],
+            ACCUMULATOR=TL[statistics_dtype(q)],
+            LIFT=lift(dtype),
+            INPUT_PRECISION=input_precision(),
+            INT64=_int64(blocks, (q, y), (key, value)),
+            **blocks.arguments(),
+        )  # fmt: skip
+
+
+def _int64(blocks: Blocks, pixel_tensors: tuple[Tensor, ...], region_tensors: tuple[Tensor, ...]) -> bool:
+    return requires_int64_offsets(
+        *(extent(blocks.channels, t.stride(1), blocks.pixels, t.stride(2)) for t in pixel_tensors),
+        *(extent(blocks.channels, t.stride(1), blocks.regions, t.stride(2)) for t in region_tensors),
+    )
+
+
+@triton.jit
+def pixel_region_attention_backward_kernel(
+    dquery,  # [B, D, N]
+    partial,  # [B, splits, D + V, K]: dkey above dvalue, each split's sum over its pixels
+    grad,  # [B, V, N]
+    query,  # [B, D, N]
+    key,  # [B, D, K]
+    value,  # [B, V, K]
+    D,
+    V,
+    K,
+    N,
+    chunk,
+    splits,
+    scale: tl.float64,
+    dquery_stride_b,
+    dquery_stride_d,
+    dquery_stride_n,
+    grad_stride_b,
+    grad_stride_v,
+    grad_stride_n,
+    query_stride_b,
+    query_stride_d,
+    query_stride_n,
+    key_stride_b,
+    key_stride_d,
+    key_stride_k,
+    value_stride_b,
+    value_stride_v,
+    value_stride_k,
+    NEED_QUERY: tl.constexpr,
+    NEED_KEY: tl.constexpr,
+    NEED_VALUE: tl.constexpr,
+    DOT: tl.constexpr,
+    ACCUMULATOR: tl.constexpr,
+    LIFT: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    INT64: tl.constexpr,
+    BLOCK_D: tl.constexpr,  # >= D
+    BLOCK_V: tl.constexpr,  # >= V
+    BLOCK_K: tl.constexpr,  # >= K
+    BLOCK_N: tl.constexpr,
+):
+    """All three gradients in one pass, where dkey and dvalue fit in one program's registers."""
+    program = tl.program_id(0)  # image * splits + split
+    start = (program % splits) * chunk
+    image = tl.cast(program // splits, tl.int64)
+    dquery += image * dquery_stride_b
+    grad += image * grad_stride_b
+    query += image * query_stride_b
+
+    d = tl.arange(0, BLOCK_D)
+    v = tl.arange(0, BLOCK_V)
+    k = tl.arange(0, BLOCK_K)
+    n = tl.arange(0, BLOCK_N)
+    in_d = d < D
+    in_v = v < V
+    in_k = k < K
+    factor = tl.full((), scale, ACCUMULATOR)
+    key_tile = tl.load(
+        tile_pointers(key + image * key_stride_b, 0, 0, d, k, key_stride_d, key_stride_k, INT64),
+        mask=in_d[:, None] & in_k[None, :],
+        other=0.0,
+    ).to(DOT)
+    value_tile = tl.load(
+        tile_pointers(value + image * value_stride_b, 0, 0, v, k, value_stride_v, value_stride_k, INT64),
+        mask=in_v[:, None] & in_k[None, :],
+        other=0.0,
+    ).to(DOT)
+    dkey = tl.zeros([BLOCK_D, BLOCK_K], ACCUMULATOR)
+    dvalue = tl.zeros([BLOCK_V, BLOCK_K], ACCUMULATOR)
+    for n0 in range(start, min(start + chunk, N), BLOCK_N):
+        in_n = n0 + n < N
+        q = tl.load(
+            tile_pointers(query, 0, n0, d, n, query_stride_d, query_stride_n, INT64),
+            mask=in_d[:, None] & in_n[None, :],
+            other=0.0,
+        ).to(DOT)
+        dy = tl.load(
+            tile_pointers(grad, 0, n0, v, n, grad_stride_v, grad_stride_n, INT64),
+            mask=in_v[:, None] & in_n[None, :],
+            other=0.0,
+        ).to(DOT)
+        scores = product(tl.trans(key_tile), q, tl.zeros([BLOCK_K, BLOCK_N], ACCUMULATOR), INPUT_PRECISION) * factor
+        scores = tl.where(in_k[:, None], scores, float("-inf"))
+        weights = tl.exp(scores - tl.max(scores, 0)[None, :])
+        weights /= tl.sum(weights, 0)[None, :]
+        if NEED_QUERY or NEED_KEY:
+            dweights = product(tl.trans(value_tile), dy, tl.zeros([BLOCK_K, BLOCK_N], ACCUMULATOR), INPUT_PRECISION)
+            dscores = narrow(weights * (dweights - tl.sum(weights * dweights, 0)[None, :]), DOT)
+        if NEED_QUERY:
+            dq = product(key_tile, dscores, tl.zeros([BLOCK_D, BLOCK_N], ACCUMULATOR), INPUT_PRECISION) * factor
+            tl.store(
+                tile_pointers(dquery, 0, n0, d, n, dquery_stride_d, dquery_stride_n, INT64),
+                narrow(dq, dquery.dtype.element_ty),
+                mask=in_d[:, None] & in_n[None, :],
+            )
+        if NEED_KEY:
+            dkey = product(q, tl.trans(dscores), dkey, INPUT_PRECISION)
+        if NEED_VALUE:
+            dvalue = product(dy, tl.trans(narrow(weights * LIFT, DOT)), dvalue, INPUT_PRECISION)
+
+    partial += tl.cast(program, tl.int64) * (D + V) * K
+    if NEED_KEY:
+        tl.store(
+            tile_pointers(partial, 0, 0, d, k, K, 1, False), dkey * factor, mask=in_d[:, None] & in_k[None, :]
+        )
+    if NEED_VALUE:
+        tl.store(
+            tile_pointers(partial, D, 0, v, k, K, 1, False), dvalue / LIFT, mask=in_v[:, None] & in_k[None, :]
+        )
+
+
+@triton.jit
+def score_tiles(
+    query, key, grad, value, k0, n0, D, V, K, N, factor,
+    query_stride_d, query_stride_n, key_stride_d, key_stride_k,
+    grad_stride_v, grad_stride_n, value_stride_v, value_stride_k,
+    NEED_SCORES: tl.constexpr, DOT: tl.constexpr, INPUT_PRECISION: tl.constexpr, INT64: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """The scores and, where their gradient is needed, dw = V^T dY: [BLOCK_K, BLOCK_N] tiles."""
+    scores = channel_product(
+        query, key, k0, n0, D, K, N, query_stride_d, query_stride_n, key_stride_d, key_stride_k,
+        DOT, factor.dtype, INPUT_PRECISION, INT64, BLOCK_C, BLOCK_K, BLOCK_N,
+    )  # fmt: skip
+    scores = tl.where((k0 + tl.arange(0, BLOCK_K) < K)[:, None], scores * factor, float("-inf"))
+    dweights = scores
+    if NEED_SCORES:
+        dweights = channel_product(
+            grad, value, k0, n0, V, K, N, grad_stride_v, grad_stride_n, value_stride_v, value_stride_k,
+            DOT, factor.dtype, INPUT_PRECISION, INT64, BLOCK_C, BLOCK_K, BLOCK_N,
+        )  # fmt: skip
+    return scores, dweights
+
+
+@triton.jit
+def pixel_region_attention_backward_scores_kernel(
+    weights_map,  # [B, K, N]: w, lifted
+    dscores_map,  # [B, K, N]: w * (dw - sum over k of w * dw)
+    grad,  # [B, V, N]
+    query,  # [B, D, N]
+    key,  # [B, D, K]
+    value,  # [B, V, K]
+    D,
+    V,
+    K,
+    N,
+    scale: tl.float64,
+    grad_stride_b,
+    grad_stride_v,
+    grad_stride_n,
+    query_stride_b,
+    query_stride_d,
+    query_stride_n,
+    key_stride_b,
+    key_stride_d,
+    key_stride_k,
+    value_stride_b,
+    value_stride_v,
+    value_stride_k,
+    NEED_SCORES: tl.constexpr,
+    NEED_VALUE: tl.constexpr,
+    REGION_TILES: tl.constexpr,
+    DOT: tl.constexpr,
+    ACCUMULATOR: tl.constexpr,
+    LIFT: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    INT64: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """The two maps that the gradients of many regions are products of; one program owns a tile of pixels."""
+    program = tl.program_id(0)
+    n0 = (program % tl.cdiv(N, BLOCK_N)) * BLOCK_N
+    image = tl.cast(program // tl.cdiv(N, BLOCK_N), tl.int64)
+    grad += image * grad_stride_b
+    query += image * query_stride_b
+    key += image * key_stride_b
+    value += image * value_stride_b
+    weights_map += image * K * N
+    dscores_map += image * K * N
+
+    k = tl.arange(0, BLOCK_K)
+    n = tl.arange(0, BLOCK_N)
+    in_n = n0 + n < N
+    factor = tl.full((), scale, ACCUMULATOR)
+    maximum = tl.full([BLOCK_N], float("-inf"), ACCUMULATOR)
+    shift = maximum
+    total = tl.zeros([BLOCK_N], ACCUMULATOR)
+    row = tl.zeros([BLOCK_N], ACCUMULATOR)  # sum over k of w * dw
+    scores = tl.zeros([BLOCK_K, BLOCK_N], ACCUMULATOR)
+    dweights = scores
+    for k0 in range(0, REGION_TILES * BLOCK_K, BLOCK_K):
+        scores, dweights = score_tiles(
+            query, key, grad, value, k0, n0, D, V, K, N, factor,
+            query_stride_d, query_stride_n, key_stride_d, key_stride_k,
+            grad_stride_v, grad_stride_n, value_stride_v, value_stride_k,
+            NEED_SCORES, DOT, INPUT_PRECISION, INT64, BLOCK_C, BLOCK_K, BLOCK_N,
+        )  # fmt: skip
+        new_maximum = tl.maximum(maximum, tl.max(scores, 0))
+        shift = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)  # no region above -inf yet
+        decay = tl.exp(maximum - shift)
+        weights = tl.exp(scores - shift[None, :])
+        total = total * decay + tl.sum(weights, 0)
+        if NEED_SCORES:
+            row = row * decay + tl.sum(weights * dweights, 0)
+        maximum = new_maximum
+    row /= total
+    for k0 in range(0, REGION_TILES * BLOCK_K, BLOCK_K):
+        if REGION_TILES > 1:  # too many regions to have kept their tiles
+            scores, dweights = score_tiles(
+                query, key, grad, value, k0, n0, D, V, K, N, factor,
+                query_stride_d, query_stride_n, key_stride_d, key_stride_k,
+                grad_stride_v, grad_stride_n, value_stride_v, value_stride_k,
+                NEED_SCORES, DOT, INPUT_PRECISION, INT64, BLOCK_C, BLOCK_K, BLOCK_N,
+            )  # fmt: skip
+        weights = tl.exp(scores - shift[None, :]) / total[None, :]
+        inside = (k0 + k < K)[:, None] & in_n[None, :]
+        if NEED_VALUE:
+            tl.store(
+                tile_pointers(weights_map, k0, n0, k, n, N, 1, INT64),
+                narrow(weights * LIFT, weights_map.dtype.element_ty),
+                mask=inside,
+            )
+        if NEED_SCORES:
+            tl.store(
+                tile_pointers(dscores_map, k0, n0, k, n, N, 1, INT64),
+                narrow(weights * (dweights - row[None, :]), dscores_map.dtype.element_ty),
+                mask=inside,
+            )
+
+
+@triton.jit
+def pixel_region_attention_backward_regions_kernel(
+    partial,  # [B, splits, C, K]: each split's sum over its pixels
+    pixels,  # [B, C, N]: the query or the incoming gradient
+    region_map,  # [B, K, N]: the scores' gradient or the weights
+    C,
+    K,
+    N,
+    chunk,
+    splits,
+    factor: tl.float64,
+    pixels_stride_b,
+    pixels_stride_c,
+    pixels_stride_n,
+    DOT: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    INT64: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """factor * sum over pixels of pixels[c, n] * region_map[k, n]: dkey or dvalue."""
+    program = tl.program_id(0)
+    c0 = (program % tl.cdiv(C, BLOCK_C)) * BLOCK_C
+    program //= tl.cdiv(C, BLOCK_C)
+    k0 = (program % tl.cdiv(K, BLOCK_K)) * BLOCK_K
+    program //= tl.cdiv(K, BLOCK_K)  # image * splits + split
+    start = (program % splits) * chunk
+    image = tl.cast(program // splits, tl.int64)
+    pixels += image * pixels_stride_b
+    region_map += image * K * N
+
+    ACCUMULATOR: tl.constexpr = partial.dtype.element_ty
+    c = tl.arange(0, BLOCK_C)
+    k = tl.arange(0, BLOCK_K)
+    n = tl.arange(0, BLOCK_N)
+    in_c = c0 + c < C
+    in_k = k0 + k < K
+    total = tl.zeros([BLOCK_C, BLOCK_K], ACCUMULATOR)
+    for n0 in range(start, min(start + chunk, N), BLOCK_N):
+        in_n = n0 + n < N
+        p = tl.load(
+            tile_pointers(pixels, c0, n0, c, n, pixels_stride_c, pixels_stride_n, INT64),
+            mask=in_c[:, None] & in_n[None, :],
+            other=0.0,
+        )
+        r = tl.load(
+            tile_pointers(region_map, k0, n0, k, n, N, 1, INT64), mask=in_k[:, None] & in_n[None, :], other=0.0
+        )
+        total = product(p.to(DOT), tl.trans(r.to(DOT)), total, INPUT_PRECISION)
+    partial += tl.cast(program, tl.int64) * C * K
+    tl.store(
+        tile_pointers(partial, c0, k0, c, k, K, 1, False),
+        total * tl.full((), factor, ACCUMULATOR),
+        mask=in_c[:, None] & in_k[None, :],
+    )
+
+
+SCORES_TILES = {
+    2: ((64, 64, 8, 2), (64, 64, 8, 2), (32, 64, 8, 2), (32, 32, 8, 1)),
+    4: ((32, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2), (32, 16, 8, 2)),
+    8: ((16, 16, 8, 1),) * 4,
+}
+REGIONS_TILES = {
+    2: ((128, 32, 8, 2), (128, 64, 8, 2), (128, 32, 8, 2), (64, 32, 8, 2)),
+    4: ((64, 16, 8, 2),) * 4,
+    8: ((32, 16, 8, 1),) * 4,
+}
+
+
+def scores_blocks(channels: int, value_channels: int, regions: int, itemsize: int) -> Blocks:
+    """Tiles of the maps' kernel: all regions up to 256, then pixels, then channels."""
+    return blocks_from(SCORES_TILES, max(channels, value_channels), regions, itemsize)
+
+
+def regions_blocks(channels: int, regions: int, itemsize: int) -> Blocks:
+    """Tiles of the sums over pixels: all regions up to 256, then as many channels as registers hold."""
+    return blocks_from(REGIONS_TILES, channels, regions, itemsize)
+
+
+class OnePassBlocks(NamedTuple):
+    """Tile sizes of the one-pass backward: all channels and regions, and some pixels."""
+
+    channels: int
+    value_channels: int
+    regions: int
+    pixels: int
+
+
+def one_pass_blocks(
+    channels: int, value_channels: int, regions: int, itemsize: int, shared_memory: int
+) -> OnePassBlocks | None:
+    """Tiles of the one-pass backward; None where dkey and dvalue do not fit in a program's registers."""
+    block_d, block_v, block_k = (padded(size, 1 << 30) for size in (channels, value_channels, regions))
+    tile_bytes = 32768 if shared_memory >= 99000 else 16384
+    row_bytes = (block_d + block_v) * itemsize  # of a pixel's query and incoming gradient
+    if row_bytes * block_k > 32768 or row_bytes * 16 > tile_bytes:
+        return None
+    return OnePassBlocks(block_d, block_v, block_k, next(n for n in (64, 32, 16) if row_bytes * n <= tile_bytes))
+
+
+def backward(
+    dquery: Tensor | None,
+    dkey: Tensor | None,
+    dvalue: Tensor | None,
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+) -> None:
+    """Fill the gradients that are wanted, in their own strides."""
+    channels, value_channels, regions = query.shape[1], *value.shape[1:]
+    blocks = one_pass_blocks(
+        channels, value_channels, regions, dot_dtype(query).itemsize, device_facts(query.device).shared_memory
+    )
+    one_pass = _backward_in_maps if blocks is None else functools.partial(_backward_in_one_pass, blocks)
+    with torch.cuda.device_of(query):
+        dq = None if dquery is None else dquery.flatten(2)
+        one_pass(dq, dkey, dvalue, grad.flatten(2), query.flatten(2), key, value, scale)
+
+
+def _backward_in_one_pass(
+    blocks: OnePassBlocks,
+    dquery: Tensor | None,
+    dkey: Tensor | None,
+    dvalue: Tensor | None,
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+) -> None:
+    batch, channels, pixels = query.shape
+    _, value_channels, regions = value.shape
+    dtype = dot_dtype(query)
+    chunk, splits = split(pixels, blocks.pixels, batch, 2 * device_facts(query.device).multiprocessors)
+    dq = query if dquery is None else dquery
+    partial = query.new_empty((batch, splits, channels + value_channels, regions), dtype=statistics_dtype(query))
+    pixel_region_attention_backward_kernel[(batch * splits,)](
+        dq, partial, grad, query, key, value, channels, value_channels, regions, pixels, chunk, splits, scale,
+        *dq.stride(), *grad.stride(), *query.stride(), *key.stride(), *value.stride(),
+        NEED_QUERY=dquery is not None,
+        NEED_KEY=dkey is not None,
+        NEED_VALUE=dvalue is not None,
+        DOT=TL[dtype],
+        ACCUMULATOR=TL[partial.dtype],
+        LIFT=lift(dtype),
+        INPUT_PRECISION=input_precision(),
+        INT64=requires_int64_offsets(
+            *(extent(t.shape[1], t.stride(1), blocks.pixels, t.stride(2)) for t in (dq, query, grad)),
+            *(extent(t.shape[1], t.stride(1), regions, t.stride(2)) for t in (key, value)),
+        ),
+        BLOCK_D=blocks.channels,
+        BLOCK_V=blocks.value_channels,
+        BLOCK_K=blocks.regions,
+        BLOCK_N=blocks.pixels,
+        num_warps=8,
+        num_stages=1,
+    )  # fmt: skip
+    if dkey is not None:
+        dkey.copy_(partial[:, :, :channels].sum(1))
+    if dvalue is not None:
+        dvalue.copy_(partial[:, :, channels:].sum(1))
+
+
+def _backward_in_maps(
+    dquery: Tensor | None,
+    dkey: Tensor | None,
+    dvalue: Tensor | None,
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+) -> None:
+    batch, channels, pixels = query.shape
+    _, value_channels, regions = value.shape
+    need_scores = dquery is not None or dkey is not None
+    weights = query.new_empty((batch, regions, pixels) if dvalue is not None else 1)
+    dscores = query.new_empty((batch, regions, pixels) if need_scores else 1)
+    dtype = dot_dtype(query)
+    blocks = scores_blocks(channels, value_channels, regions, dtype.itemsize)
+    pixel_region_attention_backward_scores_kernel[(batch * triton.cdiv(pixels, blocks.pixels),)](
+        weights, dscores, grad, query, key, value, channels, value_channels, regions, pixels, scale,
+        *grad.stride(), *query.stride(), *key.stride(), *value.stride(),
+        NEED_SCORES=need_scores,
+        NEED_VALUE=dvalue is not None,
+        REGION_TILES=triton.cdiv(regions, blocks.regions),
+        DOT=TL[dtype],
+        ACCUMULATOR=TL[statistics_dtype(query)],
+        LIFT=lift(query.dtype),  # of the map's dtype
+        INPUT_PRECISION=input_precision(),
+        INT64=_int64(blocks, (query, grad), (key, value)) or extent(blocks.regions, pixels, 1, 1) >= 2**31,
+        **blocks.arguments(),
+    )  # fmt: skip
+    if dquery is not None:
+        torch.baddbmm(dquery, key, dscores, beta=0, alpha=scale, out=dquery)
+    if dkey is not None:
+        _sum_over_pixels(dkey, query, dscores, scale)
+    if dvalue is not None:
+        _sum_over_pixels(dvalue, grad, weights, 1.0 / lift(query.dtype))
+
+
+def _sum_over_pixels(result: Tensor, pixels: Tensor, region_map: Tensor, factor: float) -> None:
+    batch, channels, length = pixels.shape
+    regions = region_map.shape[1]
+    dtype = dot_dtype(pixels)
+    blocks = regions_blocks(channels, regions, dtype.itemsize)
+    tiles = triton.cdiv(channels, blocks.channels) * triton.cdiv(regions, blocks.regions)
+    chunk, splits = split(length, blocks.pixels, batch * tiles, 2 * device_facts(pixels.device).multiprocessors)
+    partial = pixels.new_empty((batch, splits, channels, regions), dtype=statistics_dtype(pixels))
+    pixel_region_attention_backward_regions_kernel[(batch * splits * tiles,)](
+        partial, pixels, region_map, channels, regions, length, chunk, splits, factor, *pixels.stride(),
+        DOT=TL[dtype],
+        INPUT_PRECISION=input_precision(),
+        INT64=_int64(blocks, (pixels,), (region_map.transpose(1, 2),)),
+        **blocks.arguments(),
+    )  # fmt: skip
+    result.copy_(partial.sum(1))

@@ -1,0 +1,26 @@
+"""Where the ops run in these tests: on the GPU if there is one, else in Triton's interpreter, and on the CPU."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is first imported
+
+GPU = [pytest.param(("triton", "cuda"), marks=pytest.mark.gpu), pytest.param(("reference", "cuda"), marks=pytest.mark.gpu)]
+TARGETS = [("reference", "cpu"), *(GPU if torch.cuda.is_available() else [("triton", "cpu")])]
+
+
+@pytest.fixture(params=TARGETS, ids=lambda target: "-".join(target))
+def target(request: pytest.FixtureRequest) -> tuple[str, str]:
+    """(backend, device)"""
+    return request.param
+
+
+@pytest.fixture(params=TARGETS[1:], ids=lambda target: "-".join(target))
+def kernels(request: pytest.FixtureRequest) -> tuple[str, str]:
+    """(backend, device) of the compiled backends, the plain reference on a CPU left out."""
+    return request.param
