@@ -57,7 +57,6 @@ def resolve_backend(device: torch.device, backend: str | None = None) -> str:
     return name
 
 
-@torch.compiler.assume_constant_result
 def interpreting() -> bool:
     """Whether Triton kernels run in Triton's interpreter, on any device and slowly."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
@@ -71,12 +70,15 @@ def _require(name: str) -> None:
         raise RuntimeError(f"backend {name!r} cannot run: {problem}")
 
 
-@torch.compiler.assume_constant_result
 def _problem(name: str) -> str | None:
     """Why a backend cannot run on this machine, found out once; None where it can."""
     if name not in _problems:
         _problems[name] = _triton_problem() if name == "triton" else _native_problem()
     return _problems[name]
+
+
+# What torch.compiler.assume_constant_result does, less its import of torch._dynamo, which takes a second.
+_problem._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _triton_problem() -> str | None:

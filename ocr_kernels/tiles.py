@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -68,7 +69,7 @@ def extent(rows: int, stride_row: int, columns: int, stride_column: int) -> int:
 
 def padded(size: int, most: int) -> int:
     """A tile's length along a dimension of `size`: a power of two from 16, the least a matrix unit takes, to `most`."""
-    return max(16, min(triton.next_power_of_2(size), most))
+    return max(16, min(1 << (size - 1).bit_length(), most))
 
 
 def dot_dtype(*tensors: Tensor) -> torch.dtype:
@@ -122,14 +123,17 @@ class Blocks(NamedTuple):
 
 
 # For each size of a tile's elements in bytes: (channels, pixels, num_warps, num_stages) where the region tile holds
-# up to 32, 64, 128 and 256 regions. Chosen so that no program spills registers on any architecture.
-TileTable = dict[int, tuple[tuple[int, int, int, int], ...]]
+# up to 32, 64, 128 and 256 regions, and where more than 256 come in tiles of 128. Chosen so that registers do not spill
+# on any architecture.
+TileTable = Mapping[int, tuple[tuple[int, int, int, int], ...]]
 
 
 def blocks_from(table: TileTable, channels: int, regions: int, itemsize: int, most_regions: int = 256) -> Blocks:
-    """Tiles for `channels` channels and all regions up to `most_regions`; more regions come in tiles of half that."""
-    block_k = padded(regions, most_regions) if regions <= most_regions else most_regions // 2
-    block_c, pixels, num_warps, num_stages = table[itemsize][max(5, block_k.bit_length() - 1) - 5]
+    """Tiles for `channels` channels and all regions up to `most_regions`."""
+    many = regions > most_regions
+    block_k = most_regions // 2 if many else padded(regions, most_regions)
+    row = -1 if many else max(block_k.bit_length() - 6, 0)
+    block_c, pixels, num_warps, num_stages = table[itemsize][row]
     return Blocks(padded(channels, block_c), block_k, pixels, num_warps, num_stages)
 
 

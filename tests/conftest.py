@@ -10,7 +10,10 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is first imported
 
-GPU = [pytest.param(("triton", "cuda"), marks=pytest.mark.gpu), pytest.param(("reference", "cuda"), marks=pytest.mark.gpu)]
+GPU = [
+    pytest.param(("triton", "cuda"), marks=pytest.mark.gpu),
+    pytest.param(("reference", "cuda"), marks=pytest.mark.gpu),
+]
 TARGETS = [("reference", "cpu"), *(GPU if torch.cuda.is_available() else [("triton", "cpu")])]
 
 

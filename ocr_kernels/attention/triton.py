@@ -151,9 +151,9 @@ def pixel_region_attention_forward_kernel(
 
 
 FORWARD_TILES = {
-    2: ((64, 64, 4, 2), (64, 64, 8, 2), (64, 64, 8, 2), (32, 32, 8, 2)),
-    4: ((32, 32, 8, 2), (32, 32, 4, 2), (32, 32, 8, 2), (32, 16, 8, 2)),
-    8: ((16, 16, 8, 1),) * 4,
+    2: ((64, 64, 4, 2), (64, 64, 8, 2), (64, 64, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2)),
+    4: ((32, 32, 8, 2), (32, 32, 4, 2), (32, 32, 8, 2), (32, 16, 8, 2), (32, 16, 8, 2)),
+    8: ((16, 16, 8, 1),) * 5,
 }
 
 
@@ -294,13 +294,9 @@ def pixel_region_attention_backward_kernel(
 
     partial += tl.cast(program, tl.int64) * (D + V) * K
     if NEED_KEY:
-        tl.store(
-            tile_pointers(partial, 0, 0, d, k, K, 1, False), dkey * factor, mask=in_d[:, None] & in_k[None, :]
-        )
+        tl.store(tile_pointers(partial, 0, 0, d, k, K, 1, False), dkey * factor, mask=in_d[:, None] & in_k[None, :])
     if NEED_VALUE:
-        tl.store(
-            tile_pointers(partial, D, 0, v, k, K, 1, False), dvalue / LIFT, mask=in_v[:, None] & in_k[None, :]
-        )
+        tl.store(tile_pointers(partial, D, 0, v, k, K, 1, False), dvalue / LIFT, mask=in_v[:, None] & in_k[None, :])
 
 
 @triton.jit
@@ -470,9 +466,7 @@ def pixel_region_attention_backward_regions_kernel(
             mask=in_c[:, None] & in_n[None, :],
             other=0.0,
         )
-        r = tl.load(
-            tile_pointers(region_map, k0, n0, k, n, N, 1, INT64), mask=in_k[:, None] & in_n[None, :], other=0.0
-        )
+        r = tl.load(tile_pointers(region_map, k0, n0, k, n, N, 1, INT64), mask=in_k[:, None] & in_n[None, :], other=0.0)
         total = product(p.to(DOT), tl.trans(r.to(DOT)), total, INPUT_PRECISION)
     partial += tl.cast(program, tl.int64) * C * K
     tl.store(
@@ -483,14 +477,14 @@ def pixel_region_attention_backward_regions_kernel(
 
 
 SCORES_TILES = {
-    2: ((64, 64, 8, 2), (64, 64, 8, 2), (32, 64, 8, 2), (32, 32, 8, 1)),
-    4: ((32, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2), (32, 16, 8, 2)),
-    8: ((16, 16, 8, 1),) * 4,
+    2: ((64, 64, 8, 2), (64, 64, 8, 2), (32, 64, 8, 2), (32, 32, 8, 1), (32, 32, 8, 1)),
+    4: ((32, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2), (32, 16, 8, 2), (32, 16, 8, 2)),
+    8: ((16, 16, 8, 1),) * 5,
 }
 REGIONS_TILES = {
-    2: ((128, 32, 8, 2), (128, 64, 8, 2), (128, 32, 8, 2), (64, 32, 8, 2)),
-    4: ((64, 16, 8, 2),) * 4,
-    8: ((32, 16, 8, 1),) * 4,
+    2: ((128, 32, 8, 2), (128, 64, 8, 2), (128, 32, 8, 2), (64, 32, 8, 2), (128, 32, 8, 2)),
+    4: ((64, 16, 8, 2),) * 5,
+    8: ((32, 16, 8, 1),) * 5,
 }
 
 
@@ -514,11 +508,13 @@ class OnePassBlocks(NamedTuple):
 
 
 def one_pass_blocks(
-    channels: int, value_channels: int, regions: int, itemsize: int, shared_memory: int
+    channels: int, pixels: int, value_channels: int, regions: int, itemsize: int, shared_memory: int
 ) -> OnePassBlocks | None:
     """Tiles of the one-pass backward; None where dkey and dvalue do not fit in a program's registers."""
     block_d, block_v, block_k = (padded(size, 1 << 30) for size in (channels, value_channels, regions))
     tile_bytes = 32768 if shared_memory >= 99000 else 16384
+    if pixels % 8:  # one address a pixel, in registers
+        tile_bytes = 16384
     row_bytes = (block_d + block_v) * itemsize  # of a pixel's query and incoming gradient
     if row_bytes * block_k > 32768 or row_bytes * 16 > tile_bytes:
         return None
@@ -536,14 +532,13 @@ def backward(
     scale: float,
 ) -> None:
     """Fill the gradients that are wanted, in their own strides."""
-    channels, value_channels, regions = query.shape[1], *value.shape[1:]
+    q, dy, dq = query.flatten(2), grad.flatten(2), None if dquery is None else dquery.flatten(2)
     blocks = one_pass_blocks(
-        channels, value_channels, regions, dot_dtype(query).itemsize, device_facts(query.device).shared_memory
+        *q.shape[1:], *value.shape[1:], dot_dtype(q).itemsize, device_facts(q.device).shared_memory
     )
-    one_pass = _backward_in_maps if blocks is None else functools.partial(_backward_in_one_pass, blocks)
-    with torch.cuda.device_of(query):
-        dq = None if dquery is None else dquery.flatten(2)
-        one_pass(dq, dkey, dvalue, grad.flatten(2), query.flatten(2), key, value, scale)
+    run = _backward_in_maps if blocks is None else functools.partial(_backward_in_one_pass, blocks)
+    with torch.cuda.device_of(q):
+        run(dq, dkey, dvalue, dy, q, key, value, scale)
 
 
 def _backward_in_one_pass(

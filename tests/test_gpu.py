@@ -1,0 +1,110 @@
+"""What only a GPU can show: streams, graphs, a second device, large tensors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from ops import GATHER, Op, both_ops
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is visible to PyTorch"),
+]
+backends = pytest.mark.parametrize("backend", ["triton", "reference"])
+
+
+def forward_and_backward(op: Op, backend: str, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    out = op.on(backend)(*inputs)
+    return out, *torch.autograd.grad(out, inputs, torch.ones_like(out))
+
+
+@both_ops
+@backends
+def test_on_another_stream(op: Op, backend: str) -> None:
+    inputs = op.inputs(channels=64, spatial=(64, 64), device="cuda", requires_grad=True)
+    expected = forward_and_backward(op, backend, inputs)
+    streams = [torch.cuda.Stream() for _ in range(3)]
+    results = []
+    for stream in streams:
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            results.append(forward_and_backward(op, backend, inputs))
+    torch.cuda.synchronize()
+    for result in results:
+        assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
+
+
+@both_ops
+@backends
+@pytest.mark.parametrize("regions", [5, 70])
+def test_cuda_graph(op: Op, backend: str, regions: int) -> None:
+    """Captured once, replayed on other numbers."""
+    inputs = op.inputs(regions=regions, channels=32, spatial=(16, 24), device="cuda", requires_grad=True)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        forward_and_backward(op, backend, inputs)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = forward_and_backward(op, backend, inputs)
+    with torch.no_grad():
+        for tensor in inputs:
+            tensor.mul_(0.5)
+    graph.replay()
+    torch.cuda.synchronize()
+    for actual, expected in zip(captured, forward_and_backward(op, backend, inputs), strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+@both_ops
+@backends
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU only")
+def test_second_device(op: Op, backend: str) -> None:
+    """Tensors of a device that is not the current one."""
+    inputs = op.inputs(device="cuda:1", requires_grad=True)
+    with torch.cuda.device(0):
+        results = forward_and_backward(op, backend, inputs)
+    assert all(result.device == torch.device("cuda:1") for result in results)
+    expected = forward_and_backward(op, backend, tuple(t.detach().to("cuda:0").requires_grad_() for t in inputs))
+    for actual, plain in zip(results, expected, strict=True):
+        torch.testing.assert_close(actual.cpu(), plain.cpu())
+
+
+@both_ops
+def test_peak_memory(op: Op) -> None:
+    """A forward needs its output and little more: no map of pixels by regions."""
+    inputs = op.inputs(batch=1, channels=128, regions=150, spatial=(256, 256), dtype=torch.bfloat16, device="cuda")
+    op.on("triton")(*inputs)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    out = op.on("triton")(*inputs)
+    peak = torch.cuda.max_memory_allocated() - before
+    probabilities = 150 * 256 * 256 * 4
+    assert peak - out.nbytes < probabilities
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@both_ops
+def test_parity_at_a_networks_size(op: Op, dtype: torch.dtype) -> None:
+    inputs = op.inputs(
+        batch=2, channels=256, regions=19, spatial=(128, 256), dtype=dtype, device="cuda", requires_grad=True
+    )
+    op.assert_parity("triton", inputs)
+
+
+def test_float32_precision_follows_pytorch() -> None:
+    feats, logits = GATHER.inputs(channels=64, regions=19, spatial=(64, 64), device="cuda")
+    exact = GATHER.definition(feats.double(), logits.double())
+    errors = {}
+    previous = torch.backends.cuda.matmul.fp32_precision
+    try:
+        for precision in ("ieee", "tf32"):
+            torch.backends.cuda.matmul.fp32_precision = precision
+            errors[precision] = (GATHER.on("triton")(feats, logits) - exact).abs().max().item()
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = previous
+    assert errors["ieee"] < 1e-5
+    if torch.cuda.get_device_capability() >= (8, 0):
+        assert errors["tf32"] > errors["ieee"]

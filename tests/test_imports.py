@@ -1,0 +1,159 @@
+"""What importing needs, and which way the dependencies run."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "ocr_kernels"
+
+BLOCKED = """
+import importlib.abc, sys
+class Blocked(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {names!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Blocked())
+"""
+
+
+def run(code: str, **environment: str) -> str:
+    """The output of `code` in a fresh Python."""
+    clean = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "OCR_KERNELS_BACKEND")}
+    process = subprocess.run(
+        [sys.executable, "-c", code],
+        env=clean | {"PYTHONPATH": str(ROOT)} | environment,
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 0, process.stderr
+    return process.stdout
+
+
+def test_works_with_torch_alone() -> None:
+    """No Triton, no compiled library, no NumPy, nothing of the extras."""
+    names = ["triton", "numpy", "rich", "matplotlib", "sklearn", "PIL", "pytest", "hypothesis"]
+    out = run(
+        BLOCKED.format(names=names)
+        + """
+import torch, ocr_kernels, ocr_kernels.modules, ocr_kernels.replace, ocr_kernels.testing, ocr_kernels.cli
+x = torch.randn(1, 2, 3, requires_grad=True)
+ocr_kernels.spatial_gather(x, x).sum().backward()
+ocr_kernels.pixel_region_attention(x, x.detach(), x.detach()).sum().backward()
+print(ocr_kernels.available_backends()["triton"])
+try:
+    ocr_kernels.spatial_gather(x, x, backend="triton")
+except RuntimeError as error:
+    print(error)
+"""
+    )
+    reason, error = out.splitlines()
+    assert reason.startswith("Triton does not import (ModuleNotFoundError: No module named 'triton')")
+    assert error == f"backend 'triton' cannot run: {reason}"
+
+
+def test_importing_loads_neither_triton_nor_the_extras() -> None:
+    out = run(
+        "import sys, torch; before = set(sys.modules); import ocr_kernels;"
+        "print(sorted({n.partition('.')[0] for n in set(sys.modules) - before}))"
+    )
+    assert not {"triton", "rich", "matplotlib", "sklearn", "PIL", "pytest"} & set(ast.literal_eval(out))
+    assert "triton" not in run("import sys, ocr_kernels; print([n for n in sys.modules if n == 'ocr_kernels.tiles'])")
+
+
+def test_ops_exist_after_importing() -> None:
+    assert run("import torch, ocr_kernels; print(torch.ops.ocr_kernels.spatial_gather.default)").startswith(
+        "ocr_kernels.spatial_gather"
+    )
+
+
+@pytest.mark.parametrize(("value", "expected"), [("reference", "ok"), ("native", "cannot run"), ("fast", "one of")])
+def test_environment_variable_chooses(value: str, expected: str) -> None:
+    """A wrong value does not stop the import; the first call says what is wrong."""
+    out = run(
+        """
+import torch, ocr_kernels
+x = torch.randn(1, 2, 3)
+try:
+    ocr_kernels.spatial_gather(x, x)
+    print("ok")
+except (RuntimeError, ValueError) as error:
+    print(error)
+""",
+        OCR_KERNELS_BACKEND=value,
+    )
+    assert expected in out
+
+
+def test_triton_refuses_cpu_tensors_without_the_interpreter() -> None:
+    out = run(
+        """
+import torch, ocr_kernels
+ocr_kernels.backends._problems["triton"] = None  # as on a machine with a GPU
+try:
+    ocr_kernels.spatial_gather(torch.zeros(1, 2, 3), torch.zeros(1, 2, 3), backend="triton")
+except RuntimeError as error:
+    print(error)
+"""
+    )
+    assert out.startswith("backend 'triton' cannot run on a cpu tensor: it needs a GPU tensor")
+
+
+# modules, replace -> functional -> registration -> { reference | triton | native }
+LEVELS = (
+    {"layout", "backends"},
+    {"library", "tiles", "native"},
+    {"gather.reference", "attention.reference", "gather.triton", "attention.triton"},
+    {"gather.registration", "attention.registration"},
+    {"gather.functional", "attention.functional"},
+    {"gather", "attention"},
+    {"", "reference", "testing"},
+    {"modules", "recognition"},
+    {"replace"},
+    {"info", "demo"},
+    {"cli"},
+    {"__main__"},
+)
+
+
+def name_of(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix("__init__").removesuffix(".")
+
+
+def imports(path: Path) -> set[str]:
+    """The modules of this package that a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            inside = [f"{node.module}.{alias.name}" for alias in node.names]
+            names = [n for n in inside if is_module(n)] or [node.module]
+        else:
+            continue
+        found |= {n.removeprefix("ocr_kernels").removeprefix(".") for n in names if n.split(".")[0] == "ocr_kernels"}
+    return found
+
+
+def is_module(name: str) -> bool:
+    path = ROOT / name.replace(".", "/")
+    return name.startswith("ocr_kernels.") and (path.with_suffix(".py").exists() or path.is_dir())
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=name_of)
+def test_dependencies_run_one_way(path: Path) -> None:
+    level = {name: i for i, names in enumerate(LEVELS) for name in names}
+    for imported in imports(path):
+        assert level[imported] < level[name_of(path)], f"{name_of(path)} imports {imported}"
+
+
+@pytest.mark.parametrize("op", ["gather", "attention"])
+def test_each_op_is_the_same_five_files(op: str) -> None:
+    files = {path.name for path in (PACKAGE / op).glob("*.py")}
+    assert files == {"__init__.py", "functional.py", "registration.py", "reference.py", "triton.py"}

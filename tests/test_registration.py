@@ -1,0 +1,278 @@
+"""The ops as PyTorch sees them: fakes, autocast, batching, torch.compile, backends and errors."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+import torch._dynamo.testing
+from ops import ATTENTION, GATHER, Op, all_dtypes, both_ops
+
+import ocr_kernels
+from ocr_kernels import available_backends, pixel_region_attention, spatial_gather, use_backend
+from ocr_kernels.testing import LAYOUTS, Layout
+
+
+def backward_call(op: Op, inputs: tuple, backend: str) -> tuple:
+    """The backward op and arguments for it."""
+    forward = op.overload(*inputs, 0.5, backend)
+    needs = (True,) * len(inputs)
+    overload = getattr(torch.ops.ocr_kernels, op.name + "_backward").default
+    if op is GATHER:
+        return overload, (torch.ones_like(forward[0]), *inputs, *forward, 0.5, *needs, backend)
+    return overload, (torch.ones_like(forward), *inputs, 0.5, *needs, backend)
+
+
+@both_ops
+@all_dtypes
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("requires_grad", [False, True], ids=["inference", "grad"])
+def test_opcheck(op: Op, target: tuple[str, str], dtype: torch.dtype, layout: Layout, requires_grad: bool) -> None:
+    backend, device = target
+    inputs = op.inputs(
+        channels=4, regions=3, spatial=(2, 5), dtype=dtype, layout=layout, device=device, requires_grad=requires_grad
+    )
+    torch.library.opcheck(op.overload, (*inputs, 1.5, backend))
+
+
+@both_ops
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_opcheck_backward(op: Op, target: tuple[str, str], layout: Layout) -> None:
+    backend, device = target
+    inputs = op.inputs(channels=4, regions=3, spatial=(2, 5), layout=layout, device=device)
+    overload, arguments = backward_call(op, inputs, backend)
+    torch.library.opcheck(overload, arguments)
+
+
+@both_ops
+def test_opcheck_empty(op: Op, target: tuple[str, str]) -> None:
+    backend, device = target
+    inputs = op.inputs(batch=0, device=device, requires_grad=True)
+    torch.library.opcheck(op.overload, (*inputs, 1.0, backend))
+
+
+@both_ops
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("spatial", [(6,), (3, 4), (2, 3, 4), (1, 1), (1, 4)])
+def test_memory_formats(op: Op, target: tuple[str, str], layout: Layout, spatial: tuple[int, ...]) -> None:
+    """Results follow the query's memory format, gradients their inputs', and fakes say the same."""
+    backend, device = target
+    inputs = op.inputs(channels=4, spatial=spatial, layout=layout, device=device, requires_grad=True)
+    out = op.on(backend)(*inputs)
+    channels_last = layout == "channels_last" or (layout == "transposed" and len(spatial) == 1)
+    if op is GATHER or not channels_last:
+        assert out.is_contiguous()
+    else:
+        assert out.movedim(1, -1).is_contiguous()
+    gradient = torch.autograd.grad(out.sum(), inputs)[0]
+    if channels_last:
+        assert gradient.movedim(1, -1).is_contiguous()
+    else:
+        assert gradient.is_contiguous()
+    plain = [t.detach() for t in inputs]
+    with torch._subclasses.FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(t) for t in plain]
+        assert op.on(backend)(*fakes).stride() == out.stride()
+
+
+@both_ops
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_compile_without_recompiling(op: Op, target: tuple[str, str], layout: Layout) -> None:
+    """One graph, dynamic in every size, forward and backward."""
+    backend, device = target
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(op.on(backend), fullgraph=True, dynamic=True, backend=counter)
+    compilations = []
+    for batch, channels, regions, spatial in ((2, 6, 5, (7, 9)), (3, 10, 4, (8, 6)), (4, 5, 8, (5, 11))):
+        inputs = op.inputs(
+            batch=batch,
+            channels=channels,
+            regions=regions,
+            spatial=spatial,
+            layout=layout,
+            device=device,
+            requires_grad=True,
+        )
+        out, expected = compiled(*inputs), op.on(backend)(*inputs)
+        torch.testing.assert_close(out, expected)
+        assert out.stride() == expected.stride()
+        gradients = torch.autograd.grad(out.sum(), inputs)
+        torch.testing.assert_close(gradients, torch.autograd.grad(expected.sum(), inputs))
+        compilations.append(counter.frame_count)
+    assert compilations == compilations[:1] * 3
+
+
+@both_ops
+def test_compile_with_inductor(op: Op, target: tuple[str, str]) -> None:
+    backend, device = target
+    torch._dynamo.reset()
+    inputs = op.inputs(device=device, requires_grad=True)
+
+    def block(*tensors):
+        return torch.relu(op.on(backend)(*(t * 2 for t in tensors)) + 1)
+
+    compiled = torch.compile(block, fullgraph=True)
+    torch.testing.assert_close(compiled(*inputs), block(*inputs))
+    gradients = torch.autograd.grad(compiled(*inputs).sum(), inputs)
+    torch.testing.assert_close(gradients, torch.autograd.grad(block(*inputs).sum(), inputs))
+
+
+@pytest.mark.parametrize("autocast_dtype", [torch.bfloat16, torch.float16])
+def test_autocast(target: tuple[str, str], autocast_dtype: torch.dtype) -> None:
+    """feats, query, key and value are cast; logits, and what is float64, are not."""
+    backend, device = target
+    feats, logits = GATHER.inputs(device=device, requires_grad=True)
+    query, key, value = ATTENTION.inputs(device=device, requires_grad=True)
+    with torch.autocast(device, autocast_dtype):
+        gathered = spatial_gather(feats, logits, backend=backend)
+        attended = pixel_region_attention(query.to(autocast_dtype), key, value, backend=backend)
+        assert spatial_gather(feats.double(), logits.double(), backend=backend).dtype == torch.float64
+        with pytest.raises(TypeError, match="key must have the dtype of query, torch.float64"):
+            pixel_region_attention(query.double(), key, value, backend=backend)
+    assert gathered.dtype == attended.dtype == autocast_dtype
+    assert torch.equal(gathered, spatial_gather(feats.to(autocast_dtype), logits, backend=backend))
+    lower = [t.to(autocast_dtype) for t in (query, key, value)]
+    assert torch.equal(attended, pixel_region_attention(*lower, backend=backend))
+    gradients = torch.autograd.grad(gathered.sum() + attended.sum(), (feats, logits, query, key, value))
+    assert all(g.dtype == torch.float32 for g in gradients)
+
+
+@both_ops
+def test_vmap(op: Op, target: tuple[str, str]) -> None:
+    """Over any argument and dimension, against a loop."""
+    backend, device = target
+    inputs = op.inputs(device=device)
+    stacked = [torch.stack([t, t.flip(1), t * 2], dim=1) for t in inputs]
+    everywhere = torch.vmap(op.on(backend), in_dims=1)(*stacked)
+    for i in range(3):
+        torch.testing.assert_close(everywhere[i], op.on(backend)(*(s[:, i] for s in stacked)))
+    first_only = torch.vmap(op.on(backend), in_dims=(1, *(None for _ in inputs[1:])), out_dims=1)(
+        stacked[0], *inputs[1:]
+    )
+    for i in range(3):
+        torch.testing.assert_close(first_only[:, i], op.on(backend)(stacked[0][:, i], *inputs[1:]))
+
+
+@both_ops
+def test_vmap_of_the_backward(op: Op, target: tuple[str, str]) -> None:
+    backend, device = target
+    inputs = op.inputs(device=device, requires_grad=True)
+    out = op.on(backend)(*inputs)
+    directions = torch.stack([torch.ones_like(out), torch.cos(out.detach())])
+    batched = torch.autograd.grad(out, inputs, directions, is_grads_batched=True, retain_graph=True)
+    for i in range(2):
+        single = torch.autograd.grad(out, inputs, directions[i], retain_graph=True)
+        torch.testing.assert_close([b[i] for b in batched], list(single))
+
+
+# Backends
+
+
+def test_available_backends() -> None:
+    backends = available_backends()
+    assert list(backends) == ["reference", "triton", "native"]
+    assert backends["reference"] is True
+    assert all(reason is True or (isinstance(reason, str) and reason) for reason in backends.values())
+
+
+def test_use_backend_is_nested_and_restored(monkeypatch: pytest.MonkeyPatch) -> None:
+    used = []
+    monkeypatch.setattr(
+        "ocr_kernels.gather.functional.spatial_gather_op", lambda *args: used.append(args[-1]) or (args[0],)
+    )
+    x = torch.randn(1, 2, 3)
+    with use_backend("triton"):
+        spatial_gather(x, x, backend="reference")
+        with use_backend("reference"):
+            spatial_gather(x, x)
+        with pytest.raises(ZeroDivisionError), use_backend(None):
+            spatial_gather(x, x)
+            raise ZeroDivisionError
+        ocr_kernels.backends._problems["triton"] or used.append("triton")
+    spatial_gather(x, x)
+    assert used == ["reference", "reference", "reference", "triton", "reference"]
+
+
+def test_use_backend_reaches_other_threads() -> None:
+    seen = []
+    with use_backend("reference"):
+        thread = threading.Thread(target=lambda: seen.append(ocr_kernels.backends._selected))
+        thread.start()
+        thread.join()
+    assert seen == ["reference"]
+
+
+def test_backward_runs_on_the_forwards_backend(kernels: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    backend, device = kernels
+    feats, logits = GATHER.inputs(device=device, requires_grad=True)
+    with use_backend(backend):
+        out = spatial_gather(feats, logits)
+    expected = torch.autograd.grad(spatial_gather(feats, logits, backend=backend).sum(), (feats, logits))
+    called = []
+    module = __import__(f"ocr_kernels.gather.{backend}", fromlist=["backward"])
+    original = module.backward
+    monkeypatch.setattr(module, "backward", lambda *args: called.append(backend) or original(*args))
+    actual = torch.autograd.grad(out.sum(), (feats, logits))
+    assert called == [backend]
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+def test_unknown_and_impossible_backends() -> None:
+    x = torch.randn(1, 2, 3)
+    with pytest.raises(ValueError, match="backend must be one of reference, triton, native, but is 'cuda'"):
+        spatial_gather(x, x, backend="cuda")
+    with pytest.raises(ValueError, match="but is 'fastest'"), use_backend("fastest"):
+        raise AssertionError("the block must not run")
+    with pytest.raises(RuntimeError, match="backend 'native' cannot run: .*no compiled library"):
+        spatial_gather(x, x, backend="native")
+    with pytest.raises(RuntimeError, match="backend 'native' cannot run"), use_backend("native"):
+        raise AssertionError("the block must not run")
+
+
+# Errors
+
+x3, x4 = torch.zeros(2, 3, 5), torch.zeros(2, 3, 4, 5)
+region = torch.zeros(2, 3, 6)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: spatial_gather([1.0], x3), TypeError, "feats must be a tensor, but is list"),
+        (lambda: spatial_gather(x3, None), TypeError, "logits must be a tensor, but is NoneType"),
+        (lambda: spatial_gather(x3.int(), x3), TypeError, "feats must be float64, .*but is torch.int32"),
+        (lambda: spatial_gather(x3, x3.bool()), TypeError, "logits must be float64, .*but is torch.bool"),
+        (lambda: spatial_gather(x3, x3, "1"), RuntimeError, "argument 'scale'"),
+        (lambda: spatial_gather(x3[0], x3[0]), ValueError, r"feats must have shape \[B, C, \*S\].*but has \(3, 5\)"),
+        (lambda: spatial_gather(x3[:, :0], x3), ValueError, "feats must have shape .*C >= 1"),
+        (lambda: spatial_gather(x3, x3[:, :0]), ValueError, "logits must have shape .*K >= 1"),
+        (lambda: spatial_gather(x3, x3[:1]), ValueError, r"logits .* beside feats \(2, 3, 5\), but has \(1, 3, 5\)"),
+        (lambda: spatial_gather(x4, x3), ValueError, "logits must have shape"),
+        (lambda: spatial_gather(x3, x3[:, :, :4]), ValueError, "logits must have shape"),
+        (lambda: spatial_gather(x3, x3.to("meta")), ValueError, "logits must be on the device of feats, cpu, .*meta"),
+        (lambda: pixel_region_attention(1, region, region), TypeError, "query must be a tensor, but is int"),
+        (lambda: pixel_region_attention(x4, region, 2), TypeError, "value must be a tensor, but is int"),
+        (lambda: pixel_region_attention(x4.long(), region, region), TypeError, "query must be float64"),
+        (lambda: pixel_region_attention(x4, region.half(), region), TypeError, "key must have the dtype of query"),
+        (lambda: pixel_region_attention(x4, region, region.double()), TypeError, "value must have the dtype of query"),
+        (lambda: pixel_region_attention(x4[0, 0], region, region), ValueError, "query must have shape"),
+        (lambda: pixel_region_attention(x4, region[:, :2], region), ValueError, r"key .* beside query \(2, 3, 4, 5\)"),
+        (lambda: pixel_region_attention(x4, region[..., None], region), ValueError, "key must have shape"),
+        (lambda: pixel_region_attention(x4, region[..., :0], region[..., :0]), ValueError, "key .*K >= 1"),
+        (lambda: pixel_region_attention(x4, region, region[..., :5]), ValueError, r"value .* beside key \(2, 3, 6\)"),
+        (lambda: pixel_region_attention(x4, region, region[:, :0]), ValueError, "value .*Dv >= 1"),
+        (lambda: pixel_region_attention(x4, region, region.to("meta")), ValueError, "value must be on the device"),
+    ],
+)
+def test_errors_name_the_argument(call, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_the_registered_ops_check_too() -> None:
+    with pytest.raises(ValueError, match="logits must have shape"):
+        torch.ops.ocr_kernels.spatial_gather(x3, x4)
+    with pytest.raises(ValueError, match="key must have shape"):
+        torch.ops.ocr_kernels.pixel_region_attention(x4, region[:, :2], region)
