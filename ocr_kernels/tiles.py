@@ -22,16 +22,48 @@ TL = {torch.float64: tl.float64, torch.float32: tl.float32, torch.bfloat16: tl.b
 
 
 @triton.jit
-def tile_pointers(base, row, column, rows, columns, stride_row, stride_column, INT64: tl.constexpr):
-    """Addresses of base[row + rows[:, None], column + columns[None, :]].
+def tile_pointers(
+    base, row, column, stride_row, stride_column,
+    INT64: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Addresses of the [ROWS, COLUMNS] tile of a matrix at `base` whose corner is (row, column).
 
-    The tile's corner is always addressed in 64 bits, offsets inside it only where they need it: INT64.
+    The corner is always addressed in 64 bits, offsets inside the tile only where they need it: INT64.
     """
     base += tl.cast(row, tl.int64) * stride_row + tl.cast(column, tl.int64) * stride_column
+    rows = tl.arange(0, ROWS)
+    columns = tl.arange(0, COLUMNS)
     if INT64:
         rows = rows.to(tl.int64)
         columns = columns.to(tl.int64)
     return base + rows[:, None] * stride_row + columns[None, :] * stride_column
+
+
+@triton.jit
+def tile_mask(row, column, height, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Which elements of the tile lie inside a matrix [height, width]."""
+    return (row + tl.arange(0, ROWS) < height)[:, None] & (column + tl.arange(0, COLUMNS) < width)[None, :]
+
+
+@triton.jit
+def load_tile(
+    base, row, column, height, width, stride_row, stride_column,
+    INT64: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """The tile, with zeros where it lies outside the matrix [height, width]."""
+    pointers = tile_pointers(base, row, column, stride_row, stride_column, INT64, ROWS, COLUMNS)
+    return tl.load(pointers, mask=tile_mask(row, column, height, width, ROWS, COLUMNS), other=0.0)
+
+
+@triton.jit
+def store_tile(
+    base, tile, row, column, height, width, stride_row, stride_column,
+    INT64: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Store the part of the tile inside the matrix [height, width], rounded to its dtype."""
+    pointers = tile_pointers(base, row, column, stride_row, stride_column, INT64, ROWS, COLUMNS)
+    mask = tile_mask(row, column, height, width, ROWS, COLUMNS)
+    tl.store(pointers, narrow(tile, base.dtype.element_ty), mask=mask)
 
 
 # Triton's interpreter multiplies bfloat16 tiles as the integers that store them, and truncates when it narrows to

@@ -25,12 +25,13 @@ from ocr_kernels.tiles import (
     extent,
     input_precision,
     lift,
+    load_tile,
     narrow,
     padded,
     product,
     requires_int64_offsets,
     split,
-    tile_pointers,
+    store_tile,
 )
 
 
@@ -42,22 +43,10 @@ def channel_product(
     BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """sum over channels of regions[c, k] * pixels[c, n], a [BLOCK_K, BLOCK_N] tile."""
-    c = tl.arange(0, BLOCK_C)
-    k = tl.arange(0, BLOCK_K)
-    n = tl.arange(0, BLOCK_N)
     total = tl.zeros([BLOCK_K, BLOCK_N], ACCUMULATOR)
     for c0 in range(0, CHANNELS, BLOCK_C):
-        in_c = c0 + c < CHANNELS
-        p = tl.load(
-            tile_pointers(pixels, c0, n0, c, n, pixels_stride_c, pixels_stride_n, INT64),
-            mask=in_c[:, None] & (n0 + n < N)[None, :],
-            other=0.0,
-        )
-        r = tl.load(
-            tile_pointers(regions, c0, k0, c, k, regions_stride_c, regions_stride_k, INT64),
-            mask=in_c[:, None] & (k0 + k < K)[None, :],
-            other=0.0,
-        )
+        p = load_tile(pixels, c0, n0, CHANNELS, N, pixels_stride_c, pixels_stride_n, INT64, BLOCK_C, BLOCK_N)
+        r = load_tile(regions, c0, k0, CHANNELS, K, regions_stride_c, regions_stride_k, INT64, BLOCK_C, BLOCK_K)
         total = product(tl.trans(r.to(DOT)), p.to(DOT), total, INPUT_PRECISION)
     return total
 
@@ -104,10 +93,7 @@ def pixel_region_attention_forward_kernel(
     key += image * key_stride_b
     value += image * value_stride_b
 
-    v = tl.arange(0, BLOCK_C)
     k = tl.arange(0, BLOCK_K)
-    n = tl.arange(0, BLOCK_N)
-    in_n = n0 + n < N
     factor = tl.full((), scale, ACCUMULATOR)
     maximum = tl.full([BLOCK_N], float("-inf"), ACCUMULATOR)
     total = tl.zeros([BLOCK_N], ACCUMULATOR)
@@ -127,7 +113,6 @@ def pixel_region_attention_forward_kernel(
 
     shift = tl.where(maximum == float("-inf"), 0.0, maximum)
     for v0 in range(0, V, BLOCK_C):
-        in_v = v0 + v < V
         context = tl.zeros([BLOCK_C, BLOCK_N], ACCUMULATOR)
         for k0 in range(0, REGION_TILES * BLOCK_K, BLOCK_K):
             if REGION_TILES > 1:  # too many regions to have kept their weights
@@ -137,17 +122,9 @@ def pixel_region_attention_forward_kernel(
                 )  # fmt: skip
                 scores = tl.where((k0 + k < K)[:, None], scores * factor, float("-inf"))
                 rounded = narrow(tl.exp(scores - shift[None, :]) * LIFT, DOT)
-            region = tl.load(
-                tile_pointers(value, v0, k0, v, k, value_stride_v, value_stride_k, INT64),
-                mask=in_v[:, None] & (k0 + k < K)[None, :],
-                other=0.0,
-            )
+            region = load_tile(value, v0, k0, V, K, value_stride_v, value_stride_k, INT64, BLOCK_C, BLOCK_K)
             context = product(region.to(DOT), rounded, context, INPUT_PRECISION)
-        tl.store(
-            tile_pointers(out, v0, n0, v, n, out_stride_v, out_stride_n, INT64),
-            narrow(context / total[None, :], out.dtype.element_ty),
-            mask=in_v[:, None] & in_n[None, :],
-        )
+        store_tile(out, context / total[None, :], v0, n0, V, N, out_stride_v, out_stride_n, INT64, BLOCK_C, BLOCK_N)
 
 
 FORWARD_TILES = {
@@ -240,39 +217,18 @@ def pixel_region_attention_backward_kernel(
     dquery += image * dquery_stride_b
     grad += image * grad_stride_b
     query += image * query_stride_b
+    key += image * key_stride_b
+    value += image * value_stride_b
 
-    d = tl.arange(0, BLOCK_D)
-    v = tl.arange(0, BLOCK_V)
-    k = tl.arange(0, BLOCK_K)
-    n = tl.arange(0, BLOCK_N)
-    in_d = d < D
-    in_v = v < V
-    in_k = k < K
+    in_k = tl.arange(0, BLOCK_K) < K
     factor = tl.full((), scale, ACCUMULATOR)
-    key_tile = tl.load(
-        tile_pointers(key + image * key_stride_b, 0, 0, d, k, key_stride_d, key_stride_k, INT64),
-        mask=in_d[:, None] & in_k[None, :],
-        other=0.0,
-    ).to(DOT)
-    value_tile = tl.load(
-        tile_pointers(value + image * value_stride_b, 0, 0, v, k, value_stride_v, value_stride_k, INT64),
-        mask=in_v[:, None] & in_k[None, :],
-        other=0.0,
-    ).to(DOT)
+    key_tile = load_tile(key, 0, 0, D, K, key_stride_d, key_stride_k, INT64, BLOCK_D, BLOCK_K).to(DOT)
+    value_tile = load_tile(value, 0, 0, V, K, value_stride_v, value_stride_k, INT64, BLOCK_V, BLOCK_K).to(DOT)
     dkey = tl.zeros([BLOCK_D, BLOCK_K], ACCUMULATOR)
     dvalue = tl.zeros([BLOCK_V, BLOCK_K], ACCUMULATOR)
     for n0 in range(start, min(start + chunk, N), BLOCK_N):
-        in_n = n0 + n < N
-        q = tl.load(
-            tile_pointers(query, 0, n0, d, n, query_stride_d, query_stride_n, INT64),
-            mask=in_d[:, None] & in_n[None, :],
-            other=0.0,
-        ).to(DOT)
-        dy = tl.load(
-            tile_pointers(grad, 0, n0, v, n, grad_stride_v, grad_stride_n, INT64),
-            mask=in_v[:, None] & in_n[None, :],
-            other=0.0,
-        ).to(DOT)
+        q = load_tile(query, 0, n0, D, N, query_stride_d, query_stride_n, INT64, BLOCK_D, BLOCK_N).to(DOT)
+        dy = load_tile(grad, 0, n0, V, N, grad_stride_v, grad_stride_n, INT64, BLOCK_V, BLOCK_N).to(DOT)
         scores = product(tl.trans(key_tile), q, tl.zeros([BLOCK_K, BLOCK_N], ACCUMULATOR), INPUT_PRECISION) * factor
         scores = tl.where(in_k[:, None], scores, float("-inf"))
         weights = tl.exp(scores - tl.max(scores, 0)[None, :])
@@ -282,11 +238,7 @@ def pixel_region_attention_backward_kernel(
             dscores = narrow(weights * (dweights - tl.sum(weights * dweights, 0)[None, :]), DOT)
         if NEED_QUERY:
             dq = product(key_tile, dscores, tl.zeros([BLOCK_D, BLOCK_N], ACCUMULATOR), INPUT_PRECISION) * factor
-            tl.store(
-                tile_pointers(dquery, 0, n0, d, n, dquery_stride_d, dquery_stride_n, INT64),
-                narrow(dq, dquery.dtype.element_ty),
-                mask=in_d[:, None] & in_n[None, :],
-            )
+            store_tile(dquery, dq, 0, n0, D, N, dquery_stride_d, dquery_stride_n, INT64, BLOCK_D, BLOCK_N)
         if NEED_KEY:
             dkey = product(q, tl.trans(dscores), dkey, INPUT_PRECISION)
         if NEED_VALUE:
@@ -294,9 +246,9 @@ def pixel_region_attention_backward_kernel(
 
     partial += tl.cast(program, tl.int64) * (D + V) * K
     if NEED_KEY:
-        tl.store(tile_pointers(partial, 0, 0, d, k, K, 1, False), dkey * factor, mask=in_d[:, None] & in_k[None, :])
+        store_tile(partial, dkey * factor, 0, 0, D, K, K, 1, False, BLOCK_D, BLOCK_K)
     if NEED_VALUE:
-        tl.store(tile_pointers(partial, D, 0, v, k, K, 1, False), dvalue / LIFT, mask=in_v[:, None] & in_k[None, :])
+        store_tile(partial, dvalue / LIFT, D, 0, D + V, K, K, 1, False, BLOCK_V, BLOCK_K)
 
 
 @triton.jit
@@ -370,9 +322,6 @@ def pixel_region_attention_backward_scores_kernel(
     weights_map += image * K * N
     dscores_map += image * K * N
 
-    k = tl.arange(0, BLOCK_K)
-    n = tl.arange(0, BLOCK_N)
-    in_n = n0 + n < N
     factor = tl.full((), scale, ACCUMULATOR)
     maximum = tl.full([BLOCK_N], float("-inf"), ACCUMULATOR)
     shift = maximum
@@ -405,19 +354,10 @@ def pixel_region_attention_backward_scores_kernel(
                 NEED_SCORES, DOT, INPUT_PRECISION, INT64, BLOCK_C, BLOCK_K, BLOCK_N,
             )  # fmt: skip
         weights = tl.exp(scores - shift[None, :]) / total[None, :]
-        inside = (k0 + k < K)[:, None] & in_n[None, :]
         if NEED_VALUE:
-            tl.store(
-                tile_pointers(weights_map, k0, n0, k, n, N, 1, INT64),
-                narrow(weights * LIFT, weights_map.dtype.element_ty),
-                mask=inside,
-            )
+            store_tile(weights_map, weights * LIFT, k0, n0, K, N, N, 1, INT64, BLOCK_K, BLOCK_N)
         if NEED_SCORES:
-            tl.store(
-                tile_pointers(dscores_map, k0, n0, k, n, N, 1, INT64),
-                narrow(weights * (dweights - row[None, :]), dscores_map.dtype.element_ty),
-                mask=inside,
-            )
+            store_tile(dscores_map, weights * (dweights - row[None, :]), k0, n0, K, N, N, 1, INT64, BLOCK_K, BLOCK_N)
 
 
 @triton.jit
@@ -453,27 +393,13 @@ def pixel_region_attention_backward_regions_kernel(
     region_map += image * K * N
 
     ACCUMULATOR: tl.constexpr = partial.dtype.element_ty
-    c = tl.arange(0, BLOCK_C)
-    k = tl.arange(0, BLOCK_K)
-    n = tl.arange(0, BLOCK_N)
-    in_c = c0 + c < C
-    in_k = k0 + k < K
     total = tl.zeros([BLOCK_C, BLOCK_K], ACCUMULATOR)
     for n0 in range(start, min(start + chunk, N), BLOCK_N):
-        in_n = n0 + n < N
-        p = tl.load(
-            tile_pointers(pixels, c0, n0, c, n, pixels_stride_c, pixels_stride_n, INT64),
-            mask=in_c[:, None] & in_n[None, :],
-            other=0.0,
-        )
-        r = tl.load(tile_pointers(region_map, k0, n0, k, n, N, 1, INT64), mask=in_k[:, None] & in_n[None, :], other=0.0)
+        p = load_tile(pixels, c0, n0, C, N, pixels_stride_c, pixels_stride_n, INT64, BLOCK_C, BLOCK_N)
+        r = load_tile(region_map, k0, n0, K, N, N, 1, INT64, BLOCK_K, BLOCK_N)
         total = product(p.to(DOT), tl.trans(r.to(DOT)), total, INPUT_PRECISION)
     partial += tl.cast(program, tl.int64) * C * K
-    tl.store(
-        tile_pointers(partial, c0, k0, c, k, K, 1, False),
-        total * tl.full((), factor, ACCUMULATOR),
-        mask=in_c[:, None] & in_k[None, :],
-    )
+    store_tile(partial, total * tl.full((), factor, ACCUMULATOR), c0, k0, C, K, K, 1, False, BLOCK_C, BLOCK_K)
 
 
 SCORES_TILES = {
@@ -508,7 +434,7 @@ class OnePassBlocks(NamedTuple):
 
 
 def one_pass_blocks(
-    channels: int, pixels: int, value_channels: int, regions: int, itemsize: int, shared_memory: int
+    channels: int, value_channels: int, regions: int, pixels: int, itemsize: int, shared_memory: int
 ) -> OnePassBlocks | None:
     """Tiles of the one-pass backward; None where dkey and dvalue do not fit in a program's registers."""
     block_d, block_v, block_k = (padded(size, 1 << 30) for size in (channels, value_channels, regions))
@@ -533,9 +459,9 @@ def backward(
 ) -> None:
     """Fill the gradients that are wanted, in their own strides."""
     q, dy, dq = query.flatten(2), grad.flatten(2), None if dquery is None else dquery.flatten(2)
-    blocks = one_pass_blocks(
-        *q.shape[1:], *value.shape[1:], dot_dtype(q).itemsize, device_facts(q.device).shared_memory
-    )
+    (_, channels, pixels), (_, value_channels, regions) = q.shape, value.shape
+    shared_memory = device_facts(q.device).shared_memory
+    blocks = one_pass_blocks(channels, value_channels, regions, pixels, dot_dtype(q).itemsize, shared_memory)
     run = _backward_in_maps if blocks is None else functools.partial(_backward_in_one_pass, blocks)
     with torch.cuda.device_of(q):
         run(dq, dkey, dvalue, dy, q, key, value, scale)

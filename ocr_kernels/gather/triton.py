@@ -20,11 +20,12 @@ from ocr_kernels.tiles import (
     extent,
     input_precision,
     lift,
+    load_tile,
     narrow,
     product,
     requires_int64_offsets,
     split,
-    tile_pointers,
+    store_tile,
 )
 
 
@@ -66,10 +67,8 @@ def spatial_gather_forward_kernel(
     feats += image * feats_stride_b
     logits += image * logits_stride_b
 
-    c = tl.arange(0, BLOCK_C)
     k = tl.arange(0, BLOCK_K)
     n = tl.arange(0, BLOCK_N)
-    in_c = c0 + c < C
     in_k = k0 + k < K
     factor = tl.full((), scale, ACCUMULATOR)
     maximum = tl.full([BLOCK_K], float("-inf"), ACCUMULATOR)
@@ -78,16 +77,8 @@ def spatial_gather_forward_kernel(
     sums = tl.zeros([BLOCK_C, BLOCK_K], ACCUMULATOR)
     for n0 in range(start, min(start + chunk, N), BLOCK_N):
         in_n = n0 + n < N
-        m = tl.load(
-            tile_pointers(logits, k0, n0, k, n, logits_stride_k, logits_stride_n, INT64),
-            mask=in_k[:, None] & in_n[None, :],
-            other=0.0,
-        )
-        x = tl.load(
-            tile_pointers(feats, c0, n0, c, n, feats_stride_c, feats_stride_n, INT64),
-            mask=in_c[:, None] & in_n[None, :],
-            other=0.0,
-        ).to(DOT)
+        m = load_tile(logits, k0, n0, K, N, logits_stride_k, logits_stride_n, INT64, BLOCK_K, BLOCK_N)
+        x = load_tile(feats, c0, n0, C, N, feats_stride_c, feats_stride_n, INT64, BLOCK_C, BLOCK_N).to(DOT)
         scores = tl.where(in_n[None, :], m.to(ACCUMULATOR) * factor, float("-inf"))  # [BLOCK_K, BLOCK_N]
         new_maximum = tl.maximum(maximum, tl.max(scores, 1))
         shift = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)  # no pixel above -inf yet
@@ -104,7 +95,7 @@ def spatial_gather_forward_kernel(
     tl.store(stats + K, total, mask=in_k)
     tl.store(stats + 2 * K, rounded_total, mask=in_k)
     partial += tl.cast(program, tl.int64) * C * K
-    tl.store(tile_pointers(partial, c0, k0, c, k, K, 1, False), sums, mask=in_c[:, None] & in_k[None, :])
+    store_tile(partial, sums, c0, k0, C, K, K, 1, False, BLOCK_C, BLOCK_K)
 
 
 @triton.jit
@@ -223,13 +214,8 @@ def spatial_gather_weights(
 ):  # fmt: skip
     """P = exp(scale * M - maximum) / sum, a [BLOCK_K, BLOCK_N] tile of the softmax over pixels."""
     k = tl.arange(0, BLOCK_K)
-    n = tl.arange(0, BLOCK_N)
     in_k = k0 + k < K
-    m = tl.load(
-        tile_pointers(logits, k0, n0, k, n, stride_k, stride_n, INT64),
-        mask=in_k[:, None] & (n0 + n < N)[None, :],
-        other=0.0,
-    )
+    m = load_tile(logits, k0, n0, K, N, stride_k, stride_n, INT64, BLOCK_K, BLOCK_N)
     maximum = tl.load(stats + k0 + k, mask=in_k, other=0.0)
     total = tl.load(stats + K + k0 + k, mask=in_k, other=1.0)
     return tl.exp(m.to(factor.dtype) * factor - maximum[:, None]) / total[:, None]
@@ -284,64 +270,36 @@ def spatial_gather_backward_kernel(
     stats += image * 2 * K
     row += image * K
 
-    c = tl.arange(0, BLOCK_C)
     k = tl.arange(0, BLOCK_K)
-    n = tl.arange(0, BLOCK_N)
-    in_n = n0 + n < N
     factor = tl.full((), scale, ACCUMULATOR)
     for k0 in range(0, REGION_TILES * BLOCK_K, BLOCK_K):
-        in_k = k0 + k < K
         weights = spatial_gather_weights(
             logits, stats, k0, n0, K, N, factor, logits_stride_k, logits_stride_n, INT64, BLOCK_K, BLOCK_N
         )
         rounded = narrow(weights * LIFT, DOT)
         dweights = tl.zeros([BLOCK_K, BLOCK_N], ACCUMULATOR)
         for c0 in range(0, C, BLOCK_C):
-            in_c = c0 + c < C
-            g = tl.load(
-                tile_pointers(grad, c0, k0, c, k, K, 1, False), mask=in_c[:, None] & in_k[None, :], other=0.0
-            ).to(DOT)
+            g = load_tile(grad, c0, k0, C, K, K, 1, False, BLOCK_C, BLOCK_K).to(DOT)
             if NEED_LOGITS:
-                x = tl.load(
-                    tile_pointers(feats, c0, n0, c, n, feats_stride_c, feats_stride_n, INT64),
-                    mask=in_c[:, None] & in_n[None, :],
-                    other=0.0,
-                ).to(DOT)
+                x = load_tile(feats, c0, n0, C, N, feats_stride_c, feats_stride_n, INT64, BLOCK_C, BLOCK_N).to(DOT)
                 dweights = product(tl.trans(g), x, dweights, INPUT_PRECISION)
             if NEED_FEATS and REGION_TILES == 1:
                 dx = product(g, rounded, tl.zeros([BLOCK_C, BLOCK_N], ACCUMULATOR), INPUT_PRECISION) / LIFT
-                tl.store(
-                    tile_pointers(dfeats, c0, n0, c, n, dfeats_stride_c, dfeats_stride_n, INT64),
-                    narrow(dx, dfeats.dtype.element_ty),
-                    mask=in_c[:, None] & in_n[None, :],
-                )
+                store_tile(dfeats, dx, c0, n0, C, N, dfeats_stride_c, dfeats_stride_n, INT64, BLOCK_C, BLOCK_N)
         if NEED_LOGITS:
-            shared = tl.load(row + k0 + k, mask=in_k, other=0.0)
+            shared = tl.load(row + k0 + k, mask=k0 + k < K, other=0.0)
             dm = factor * weights * (dweights - shared[:, None])
-            tl.store(
-                tile_pointers(dlogits, k0, n0, k, n, dlogits_stride_k, dlogits_stride_n, INT64),
-                narrow(dm, dlogits.dtype.element_ty),
-                mask=in_k[:, None] & in_n[None, :],
-            )
+            store_tile(dlogits, dm, k0, n0, K, N, dlogits_stride_k, dlogits_stride_n, INT64, BLOCK_K, BLOCK_N)
     if NEED_FEATS and REGION_TILES > 1:
         for c0 in range(0, C, BLOCK_C):
-            in_c = c0 + c < C
             dx = tl.zeros([BLOCK_C, BLOCK_N], ACCUMULATOR)
             for k0 in range(0, REGION_TILES * BLOCK_K, BLOCK_K):
                 weights = spatial_gather_weights(
                     logits, stats, k0, n0, K, N, factor, logits_stride_k, logits_stride_n, INT64, BLOCK_K, BLOCK_N
                 )
-                g = tl.load(
-                    tile_pointers(grad, c0, k0, c, k, K, 1, False),
-                    mask=in_c[:, None] & (k0 + k < K)[None, :],
-                    other=0.0,
-                ).to(DOT)
+                g = load_tile(grad, c0, k0, C, K, K, 1, False, BLOCK_C, BLOCK_K).to(DOT)
                 dx = product(g, narrow(weights * LIFT, DOT), dx, INPUT_PRECISION)
-            tl.store(
-                tile_pointers(dfeats, c0, n0, c, n, dfeats_stride_c, dfeats_stride_n, INT64),
-                narrow(dx / LIFT, dfeats.dtype.element_ty),
-                mask=in_c[:, None] & in_n[None, :],
-            )
+            store_tile(dfeats, dx / LIFT, c0, n0, C, N, dfeats_stride_c, dfeats_stride_n, INT64, BLOCK_C, BLOCK_N)
 
 
 BACKWARD_TILES = {

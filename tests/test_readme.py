@@ -1,0 +1,19 @@
+"""The README's Python runs as it is written."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+BLOCKS = re.findall(r"```python\n(.*?)```", (Path(__file__).parent.parent / "README.md").read_text(), re.DOTALL)
+
+
+@pytest.mark.parametrize("block", range(len(BLOCKS)))
+def test_readme_block(block: int) -> None:
+    exec(BLOCKS[block], {})
+
+
+def test_readme_has_python() -> None:
+    assert len(BLOCKS) >= 3
