@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import os
 import re
@@ -48,6 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     junit = args.out / "tests.xml"
     # a package that one test file lacks must not cost the others
     pytest = ["pytest", "-m", "gpu", "--continue-on-collection-errors", f"--junitxml={junit}"]
+    if importlib.util.find_spec("xdist"):  # most of the time goes into compiling kernels
+        pytest += ["-n", str(min(12, os.cpu_count() or 1))]
     tests = _step(pytest, args.out / "tests.log", TEST_SECONDS)
     benchmarks = _step(
         ["benchmarks", "--device", "cuda", "--json", str(results), "--commit", record["commit"]],

@@ -179,7 +179,7 @@ def forward(out: Tensor, stats: Tensor, feats: Tensor, logits: Tensor, scale: fl
             **blocks.arguments(),
         )  # fmt: skip
         spatial_gather_reduce_kernel[(triton.cdiv(channels * regions, 128), batch)](
-            partial, partial_stats, out, stats, channels, regions, splits, BLOCK_S=16, BLOCK_E=128
+            partial, partial_stats, out, stats, channels, regions, splits, BLOCK_S=8, BLOCK_E=128
         )
 
 
