@@ -6,7 +6,16 @@ The gather's softmax runs over pixels, once per region; the attention's runs ove
 from ocr_kernels.attention import pixel_region_attention
 from ocr_kernels.backends import available_backends, use_backend
 from ocr_kernels.gather import spatial_gather
+from ocr_kernels.replace import ReplacementReport, replace_ocr_modules, restore_ocr_modules
 
 __version__ = "0.1.0"
 
-__all__ = ["available_backends", "pixel_region_attention", "spatial_gather", "use_backend"]
+__all__ = [
+    "ReplacementReport",
+    "available_backends",
+    "pixel_region_attention",
+    "replace_ocr_modules",
+    "restore_ocr_modules",
+    "spatial_gather",
+    "use_backend",
+]

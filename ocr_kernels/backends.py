@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 
@@ -12,6 +13,15 @@ BACKENDS = ("reference", "triton", "native")
 
 _selected = os.environ.get("OCR_KERNELS_BACKEND") or None  # process-wide, like torch.backends' flags
 _problems: dict[str, str | None] = {"reference": None}
+
+
+Function = TypeVar("Function", bound=Callable[..., object])
+
+
+def assume_constant_result(function: Function) -> Function:
+    """`torch.compiler.assume_constant_result`, less its import of `torch._dynamo`, which takes a second."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def available_backends() -> dict[str, bool | str]:
@@ -70,15 +80,12 @@ def _require(name: str) -> None:
         raise RuntimeError(f"backend {name!r} cannot run: {problem}")
 
 
+@assume_constant_result
 def _problem(name: str) -> str | None:
     """Why a backend cannot run on this machine, found out once; None where it can."""
     if name not in _problems:
         _problems[name] = _triton_problem() if name == "triton" else _native_problem()
     return _problems[name]
-
-
-# What torch.compiler.assume_constant_result does, less its import of torch._dynamo, which takes a second.
-_problem._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _triton_problem() -> str | None:

@@ -129,7 +129,7 @@ def test_autocast(target: tuple[str, str], autocast_dtype: torch.dtype) -> None:
         gathered = spatial_gather(feats, logits, backend=backend)
         attended = pixel_region_attention(query.to(autocast_dtype), key, value, backend=backend)
         assert spatial_gather(feats.double(), logits.double(), backend=backend).dtype == torch.float64
-        with pytest.raises(TypeError, match="key must have the dtype of query, torch.float64"):
+        with pytest.raises(TypeError, match=r"key must have the dtype of query, torch\.float64"):
             pixel_region_attention(query.double(), key, value, backend=backend)
     assert gathered.dtype == attended.dtype == autocast_dtype
     assert torch.equal(gathered, spatial_gather(feats.to(autocast_dtype), logits, backend=backend))
@@ -182,17 +182,17 @@ def test_use_backend_is_nested_and_restored(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(
         "ocr_kernels.gather.functional.spatial_gather_op", lambda *args: used.append(args[-1]) or (args[0],)
     )
+    monkeypatch.setitem(ocr_kernels.backends._problems, "triton", None)
     x = torch.randn(1, 2, 3)
     with use_backend("triton"):
         spatial_gather(x, x, backend="reference")
         with use_backend("reference"):
             spatial_gather(x, x)
-        with pytest.raises(ZeroDivisionError), use_backend(None):
-            spatial_gather(x, x)
-            raise ZeroDivisionError
-        ocr_kernels.backends._problems["triton"] or used.append("triton")
+        with pytest.raises(TypeError, match="feats must be a tensor"), use_backend(None):
+            spatial_gather(None, x)
+        assert ocr_kernels.backends._selected == "triton"
     spatial_gather(x, x)
-    assert used == ["reference", "reference", "reference", "triton", "reference"]
+    assert used == ["reference", "reference", "reference"]
 
 
 def test_use_backend_reaches_other_threads() -> None:
@@ -225,7 +225,7 @@ def test_unknown_and_impossible_backends() -> None:
         spatial_gather(x, x, backend="cuda")
     with pytest.raises(ValueError, match="but is 'fastest'"), use_backend("fastest"):
         raise AssertionError("the block must not run")
-    with pytest.raises(RuntimeError, match="backend 'native' cannot run: .*no compiled library"):
+    with pytest.raises(RuntimeError, match=r"backend 'native' cannot run: .*no compiled library"):
         spatial_gather(x, x, backend="native")
     with pytest.raises(RuntimeError, match="backend 'native' cannot run"), use_backend("native"):
         raise AssertionError("the block must not run")

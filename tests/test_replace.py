@@ -879,6 +879,7 @@ def train_in_a_process(rank: int, port: int, model: nn.Module, feats: Tensor, qu
         parallel(part[rank : rank + 1])[1].square().sum().backward()
     if rank == 0:
         queue.put(([p.grad.tolist() for p in parallel.module.parameters()], ran))
+    del parallel  # dropped after its process group, it can deadlock
     torch.distributed.destroy_process_group()
 
 

@@ -1,0 +1,57 @@
+"""Drop-in OCR modules on the fused ops: HRNet's constructors, forward argument order and `state_dict` keys.
+
+The layers are defined once, in `ocr_kernels.reference`; what differs here is how the gather and the attention are
+computed. HRNet's own class names are aliases, so changing an import is enough.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import Tensor
+
+from ocr_kernels import reference
+from ocr_kernels.attention import pixel_region_attention
+from ocr_kernels.gather import spatial_gather
+
+__all__ = [
+    "OCRHead",
+    "ObjectAttentionBlock",
+    "ObjectAttentionBlock2D",
+    "SpatialGather",
+    "SpatialGather_Module",
+    "SpatialOCR",
+    "SpatialOCR_Module",
+]
+
+
+class SpatialGather(reference.SpatialGather):
+    __doc__ = reference.SpatialGather.__doc__
+
+    def gather(self, feats: Tensor, probs: Tensor) -> Tensor:
+        return spatial_gather(feats, probs, self.scale)
+
+
+class ObjectAttentionBlock(reference.ObjectAttentionBlock):
+    __doc__ = reference.ObjectAttentionBlock.__doc__
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return pixel_region_attention(query, key, value)
+
+
+class SpatialOCR(reference.SpatialOCR):
+    __doc__ = reference.SpatialOCR.__doc__
+
+    attention: ClassVar[type[reference.ObjectAttentionBlock]] = ObjectAttentionBlock
+
+
+class OCRHead(reference.OCRHead):
+    __doc__ = reference.OCRHead.__doc__
+
+    gathering: ClassVar[type[reference.SpatialGather]] = SpatialGather
+    distribution: ClassVar[type[reference.SpatialOCR]] = SpatialOCR
+
+
+SpatialGather_Module = SpatialGather
+ObjectAttentionBlock2D = _ObjectAttentionBlock = ObjectAttentionBlock
+SpatialOCR_Module = SpatialOCR
