@@ -537,37 +537,9 @@ def _keep(mode: Recognition, func: Callable[..., Any], args: tuple[Any, ...], kw
     return _flip(x, (func, args, kwargs), False) if not kwargs and (not shape or shape == list(x.shape)) else None
 
 
-_HANDLERS: dict[Callable[..., Any], Handler] = {
-    **dict.fromkeys(
-        (torch.mul, torch.multiply, Tensor.mul, Tensor.multiply, Tensor.__mul__, Tensor.__rmul__), _multiply
-    ),
-    **dict.fromkeys((torch.div, torch.divide, torch.true_divide, Tensor.div, Tensor.divide), _divide),
-    **dict.fromkeys((Tensor.true_divide, Tensor.__truediv__), _divide),
-    **dict.fromkeys((torch.softmax, torch.special.softmax, F.softmax, Tensor.softmax), _softmax),
-    **dict.fromkeys((torch.matmul, torch.bmm, Tensor.matmul, Tensor.bmm, Tensor.__matmul__), _product),
-    **dict.fromkeys((Tensor.view, Tensor.view_as, Tensor.stride, Tensor.is_contiguous), _view),
-    **dict.fromkeys((Tensor.as_strided, torch.as_strided), _view),
-    **dict.fromkeys((torch.sigmoid, F.sigmoid, Tensor.sigmoid), _sigmoid),
-    torch.einsum: _einsum,
-    F.dropout: _dropout,
-}
-_IN_PLACE: dict[Callable[..., Any], bool] = {}
-_IN_PLACE_METHODS = {"__set__", "__setitem__"} | {
-    f"__i{name}__"
-    for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift")
-}
-_LAYOUT: dict[Callable[..., Any], Handler] = {
-    **dict.fromkeys((torch.permute, Tensor.permute), _permute),
-    **dict.fromkeys((torch.transpose, Tensor.transpose, torch.swapaxes, Tensor.swapaxes), _swap),
-    **dict.fromkeys((torch.swapdims, Tensor.swapdims), _swap),
-    **dict.fromkeys((Tensor.contiguous, Tensor.view, Tensor.reshape, torch.reshape), _keep),
-}
-
-
-def _method(name: str) -> Callable[..., Any]:
-    """A method of `Deferred` that the handlers know, and that is the tensor's otherwise."""
+def _method(name: str, handler: Handler) -> Callable[..., Any]:
+    """A method of `Deferred` that `handler` knows, and that is the tensor's otherwise."""
     func = getattr(Tensor, name)
-    handler = _LAYOUT.get(func) or _HANDLERS[func]
 
     def method(self: Deferred, *args: Any, **kwargs: Any) -> Any:
         if self._call is not None:
@@ -580,21 +552,44 @@ def _method(name: str) -> Callable[..., Any]:
 
 
 def _operator(name: str) -> Callable[..., Any]:
+    """A method of `Deferred` that is the tensor's."""
+
     def method(self: Deferred, *args: Any, **kwargs: Any) -> Any:
         return getattr(self._compute(), name)(*computed(args), **computed(kwargs))
 
     return method
 
 
-for _name in ("mul", "multiply", "__mul__", "__rmul__", "div", "divide", "true_divide", "__truediv__", "softmax"):
-    setattr(Deferred, _name, _method(_name))
-for _name in ("matmul", "bmm", "__matmul__", "permute", "transpose", "swapaxes", "swapdims"):
-    setattr(Deferred, _name, _method(_name))
-for _name in ("contiguous", "view", "reshape"):
-    setattr(Deferred, _name, _method(_name))
-for _name in set(dir(Tensor)) - set(dir(object)) - set(vars(Deferred)) | {"__eq__", "__ne__", "__lt__", "__le__"}:
-    # Python looks operators up on the class, past __getattr__
-    if _name.startswith("__") and callable(getattr(Tensor, _name)):
+_IN_PLACE: dict[Callable[..., Any], bool] = {}  # what `_is_in_place` found out
+_IN_PLACE_METHODS = {"__set__", "__setitem__"} | {
+    f"__i{name}__"
+    for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift")
+}
+_HANDLERS: dict[Callable[..., Any], Handler] = {torch.einsum: _einsum, F.dropout: _dropout, F.softmax: _softmax}
+_LAYOUT: dict[Callable[..., Any], Handler] = {}  # only where the tensor is a Deferred
+for _table, _handler, _names in (
+    (_HANDLERS, _multiply, "mul multiply __mul__ __rmul__"),
+    (_HANDLERS, _divide, "div divide true_divide __truediv__"),
+    (_HANDLERS, _softmax, "softmax"),
+    (_HANDLERS, _product, "matmul bmm __matmul__"),
+    (_HANDLERS, _view, "view_as as_strided stride is_contiguous"),
+    (_HANDLERS, _sigmoid, "sigmoid"),
+    (_LAYOUT, _permute, "permute"),
+    (_LAYOUT, _swap, "transpose swapaxes swapdims"),
+    (_LAYOUT, _keep, "contiguous view reshape"),
+):
+    for _name in _names.split():
+        for _owner in (torch, Tensor, torch.special):
+            if hasattr(_owner, _name):
+                _table[getattr(_owner, _name)] = _handler
+        if _handler not in (_view, _sigmoid):
+            setattr(Deferred, _name, _method(_name, _handler))
+_HANDLERS[Tensor.view] = _view
+
+# Python looks operators up on the class, past __getattr__
+_OPERATORS = {"__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__"}
+_OPERATORS |= {"__repr__", "__str__", "__format__", "__reduce_ex__"}
+_OPERATORS |= {name for name in set(dir(Tensor)) - set(dir(object)) - set(vars(Deferred)) if name.startswith("__")}
+for _name in _OPERATORS - {"__torch_dispatch__"}:
+    if callable(getattr(Tensor, _name)):
         setattr(Deferred, _name, _operator(_name))
-for _name in ("__gt__", "__ge__", "__repr__", "__str__", "__format__", "__reduce_ex__"):
-    setattr(Deferred, _name, _operator(_name))

@@ -104,6 +104,11 @@ def padded(size: int, most: int) -> int:
     return max(16, min(1 << (size - 1).bit_length(), most))
 
 
+def round_up(length: int, multiple: int) -> int:
+    """Rows of partial sums are padded to a multiple of 16, so that they are stored with one address for several."""
+    return -(-length // multiple) * multiple
+
+
 def dot_dtype(*tensors: Tensor) -> torch.dtype:
     """The dtype in which tiles enter products: float64 if any tensor's is, else the first tensor's.
 

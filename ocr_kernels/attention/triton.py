@@ -30,6 +30,7 @@ from ocr_kernels.tiles import (
     padded,
     product,
     requires_int64_offsets,
+    round_up,
     split,
     store_tile,
 )
@@ -170,7 +171,7 @@ def _int64(blocks: Blocks, pixel_tensors: tuple[Tensor, ...], region_tensors: tu
 @triton.jit
 def pixel_region_attention_backward_kernel(
     dquery,  # [B, D, N]
-    partial,  # [B, splits, D + V, K]: dkey above dvalue, each split's sum over its pixels
+    partial,  # [B, splits, D + V, row_length]: dkey above dvalue, each split's sum over its pixels
     grad,  # [B, V, N]
     query,  # [B, D, N]
     key,  # [B, D, K]
@@ -179,6 +180,7 @@ def pixel_region_attention_backward_kernel(
     V,
     K,
     N,
+    row_length,
     chunk,
     splits,
     scale: tl.float64,
@@ -244,11 +246,11 @@ def pixel_region_attention_backward_kernel(
         if NEED_VALUE:
             dvalue = product(dy, tl.trans(narrow(weights * LIFT, DOT)), dvalue, INPUT_PRECISION)
 
-    partial += tl.cast(program, tl.int64) * (D + V) * K
+    partial += tl.cast(program, tl.int64) * (D + V) * row_length
     if NEED_KEY:
-        store_tile(partial, dkey * factor, 0, 0, D, K, K, 1, False, BLOCK_D, BLOCK_K)
+        store_tile(partial, dkey * factor, 0, 0, D, row_length, row_length, 1, False, BLOCK_D, BLOCK_K)
     if NEED_VALUE:
-        store_tile(partial, dvalue / LIFT, D, 0, D + V, K, K, 1, False, BLOCK_V, BLOCK_K)
+        store_tile(partial, dvalue / LIFT, D, 0, D + V, row_length, row_length, 1, False, BLOCK_V, BLOCK_K)
 
 
 @triton.jit
@@ -362,12 +364,13 @@ def pixel_region_attention_backward_scores_kernel(
 
 @triton.jit
 def pixel_region_attention_backward_regions_kernel(
-    partial,  # [B, splits, C, K]: each split's sum over its pixels
+    partial,  # [B, splits, C, row_length]: each split's sum over its pixels
     pixels,  # [B, C, N]: the query or the incoming gradient
     region_map,  # [B, K, N]: the scores' gradient or the weights
     C,
     K,
     N,
+    row_length,
     chunk,
     splits,
     factor: tl.float64,
@@ -398,8 +401,9 @@ def pixel_region_attention_backward_regions_kernel(
         p = load_tile(pixels, c0, n0, C, N, pixels_stride_c, pixels_stride_n, INT64, BLOCK_C, BLOCK_N)
         r = load_tile(region_map, k0, n0, K, N, N, 1, INT64, BLOCK_K, BLOCK_N)
         total = product(p.to(DOT), tl.trans(r.to(DOT)), total, INPUT_PRECISION)
-    partial += tl.cast(program, tl.int64) * C * K
-    store_tile(partial, total * tl.full((), factor, ACCUMULATOR), c0, k0, C, K, K, 1, False, BLOCK_C, BLOCK_K)
+    total *= tl.full((), factor, ACCUMULATOR)
+    partial += tl.cast(program, tl.int64) * C * row_length
+    store_tile(partial, total, c0, k0, C, row_length, row_length, 1, False, BLOCK_C, BLOCK_K)
 
 
 SCORES_TILES = {
@@ -408,7 +412,7 @@ SCORES_TILES = {
     8: ((16, 16, 8, 1),) * 5,
 }
 REGIONS_TILES = {
-    2: ((128, 32, 8, 2), (128, 64, 8, 2), (128, 32, 8, 2), (64, 32, 8, 2), (128, 32, 8, 2)),
+    2: ((128, 32, 8, 2), (128, 64, 8, 2), (128, 32, 8, 2), (128, 32, 8, 1), (128, 32, 8, 2)),
     4: ((64, 16, 8, 2),) * 5,
     8: ((32, 16, 8, 1),) * 5,
 }
@@ -483,9 +487,11 @@ def _backward_in_one_pass(
     dtype = dot_dtype(query)
     chunk, splits = split(pixels, blocks.pixels, batch, 2 * device_facts(query.device).multiprocessors)
     dq = query if dquery is None else dquery
-    partial = query.new_empty((batch, splits, channels + value_channels, regions), dtype=statistics_dtype(query))
+    row_length = round_up(regions, 16)
+    partial = query.new_empty((batch, splits, channels + value_channels, row_length), dtype=statistics_dtype(query))
     pixel_region_attention_backward_kernel[(batch * splits,)](
-        dq, partial, grad, query, key, value, channels, value_channels, regions, pixels, chunk, splits, scale,
+        dq, partial, grad, query, key, value,
+        channels, value_channels, regions, pixels, row_length, chunk, splits, scale,
         *dq.stride(), *grad.stride(), *query.stride(), *key.stride(), *value.stride(),
         NEED_QUERY=dquery is not None,
         NEED_KEY=dkey is not None,
@@ -506,9 +512,9 @@ def _backward_in_one_pass(
         num_stages=1,
     )  # fmt: skip
     if dkey is not None:
-        dkey.copy_(partial[:, :, :channels].sum(1))
+        dkey.copy_(partial[:, :, :channels, :regions].sum(1))
     if dvalue is not None:
-        dvalue.copy_(partial[:, :, channels:].sum(1))
+        dvalue.copy_(partial[:, :, channels:, :regions].sum(1))
 
 
 def _backward_in_maps(
@@ -556,12 +562,13 @@ def _sum_over_pixels(result: Tensor, pixels: Tensor, region_map: Tensor, factor:
     blocks = regions_blocks(channels, regions, dtype.itemsize)
     tiles = triton.cdiv(channels, blocks.channels) * triton.cdiv(regions, blocks.regions)
     chunk, splits = split(length, blocks.pixels, batch * tiles, 2 * device_facts(pixels.device).multiprocessors)
-    partial = pixels.new_empty((batch, splits, channels, regions), dtype=statistics_dtype(pixels))
+    row_length = round_up(regions, 16)
+    partial = pixels.new_empty((batch, splits, channels, row_length), dtype=statistics_dtype(pixels))
     pixel_region_attention_backward_regions_kernel[(batch * splits * tiles,)](
-        partial, pixels, region_map, channels, regions, length, chunk, splits, factor, *pixels.stride(),
+        partial, pixels, region_map, channels, regions, length, row_length, chunk, splits, factor, *pixels.stride(),
         DOT=TL[dtype],
         INPUT_PRECISION=input_precision(),
         INT64=_int64(blocks, (pixels,), (region_map.transpose(1, 2),)),
         **blocks.arguments(),
     )  # fmt: skip
-    result.copy_(partial.sum(1))
+    result.copy_(partial[..., :regions].sum(1))

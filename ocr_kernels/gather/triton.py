@@ -24,6 +24,7 @@ from ocr_kernels.tiles import (
     narrow,
     product,
     requires_int64_offsets,
+    round_up,
     split,
     store_tile,
 )
@@ -33,11 +34,12 @@ from ocr_kernels.tiles import (
 def spatial_gather_forward_kernel(
     feats,  # [B, C, N]
     logits,  # [B, K, N]
-    partial,  # [B, splits, C, K]: sum over the split's pixels of exp(score - maximum) x, not normalised
+    partial,  # [B, splits, C, row_length]: sum over the split's pixels of exp(score - maximum) x, not normalised
     partial_stats,  # [B, splits, 3, K]: the split's maximum, sum of weights, sum of weights as they were rounded
     C,
     K,
     N,
+    row_length,
     chunk,
     splits,
     scale: tl.float64,
@@ -94,18 +96,19 @@ def spatial_gather_forward_kernel(
     tl.store(stats, maximum, mask=in_k)
     tl.store(stats + K, total, mask=in_k)
     tl.store(stats + 2 * K, rounded_total, mask=in_k)
-    partial += tl.cast(program, tl.int64) * C * K
-    store_tile(partial, sums, c0, k0, C, K, K, 1, False, BLOCK_C, BLOCK_K)
+    partial += tl.cast(program, tl.int64) * C * row_length
+    store_tile(partial, sums, c0, k0, C, row_length, row_length, 1, False, BLOCK_C, BLOCK_K)
 
 
 @triton.jit
 def spatial_gather_reduce_kernel(
-    partial,  # [B, splits, C, K]
+    partial,  # [B, splits, C, row_length]
     partial_stats,  # [B, splits, 3, K]
     out,  # [B, C, K]
     stats,  # [B, 2, K]
     C,
     K,
+    row_length,
     splits,
     BLOCK_S: tl.constexpr,
     BLOCK_E: tl.constexpr,
@@ -116,7 +119,7 @@ def spatial_gather_reduce_kernel(
     s = tl.arange(0, BLOCK_S)
     k = e % K
     in_e = e < C * K
-    partial += image * splits * C * K
+    partial += image * splits * C * row_length + (e // K) * row_length + k
     partial_stats += image * splits * 3 * K
 
     ACCUMULATOR: tl.constexpr = partial.dtype.element_ty
@@ -135,23 +138,26 @@ def spatial_gather_reduce_kernel(
         decay = tl.exp(tl.load(row, mask=inside, other=float("-inf")) - shift[None, :])
         total += tl.sum(decay * tl.load(row + K, mask=inside, other=0.0), 0)
         rounded_total += tl.sum(decay * tl.load(row + 2 * K, mask=inside, other=0.0), 0)
-        piece = tl.load(partial + tl.cast(s0 + s, tl.int64)[:, None] * C * K + e[None, :], mask=inside, other=0.0)
-        sums += tl.sum(decay * piece, 0)
+        rows = partial[None, :] + tl.cast(s0 + s, tl.int64)[:, None] * C * row_length
+        sums += tl.sum(decay * tl.load(rows, mask=inside, other=0.0), 0)
     tl.store(out + image * C * K + e, narrow(sums / rounded_total, out.dtype.element_ty), mask=in_e)
     tl.store(stats + image * 2 * K + e, maximum, mask=e < K)
     tl.store(stats + image * 2 * K + K + e, total, mask=e < K)
 
 
 FORWARD_TILES = {
-    2: ((128, 32, 4, 2), (128, 64, 8, 2), (128, 32, 8, 2), (64, 32, 8, 2), (128, 32, 8, 2)),
+    2: ((128, 32, 4, 2), (128, 64, 8, 2), (128, 32, 8, 2), (128, 32, 8, 1), (128, 32, 8, 2)),
     4: ((64, 16, 4, 2), (64, 16, 8, 2), (64, 16, 8, 1), (64, 16, 8, 1), (64, 16, 8, 1)),
     8: ((32, 16, 8, 1),) * 5,
 }
 
 
-def forward_blocks(channels: int, regions: int, itemsize: int) -> Blocks:
+def forward_blocks(channels: int, regions: int, itemsize: int, shared_memory: int) -> Blocks:
     """Tiles of the forward kernel: all regions up to 256, then as many channels as registers hold."""
-    return blocks_from(FORWARD_TILES, channels, regions, itemsize)
+    blocks = blocks_from(FORWARD_TILES, channels, regions, itemsize)
+    if itemsize == 2 and blocks.regions == 256 and shared_memory < 200000:  # the smaller GPUs would spill
+        return blocks._replace(pixels=16)
+    return blocks
 
 
 def forward(out: Tensor, stats: Tensor, feats: Tensor, logits: Tensor, scale: float) -> None:
@@ -160,14 +166,16 @@ def forward(out: Tensor, stats: Tensor, feats: Tensor, logits: Tensor, scale: fl
     batch, channels, pixels = x.shape
     regions = m.shape[1]
     dtype = dot_dtype(x, m)
-    blocks = forward_blocks(channels, regions, dtype.itemsize)
+    blocks = forward_blocks(channels, regions, dtype.itemsize, device_facts(x.device).shared_memory)
     tiles = triton.cdiv(channels, blocks.channels) * triton.cdiv(regions, blocks.regions)
     chunk, splits = split(pixels, blocks.pixels, batch * tiles, 2 * device_facts(x.device).multiprocessors)
-    partial = stats.new_empty((batch, splits, channels, regions))
+    row_length = round_up(regions, 16)
+    partial = stats.new_empty((batch, splits, channels, row_length))
     partial_stats = stats.new_empty((batch, splits, 3, regions))
     with torch.cuda.device_of(x):
         spatial_gather_forward_kernel[(batch * splits * tiles,)](
-            x, m, partial, partial_stats, channels, regions, pixels, chunk, splits, scale, *x.stride(), *m.stride(),
+            x, m, partial, partial_stats, channels, regions, pixels, row_length, chunk, splits, scale,
+            *x.stride(), *m.stride(),
             DOT=TL[dtype],
             ACCUMULATOR=TL[stats.dtype],
             LIFT=lift(dtype),
@@ -179,7 +187,7 @@ def forward(out: Tensor, stats: Tensor, feats: Tensor, logits: Tensor, scale: fl
             **blocks.arguments(),
         )  # fmt: skip
         spatial_gather_reduce_kernel[(triton.cdiv(channels * regions, 128), batch)](
-            partial, partial_stats, out, stats, channels, regions, splits, BLOCK_S=8, BLOCK_E=128
+            partial, partial_stats, out, stats, channels, regions, row_length, splits, BLOCK_S=8, BLOCK_E=128
         )
 
 
