@@ -273,6 +273,6 @@ def test_errors_name_the_argument(call, error: type[Exception], message: str) ->
 
 def test_the_registered_ops_check_too() -> None:
     with pytest.raises(ValueError, match="logits must have shape"):
-        torch.ops.ocr_kernels.spatial_gather(x3, x4)
+        torch.ops.ocr_kernels.spatial_gather(x3, x4, 1.0, "reference")
     with pytest.raises(ValueError, match="key must have shape"):
-        torch.ops.ocr_kernels.pixel_region_attention(x4, region[:, :2], region)
+        torch.ops.ocr_kernels.pixel_region_attention(x4, region[:, :2], region, None, "reference")

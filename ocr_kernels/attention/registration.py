@@ -44,17 +44,13 @@ def _check(query: Tensor, key: Tensor, value: Tensor) -> None:
         check_device(name, tensor, "query", query)
 
 
-def _allocate(
-    query: Tensor, key: Tensor, value: Tensor, scale: float | None = None, backend: str = "reference"
-) -> Tensor:
+def _allocate(query: Tensor, key: Tensor, value: Tensor, scale: float | None, backend: str) -> Tensor:
     _check(query, key, value)
     return empty_in_format(query, value.shape[1])
 
 
-def _forward(
-    query: Tensor, key: Tensor, value: Tensor, scale: float | None = None, backend: str = "reference"
-) -> Tensor:
-    out = _allocate(query, key, value)
+def _forward(query: Tensor, key: Tensor, value: Tensor, scale: float | None, backend: str) -> Tensor:
+    out = _allocate(query, key, value, scale, backend)
     if out.numel():
         _implementation(backend).forward(out, query, key, value, _scale(query, scale))
     return out
@@ -96,6 +92,7 @@ def _scale(query: Tensor, scale: float | None) -> float:
     return query.shape[1] ** -0.5 if scale is None else scale
 
 
+@functools.cache
 def _implementation(backend: str) -> Any:
     return importlib.import_module(f"ocr_kernels.attention.{backend}")
 
@@ -138,8 +135,7 @@ def _vmap_backward(info: Any, in_dims: Sequence[int | None], *args: Any) -> Any:
 
 
 pixel_region_attention_op = register_op(
-    "pixel_region_attention(Tensor query, Tensor key, Tensor value, float? scale=None,"
-    " str backend='reference') -> Tensor",
+    "pixel_region_attention(Tensor query, Tensor key, Tensor value, float? scale, str backend) -> Tensor",
     kernel=_forward,
     fake=_allocate,
     setup_context=_save,

@@ -39,15 +39,15 @@ def _check(feats: Tensor, logits: Tensor) -> None:
     check_device("logits", logits, "feats", feats)
 
 
-def _allocate(feats: Tensor, logits: Tensor, scale: float = 1.0, backend: str = "") -> tuple[Tensor, Tensor]:
+def _allocate(feats: Tensor, logits: Tensor, scale: float, backend: str) -> tuple[Tensor, Tensor]:
     _check(feats, logits)
     out = feats.new_empty((feats.shape[0], feats.shape[1], logits.shape[1]))
     stats = feats.new_empty((feats.shape[0], 2, logits.shape[1]), dtype=statistics_dtype(feats, logits))
     return out, stats
 
 
-def _forward(feats: Tensor, logits: Tensor, scale: float = 1.0, backend: str = "reference") -> tuple[Tensor, Tensor]:
-    out, stats = _allocate(feats, logits)
+def _forward(feats: Tensor, logits: Tensor, scale: float, backend: str) -> tuple[Tensor, Tensor]:
+    out, stats = _allocate(feats, logits, scale, backend)
     if out.shape[0] == 0:
         return out, stats
     if pixels(feats.shape) == 0:  # a sum over no pixels
@@ -82,6 +82,7 @@ def _backward(
     return dfeats, dlogits
 
 
+@functools.cache
 def _implementation(backend: str) -> Any:
     return importlib.import_module(f"ocr_kernels.gather.{backend}")
 
@@ -124,7 +125,7 @@ def _vmap_backward(info: Any, in_dims: Sequence[int | None], *args: Any) -> Any:
 
 
 spatial_gather_op = register_op(
-    "spatial_gather(Tensor feats, Tensor logits, float scale=1.0, str backend='reference') -> (Tensor, Tensor)",
+    "spatial_gather(Tensor feats, Tensor logits, float scale, str backend) -> (Tensor, Tensor)",
     kernel=_forward,
     fake=_allocate,
     setup_context=_save,
