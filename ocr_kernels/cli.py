@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from ocr_kernels import __version__, demo, info
 
+CHECKOUT = Path(__file__).parent.parent
+
 
 def main(argv: Sequence[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["bench"]:  # its arguments are parsed over there
+        return _bench(argv[1:])
     parser = argparse.ArgumentParser(
         prog="ocr-kernels",
         description="Fused kernels for Object-Contextual Representations (semantic segmentation, not text recognition)",
@@ -22,6 +29,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         module.add_arguments(command)
         command.set_defaults(main=module.main)
+    commands.add_parser("bench", help="times beside eager PyTorch, torch.compile and this machine's floor")
     args = parser.parse_args(argv)
     status: int = args.main(args)
     return status
+
+
+def _bench(argv: Sequence[str]) -> int:
+    """Hand over to the benchmarks, which are part of a checkout and not of the installed package."""
+    if not (CHECKOUT / "benchmarks" / "cases.py").is_file():
+        print("ocr-kernels bench: needs a checkout of ocr_kernels, which has the folder benchmarks", file=sys.stderr)
+        return 2
+    sys.path.insert(0, str(CHECKOUT))
+    try:
+        from benchmarks import __main__ as benchmarks
+    except ImportError as error:
+        print(f"ocr-kernels bench: {error}; pip install 'ocr-kernels[bench]'", file=sys.stderr)
+        return 2
+    return benchmarks.main(argv, "ocr-kernels bench")

@@ -129,7 +129,7 @@ def pixel_region_attention_forward_kernel(
 
 
 FORWARD_TILES = {
-    2: ((64, 64, 4, 2), (64, 64, 8, 2), (64, 64, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2)),
+    2: ((64, 128, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2)),
     4: ((32, 32, 8, 2), (32, 32, 4, 2), (32, 32, 8, 2), (32, 16, 8, 2), (32, 16, 8, 2)),
     8: ((16, 16, 8, 1),) * 5,
 }
@@ -485,7 +485,7 @@ def _backward_in_one_pass(
     batch, channels, pixels = query.shape
     _, value_channels, regions = value.shape
     dtype = dot_dtype(query)
-    chunk, splits = split(pixels, blocks.pixels, batch, 2 * device_facts(query.device).multiprocessors)
+    chunk, splits = split(pixels, blocks.pixels, batch, device_facts(query.device).multiprocessors)
     dq = query if dquery is None else dquery
     row_length = round_up(regions, 16)
     partial = query.new_empty((batch, splits, channels + value_channels, row_length), dtype=statistics_dtype(query))

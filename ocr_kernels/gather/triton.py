@@ -22,6 +22,7 @@ from ocr_kernels.tiles import (
     lift,
     load_tile,
     narrow,
+    padded,
     product,
     requires_int64_offsets,
     round_up,
@@ -111,38 +112,43 @@ def spatial_gather_reduce_kernel(
     row_length,
     splits,
     BLOCK_S: tl.constexpr,
-    BLOCK_E: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):
     """Join the splits in a fixed order: their sums rescaled to the common maximum, then normalised."""
     image = tl.cast(tl.program_id(1), tl.int64)
-    e = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)  # elements of [C, K]
+    k0 = (tl.program_id(0) % tl.cdiv(K, BLOCK_K)) * BLOCK_K
+    c0 = (tl.program_id(0) // tl.cdiv(K, BLOCK_K)) * BLOCK_C
     s = tl.arange(0, BLOCK_S)
-    k = e % K
-    in_e = e < C * K
-    partial += image * splits * C * row_length + (e // K) * row_length + k
+    c = c0 + tl.arange(0, BLOCK_C)
+    k = k0 + tl.arange(0, BLOCK_K)
+    in_k = k < K
+    partial += image * splits * C * row_length
     partial_stats += image * splits * 3 * K
 
     ACCUMULATOR: tl.constexpr = partial.dtype.element_ty
-    maximum = tl.full([BLOCK_E], float("-inf"), ACCUMULATOR)
+    maximum = tl.full([BLOCK_K], float("-inf"), ACCUMULATOR)
     for s0 in range(0, splits, BLOCK_S):
-        inside = (s0 + s < splits)[:, None] & in_e[None, :]
-        row = partial_stats + (s0 + s)[:, None] * 3 * K + k[None, :]
-        maximum = tl.maximum(maximum, tl.max(tl.load(row, mask=inside, other=float("-inf")), 0))
+        rows = tl.cast(s0 + s, tl.int64)[:, None] * 3 * K + k[None, :]
+        inside = (s0 + s < splits)[:, None] & in_k[None, :]
+        maximum = tl.maximum(maximum, tl.max(tl.load(partial_stats + rows, mask=inside, other=float("-inf")), 0))
     shift = tl.where(maximum == float("-inf"), 0.0, maximum)
-    total = tl.zeros([BLOCK_E], ACCUMULATOR)
-    rounded_total = tl.zeros([BLOCK_E], ACCUMULATOR)
-    sums = tl.zeros([BLOCK_E], ACCUMULATOR)
+    total = tl.zeros([BLOCK_K], ACCUMULATOR)
+    rounded_total = tl.zeros([BLOCK_K], ACCUMULATOR)
+    sums = tl.zeros([BLOCK_C, BLOCK_K], ACCUMULATOR)
     for s0 in range(0, splits, BLOCK_S):
-        inside = (s0 + s < splits)[:, None] & in_e[None, :]
-        row = partial_stats + (s0 + s)[:, None] * 3 * K + k[None, :]
-        decay = tl.exp(tl.load(row, mask=inside, other=float("-inf")) - shift[None, :])
-        total += tl.sum(decay * tl.load(row + K, mask=inside, other=0.0), 0)
-        rounded_total += tl.sum(decay * tl.load(row + 2 * K, mask=inside, other=0.0), 0)
-        rows = partial[None, :] + tl.cast(s0 + s, tl.int64)[:, None] * C * row_length
-        sums += tl.sum(decay * tl.load(rows, mask=inside, other=0.0), 0)
-    tl.store(out + image * C * K + e, narrow(sums / rounded_total, out.dtype.element_ty), mask=in_e)
-    tl.store(stats + image * 2 * K + e, maximum, mask=e < K)
-    tl.store(stats + image * 2 * K + K + e, total, mask=e < K)
+        rows = tl.cast(s0 + s, tl.int64)[:, None] * 3 * K + k[None, :]
+        inside = (s0 + s < splits)[:, None] & in_k[None, :]
+        decay = tl.exp(tl.load(partial_stats + rows, mask=inside, other=float("-inf")) - shift[None, :])
+        total += tl.sum(decay * tl.load(partial_stats + rows + K, mask=inside, other=0.0), 0)
+        rounded_total += tl.sum(decay * tl.load(partial_stats + rows + 2 * K, mask=inside, other=0.0), 0)
+        elements = (tl.cast(s0 + s, tl.int64)[:, None] * C + c[None, :])[:, :, None] * row_length + k[None, None, :]
+        pieces = tl.load(partial + elements, mask=inside[:, None, :] & (c < C)[None, :, None], other=0.0)
+        sums += tl.sum(decay[:, None, :] * pieces, 0)  # over [BLOCK_S, BLOCK_C, BLOCK_K]
+    store_tile(out + image * C * K, sums / rounded_total[None, :], c0, k0, C, K, K, 1, False, BLOCK_C, BLOCK_K)
+    stats += image * 2 * K + k
+    tl.store(stats, maximum, mask=in_k & (c0 == 0))
+    tl.store(stats + K, total, mask=in_k & (c0 == 0))
 
 
 FORWARD_TILES = {
@@ -186,9 +192,13 @@ def forward(out: Tensor, stats: Tensor, feats: Tensor, logits: Tensor, scale: fl
             ),
             **blocks.arguments(),
         )  # fmt: skip
-        spatial_gather_reduce_kernel[(triton.cdiv(channels * regions, 128), batch)](
-            partial, partial_stats, out, stats, channels, regions, row_length, splits, BLOCK_S=8, BLOCK_E=128
-        )
+        block_k = padded(regions, 32)
+        spatial_gather_reduce_kernel[(triton.cdiv(channels, 8) * triton.cdiv(regions, block_k), batch)](
+            partial, partial_stats, out, stats, channels, regions, row_length, splits,
+            BLOCK_S=8,
+            BLOCK_C=8,
+            BLOCK_K=block_k,
+        )  # fmt: skip
 
 
 @triton.jit
