@@ -8,7 +8,7 @@ STAMP := .venv/stamp
 PYTHON_GIVEN := $(filter-out file,$(origin PYTHON))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench gpu clean
+.PHONY: help demo test lint format bench report gpu clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,6 +30,9 @@ format: $(STAMP) ## rewrite the code as `make lint` wants it
 
 bench: $(STAMP) ## times against eager PyTorch and torch.compile
 	$(BIN)/python -m benchmarks
+
+report: $(STAMP) ## the README's tables and pictures of speed, from benchmarks/results
+	$(BIN)/python -m benchmarks.readme
 
 gpu: $(if $(PYTHON_GIVEN),,$(STAMP)) ## tests and benchmarks on a GPU; PYTHON=python3 OUT=dir COMMIT=hash
 	@PYTHONPATH="$(CURDIR)" $(if $(PYTHON_GIVEN),$(PYTHON),$(BIN)/python) -m benchmarks.gpu_round --out "$(OUT)" --commit "$(COMMIT)"

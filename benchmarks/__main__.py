@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: how fast each op is, beside eager PyTorch, torch.compile and the machine's floor."""
+"""How fast ours is, beside eager PyTorch, torch.compile, scaled_dot_product_attention and the machine's floor."""
 
 from __future__ import annotations
 
@@ -6,76 +6,209 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from benchmarks import measure, report
-from benchmarks.cases import CASES, OPS, PASSES, QUICK_CASES
+from benchmarks.cases import (
+    AUTOTUNED,
+    CASES,
+    EAGER,
+    MEMORY_FORMATS,
+    NAMED,
+    OPS,
+    PEERS,
+    QUICK_CASES,
+    SUBJECTS,
+    SWEEPS,
+    Workload,
+    our_backends,
+    sweep_of,
+)
 from ocr_kernels.backends import interpreting
 
 DTYPES = ("bfloat16", "float16", "float32")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    args = _parse(argv)
-    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
-    seconds = 0.1 if args.quick else 0.3
+def main(argv: Sequence[str] | None = None, prog: str = "python -m benchmarks") -> int:
+    args = _parse(argv, prog)
     out = report.console()
-    backends = measure.our_backends(device)
-    out.print(f"{device}, {args.dtype}{', reduced sizes' if args.quick else ''}; ours: {', '.join(backends)}")
+    if args.compare:
+        return _compare(args.compare[0], args.compare[1], out)
+    status = 0
+    if args.results:
+        data = json.loads(args.results.read_text())
+        out.print(report.origin(data))
+        _print(data, out)
+    else:
+        data = _run(args, out)
+        status = int(bool(data["missing"] or data["failed"]) or report.ours_failed(data["results"]))
+    if args.plot:
+        from benchmarks import plot  # matplotlib takes a second
+
+        for path in plot.draw(data, args.plot):
+            out.print(f"wrote {path}")
+    return status
+
+
+def _run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
+    device = torch.device(args.device)
+    seconds = args.seconds or (0.1 if args.quick else 0.3)
+    backends = our_backends(device)
+    out.print(
+        f"{device}, {', '.join(args.dtype)}{', reduced sizes' if args.quick else ''}; ours: {', '.join(backends)}"
+    )
     if backends == ["reference"]:
         out.print(
             f"The reference backend, plain PyTorch, is what runs on {device}: these times show its cost, "
             "not the kernels' (see `ocr-kernels info`)."
         )
-
-    record = measure.record(args.commit)
-    limits = measure.measure_limits(device, dtype, seconds)
-    results: list[dict[str, Any]] = []
-    todo = [(CASES[name], op, what) for name in args.cases for op in OPS for what in PASSES]
+    todo = _jobs(args, device)
+    data: dict[str, Any] = {**measure.record(args.commit), "device": args.device, "quick": args.quick}
+    data |= {"limits": {}, "host": [], "missing": [str(job) for job in todo], "failed": {}, "results": []}
+    _write(args.json, data)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     try:
+        limits = {
+            name: measure.measure_limits(device, getattr(torch, name), seconds) for name in dict.fromkeys(args.dtype)
+        }
+        data["limits"] = {name: vars(limit) for name, limit in limits.items()}
+        if set(OPS) & set(args.subjects):
+            data["host"] = measure.host_times(todo[0].workload)
         with Progress(*columns, console=out, transient=True, disable=not out.is_terminal) as progress:
-            task = progress.add_task("", total=len(todo))
-            for case, op, what in todo:
-                progress.update(task, description=f"{case.name} {op.name} {what}")
-                case = case.quick() if args.quick else case
-                results.append(measure.measure(op, case, what, dtype, device, limits, seconds))
-                progress.advance(task)
+            for job in progress.track(todo, description=""):
+                progress.update(progress.task_ids[0], description=str(job))
+                _measure(job, limits[job.dtype], seconds, data)
+                data["missing"].remove(str(job))
+                _write(args.json, data)
                 if not out.is_terminal:
-                    out.print(f"{len(results)}/{len(todo)} {case.name} {op.name} {what}")
-                if args.json:
-                    complete = len(results) == len(todo)
-                    _write(args.json, {**record, **_settings(args), **vars(limits), "complete": complete}, results)
+                    out.print(f"{len(todo) - len(data['missing'])}/{len(todo)} {job}")
     except KeyboardInterrupt:
-        out.print(f"Stopped after {len(results)} of {len(todo)} measurements.")
+        out.print(f"Stopped with {len(data['missing'])} of {len(todo)} measurements to go.")
+    data["load"].append(measure.load())
+    _write(args.json, data)
+    _print(data, out)
+    return data
 
-    out.print(report.details(results), report.summary(results))
+
+@dataclass(frozen=True)
+class Job:
+    """One workload; its passes are measured together."""
+
+    workload: Workload
+    rank: int
+
+    @property
+    def dtype(self) -> str:
+        return str(self.workload.dtype).removeprefix("torch.")
+
+    def __str__(self) -> str:
+        work = self.workload
+        slow = f" {AUTOTUNED}" if AUTOTUNED in work.peers else ""
+        return f"{work.subject.name} {work.case.name} {self.dtype} {work.memory_format}{slow}"
+
+
+def _jobs(args: argparse.Namespace, device: torch.device) -> list[Job]:
+    """The most telling ones first, since time may be short. What compiles for long is late, beside ours once more."""
+    jobs = []
+    combinations = list(product(args.dtype, args.memory_format))
+    fast = tuple(peer for peer in args.peers if peer != AUTOTUNED)
+    for combination, name, subject in product(combinations, args.cases, args.subjects):
+        dtype, memory_format = combination
+        case = CASES[name].quick() if args.quick else CASES[name]
+        work = Workload(SUBJECTS[subject], case, getattr(torch, dtype), device, memory_format, fast)
+        is_op, sweep, first = subject in OPS, sweep_of(name), name == args.cases[0]
+        rank = 0 if first else 3 if sweep else 1 if is_op else 4
+        if combination != combinations[0]:
+            rank = 2 if first and is_op else rank + 10
+        if not sweep:
+            jobs.append(Job(work, rank))
+        elif is_op:  # against eager alone; a module's convolutions do not depend on K
+            jobs.append(Job(replace(work, peers=(EAGER,)), rank))
+        if AUTOTUNED in args.peers and device.type == "cuda" and not sweep:
+            jobs.append(Job(replace(work, peers=(AUTOTUNED,)), max(rank, 5)))
+    return sorted(jobs, key=lambda job: job.rank)
+
+
+def _measure(job: Job, limits: measure.Limits, seconds: float, data: dict[str, Any]) -> None:
+    """Add the job's results; a run goes on where one job fails, out of memory most likely."""
+    try:
+        for result in measure.measure(job.workload, limits, seconds):
+            data["results"].append(result)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        data["failed"][str(job)] = reason
+        torch.compiler.reset()
+
+
+def _print(data: dict[str, Any], out: Console) -> None:
+    results = data["results"]
+    for grid in report.tables(data):
+        out.print(grid.table())
+    for dtype, limit in data["limits"].items():
+        copy, rate = limit["bytes_per_second"] / 1e9, limit["flops_per_second"] / 1e12
+        out.print(f"{dtype}: a large copy runs at {copy:.0f} GB/s, a large matrix product at {rate:.3g} TFLOP/s.")
     out.print(
-        f"Copy {limits.bytes_per_second / 1e9:.0f} GB/s, matrix product {limits.flops_per_second / 1e12:.2f} TFLOP/s; "
-        "the floor is what an op must move and compute at these rates. ± is the interquartile range."
+        "The floor is what must be moved and computed at these rates; ± is the interquartile range. "
+        "sdpa is the fastest of its kernels, layout conversions included."
     )
-    for line in report.problems(results):
-        out.print(line, markup=False)
-    return int(len(results) < len(todo) or report.ours_failed(results))
+    lines = {
+        "Failed or wrong": report.problems(results),
+        "Not measured": [f"{job}: {reason}" for job, reason in data["failed"].items()],
+        "Not reached": data["missing"],
+    }
+    for title, items in lines.items():
+        out.print(f"{title}: {len(items) or 'none'}")
+        for item in items:
+            out.print(f"  {item}")
 
 
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--cases", nargs="+", choices=list(CASES), metavar="CASE", help=", ".join(CASES))
+def _compare(old: Path, new: Path, out: Console) -> int:
+    before, after = (json.loads(path.read_text()) for path in (old, new))
+    out.print(f"old: {report.origin(before)}\nnew: {report.origin(after)}")
+    out.print(report.comparison(before, after).table())
+    return 0
+
+
+def _parse(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__)
+    names = [*CASES, *SWEEPS]
+    parser.add_argument(
+        "--cases",
+        nargs="+",
+        choices=names,
+        metavar="CASE",
+        help=f"{', '.join(case.name for case in NAMED)}; sweeps: {', '.join(SWEEPS)}; default: all",
+    )
+    parser.add_argument("--subjects", nargs="+", choices=SUBJECTS, default=list(SUBJECTS), help="default: all")
+    parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS), help="default: all")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
-    parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on cuda, float32 on cpu")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="default: bfloat16 on cuda, float32 on cpu")
+    parser.add_argument("--memory-format", nargs="+", choices=MEMORY_FORMATS, default=["contiguous"])
     parser.add_argument(
         "--quick",
         action=argparse.BooleanOptionalAction,
         help=f"reduced sizes, and only {' and '.join(QUICK_CASES)} unless --cases; the default on cpu",
     )
+    parser.add_argument("--seconds", type=float, help="to spend on timing one pass; default: 0.3, 0.1 with --quick")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results, as they come")
     parser.add_argument("--commit", help="the commit to record; default: what git says")
+    parser.add_argument("--results", type=Path, metavar="FILE", help="measure nothing: print, or plot, this file")
+    parser.add_argument("--plot", type=Path, metavar="DIR", help="draw PNGs of the results into DIR")
+    parser.add_argument("--compare", nargs=2, type=Path, metavar=("OLD", "NEW"), help="print what changed")
     args = parser.parse_args(argv)
+
+    for file in filter(None, (args.results, *(args.compare or ()))):
+        if not file.is_file():
+            parser.error(f"{file} is no file")
+    if args.results or args.compare:
+        return args
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: no GPU is visible to PyTorch")
     if interpreting():
@@ -83,19 +216,19 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.json and not args.json.absolute().parent.is_dir():
         parser.error(f"--json: {args.json.parent} is no directory")
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
+    args.dtype = args.dtype or ["bfloat16" if args.device == "cuda" else "float32"]
     args.quick = args.device == "cpu" if args.quick is None else args.quick
-    args.cases = args.cases or (QUICK_CASES if args.quick else list(CASES))
+    cases = args.cases or (QUICK_CASES if args.quick else list(CASES))
+    sweeps = {sweep: [case.name for case in members] for sweep, members in SWEEPS.items()}
+    args.cases = list(dict.fromkeys(name for case in cases for name in sweeps.get(case, [case])))
     return args
 
 
-def _settings(args: argparse.Namespace) -> dict[str, Any]:
-    return {"device": args.device, "dtype": args.dtype, "quick": args.quick}
-
-
-def _write(path: Path, header: dict[str, Any], results: report.Results) -> None:
+def _write(path: Path | None, data: dict[str, Any]) -> None:
+    if path is None:
+        return
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps({**header, "results": results}, indent=1) + "\n")
+    partial.write_text(json.dumps(data, indent=1) + "\n")
     partial.replace(path)  # never half a file
 
 

@@ -1,21 +1,44 @@
-"""What is measured: shapes named after real networks, the two ops, and the least that each must move and compute."""
+"""What is measured: shapes named after real networks, four subjects, and the least that each must move and compute.
+
+One `Workload` holds the inputs and the variants of a subject in a case; correctness, speed and memory are runs of it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Literal
+from types import ModuleType
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import ocr_kernels
+from ocr_kernels import available_backends, modules, reference, use_backend
 from ocr_kernels.attention import reference as attention_reference
 from ocr_kernels.gather import reference as gather_reference
 
-Pass = Literal["forward", "forward+backward"]
-PASSES: tuple[Pass, ...] = ("forward", "forward+backward")
+Pass = Literal["forward", "backward", "forward+backward"]
+PASSES: tuple[Pass, ...] = ("forward", "backward", "forward+backward")
+
+EAGER, COMPILED, AUTOTUNED, SDPA = "eager", "compile", "max-autotune", "sdpa"
+PEERS = (EAGER, COMPILED, AUTOTUNED, SDPA)
+SDPA_BACKENDS: dict[str, Any] = {
+    "sdpa-flash": SDPBackend.FLASH_ATTENTION,
+    "sdpa-cudnn": SDPBackend.CUDNN_ATTENTION,
+    "sdpa-efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "sdpa-math": SDPBackend.MATH,
+}
+MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+
+Function = Callable[..., Any]  # of tensors; it returns a tensor or a list of them
+Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -27,6 +50,7 @@ class Case:
     regions: int
     height: int
     width: int
+    in_channels: int = 720  # of the backbone, which only the whole head sees; HRNet-W48's
 
     @property
     def pixels(self) -> int:
@@ -37,78 +61,291 @@ class Case:
         return replace(self, batch=1, height=max(1, self.height // 4), width=max(1, self.width // 4))
 
 
-CASES = {
-    case.name: case
-    for case in (
-        Case("cityscapes-inference", 1, 512, 256, 19, 256, 512),
-        Case("cityscapes-training", 2, 512, 256, 19, 128, 256),
-        Case("ade20k", 4, 512, 256, 150, 130, 130),
-        Case("coco-stuff", 4, 512, 256, 171, 130, 130),
-        Case("pascal-context", 4, 512, 256, 59, 130, 130),
-        Case("lip", 8, 512, 256, 20, 119, 119),
-        Case("mmseg-r101-d8", 4, 512, 256, 19, 64, 128),
-        Case("interactive", 8, 64, 32, 2, 96, 96),
-        Case("interactive-w18", 8, 128, 64, 2, 96, 96),
-        Case("4k-frame", 1, 512, 256, 19, 540, 960),
-        Case("long-tail", 1, 512, 256, 1203, 128, 128),
-    )
+NAMED = (
+    Case("cityscapes-inference", 1, 512, 256, 19, 256, 512),
+    Case("cityscapes-training", 2, 512, 256, 19, 128, 256),
+    Case("ade20k", 4, 512, 256, 150, 130, 130),
+    Case("coco-stuff", 4, 512, 256, 171, 130, 130),
+    Case("pascal-context", 4, 512, 256, 59, 130, 130),
+    Case("lip", 8, 512, 256, 20, 119, 119),
+    Case("mmseg-r101-d8", 4, 512, 256, 19, 64, 128, in_channels=2048),
+    Case("interactive", 8, 64, 32, 2, 96, 96, in_channels=270),
+    Case("interactive-w18", 8, 128, 64, 2, 96, 96, in_channels=270),
+    Case("4k-frame", 1, 512, 256, 19, 540, 960),
+    Case("long-tail", 1, 512, 256, 1203, 128, 128),
+)
+SWEEPS = {  # cost against N and against K
+    "pixels": tuple(Case(f"pixels-{2 * s * s}", 1, 512, 256, 19, s, 2 * s) for s in (32, 64, 128, 256, 512)),
+    "regions": tuple(Case(f"regions-{k}", 1, 512, 256, k, 128, 128) for k in (2, 8, 19, 32, 64, 128, 256, 512, 1024)),
 }
+CASES = {case.name: case for case in (*NAMED, *SWEEPS["pixels"], *SWEEPS["regions"])}
 QUICK_CASES = ("cityscapes-inference", "ade20k")
+OPS = ("gather", "attention")  # the other subjects are modules
+TINY = Case("tiny", 1, 16, 8, 4, 4, 4)  # for what a call costs the host
+
+
+def sweep_of(name: str) -> str | None:
+    return next((sweep for sweep, cases in SWEEPS.items() if name in (case.name for case in cases)), None)
 
 
 @dataclass(frozen=True)
-class Op:
-    """One op: ours, its definition in plain PyTorch, and its shapes and multiply-adds as functions of the case."""
+class Work:
+    """The least that a pass over the data moves and computes."""
+
+    numbers: int
+    multiply_adds: int
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Something to measure: its shapes and its work as functions of the case, in plain PyTorch and as ours.
+
+    A pass is one or more passes over the data, each of which needs the whole result of the one before.
+    """
 
     name: str
-    ours: Callable[..., Tensor]
-    definition: Callable[..., Tensor]
-    input_shapes: Callable[[Case], list[tuple[int, ...]]]
-    output_shape: Callable[[Case], tuple[int, ...]]
-    multiply_adds: Callable[[Case], dict[Pass, int]]
+    input_shapes: Callable[[Case], list[Shape]]
+    output_shapes: Callable[[Case], list[Shape]]
+    forward: Callable[[Case], list[Work]]
+    backward_products: Callable[[Case], int]
+    plain: Callable[[Case], Function]
+    ours: Callable[[Case, str], Function]
 
-    def inputs(self, case: Case, dtype: torch.dtype, device: torch.device) -> tuple[list[Tensor], Tensor]:
-        """The inputs, which require gradients, and the gradient of the output; the same at every call."""
-        generator = torch.Generator(device).manual_seed(0)
-        shapes = [*self.input_shapes(case), self.output_shape(case)]
-        *inputs, grad = (torch.randn(s, generator=generator, device=device, dtype=dtype) for s in shapes)
-        return [tensor.requires_grad_() for tensor in inputs], grad
+    def work(self, case: Case, what: Pass) -> list[Work]:
+        inputs, outputs = (sum(map(prod, shapes(case))) for shapes in (self.input_shapes, self.output_shapes))
+        backward = [Work(2 * inputs + outputs, self.backward_products(case))]  # every input and gradient once
+        return {"forward": [], "backward": backward, "forward+backward": backward}[what] + (
+            [] if what == "backward" else self.forward(case)
+        )
 
     def bytes(self, case: Case, what: Pass, dtype: torch.dtype) -> int:
-        """Forward: every input is read and the output written once. Backward: inputs and gradients likewise."""
-        inputs, output = sum(map(prod, self.input_shapes(case))), prod(self.output_shape(case))
-        numbers = inputs + output if what == "forward" else (inputs + output) + (2 * inputs + output)
-        return numbers * dtype.itemsize
+        return sum(work.numbers for work in self.work(case, what)) * dtype.itemsize
 
     def flops(self, case: Case, what: Pass) -> int:
-        return 2 * self.multiply_adds(case)[what]
+        return 2 * sum(work.multiply_adds for work in self.work(case, what))
 
 
-def _gather_multiply_adds(case: Case) -> dict[Pass, int]:
-    product = case.batch * case.pixels * case.regions * case.channels
-    return {"forward": product, "forward+backward": 3 * product}  # backward: dX and dP
+def _pixels(case: Case, channels: int) -> Shape:
+    return (case.batch, channels, case.height, case.width)
 
 
-def _attention_multiply_adds(case: Case) -> dict[Pass, int]:
-    product = case.batch * case.pixels * case.regions * case.key_channels
-    return {"forward": 2 * product, "forward+backward": 7 * product}  # backward: the scores again, dV, dw, dQ, dK
+def _gather_work(case: Case) -> Work:
+    n = case.batch * case.pixels
+    numbers = n * (case.channels + case.regions) + case.batch * case.channels * case.regions
+    return Work(numbers, n * case.regions * case.channels)
 
 
-OPS = (
-    Op(
-        "gather",
-        ocr_kernels.spatial_gather,
-        gather_reference.spatial_gather,
-        lambda c: [(c.batch, channels, c.height, c.width) for channels in (c.channels, c.regions)],
-        lambda c: (c.batch, c.channels, c.regions),
-        _gather_multiply_adds,
-    ),
-    Op(
-        "attention",
-        ocr_kernels.pixel_region_attention,
-        attention_reference.pixel_region_attention,
-        lambda c: [(c.batch, c.key_channels, c.height, c.width), *[(c.batch, c.key_channels, c.regions)] * 2],
-        lambda c: (c.batch, c.key_channels, c.height, c.width),
-        _attention_multiply_adds,
-    ),
-)
+def _attention_work(case: Case) -> Work:
+    n = case.batch * case.pixels
+    numbers = 2 * n * case.key_channels + 2 * case.batch * case.key_channels * case.regions
+    return Work(numbers, 2 * n * case.regions * case.key_channels)
+
+
+def _block_work(case: Case) -> list[Work]:
+    """The gather needs all pixels before the rest can begin; the rest reads x and writes z."""
+    n, c, d, k = case.batch * case.pixels, case.channels, case.key_channels, case.regions
+    # what follows the attention has rank K for each pixel: W_up sum_k w_k v_k = sum_k w_k (W_up v_k)
+    per_pixel = c * d + d * d + k * d + min(k * c, k * d + d * c) + 2 * c * c
+    per_region = 3 * c * d + d * d
+    return [_gather_work(case), Work(2 * n * c, n * per_pixel + case.batch * k * per_region)]
+
+
+def _head_work(case: Case) -> list[Work]:
+    """Convolutions that end with the gather, then what reads x and writes logits."""
+    n, c, k, wide = case.batch * case.pixels, case.channels, case.regions, case.in_channels
+    gather, block = _block_work(case)
+    convolutions = n * (9 * wide * c + wide * wide + wide * k)
+    return [
+        Work(n * (wide + c + k), convolutions + gather.multiply_adds),
+        Work(n * (c + k), block.multiply_adds + n * c * k),
+    ]
+
+
+def _products(works: Sequence[Work]) -> int:
+    return sum(work.multiply_adds for work in works)
+
+
+class Block(nn.Module):
+    """SpatialOCR with the gather before it: pixels and logits to augmented pixels."""
+
+    def __init__(self, library: ModuleType, case: Case, backend: str | None = None) -> None:
+        super().__init__()
+        self.backend = backend
+        self.gather = library.SpatialGather(case.regions)
+        self.ocr = library.SpatialOCR(
+            case.channels, case.key_channels, case.channels, dropout=0.0, norm_layer=batch_norm
+        )
+
+    def forward(self, feats: Tensor, logits: Tensor) -> Tensor:
+        with use_backend(self.backend) if self.backend else nullcontext():
+            out: Tensor = self.ocr(feats, self.gather(feats, logits))
+        return out
+
+
+class Head(nn.Module):
+    """The whole head: a backbone's features to auxiliary logits and logits."""
+
+    def __init__(self, library: ModuleType, case: Case, backend: str | None = None) -> None:
+        super().__init__()
+        self.backend = backend
+        self.head = library.OCRHead(
+            case.in_channels, case.regions, case.channels, case.key_channels, dropout=0.0, norm_layer=batch_norm
+        )
+
+    def forward(self, feats: Tensor) -> list[Tensor]:
+        with use_backend(self.backend) if self.backend else nullcontext():
+            out: list[Tensor] = self.head(feats)
+        return out
+
+
+# Momentum 0 keeps the running statistics as they are, however often each variant is called.
+batch_norm = functools.partial(nn.BatchNorm2d, momentum=0.0)
+
+
+def scaled_dot_product(query: Tensor, key: Tensor, value: Tensor, *, backend: Any) -> Tensor:
+    """The attention by `scaled_dot_product_attention`, layout conversions there and back included.
+
+    It wants `[B, 1, N, D]` with the channels next to each other, which is how channels-last pixels lie already.
+    """
+    q, k, v = (t.flatten(2).transpose(1, 2).unsqueeze(1).contiguous() for t in (query, key, value))
+    with sdpa_kernel(backend):
+        context = F.scaled_dot_product_attention(q, k, v)
+    channels_last = query.is_contiguous(memory_format=torch.channels_last)
+    out: Tensor = context.squeeze(1).transpose(1, 2).unflatten(2, query.shape[2:])
+    if not channels_last:
+        out = out.contiguous()
+    return out
+
+
+SUBJECTS = {
+    subject.name: subject
+    for subject in (
+        Subject(
+            "gather",
+            lambda c: [_pixels(c, c.channels), _pixels(c, c.regions)],
+            lambda c: [(c.batch, c.channels, c.regions)],
+            lambda c: [_gather_work(c)],
+            lambda c: 2 * _gather_work(c).multiply_adds,  # dX and dP
+            lambda c: gather_reference.spatial_gather,
+            lambda c, backend: functools.partial(ocr_kernels.spatial_gather, backend=backend),
+        ),
+        Subject(
+            "attention",
+            lambda c: [_pixels(c, c.key_channels), *[(c.batch, c.key_channels, c.regions)] * 2],
+            lambda c: [_pixels(c, c.key_channels)],
+            lambda c: [_attention_work(c)],
+            lambda c: 5 * _attention_work(c).multiply_adds // 2,  # the scores again, dV, dw, dQ, dK
+            lambda c: attention_reference.pixel_region_attention,
+            lambda c, backend: functools.partial(ocr_kernels.pixel_region_attention, backend=backend),
+        ),
+        Subject(
+            "module",
+            lambda c: [_pixels(c, c.channels), _pixels(c, c.regions)],
+            lambda c: [_pixels(c, c.channels)],
+            _block_work,
+            lambda c: 2 * _products(_block_work(c)),
+            lambda c: Block(reference, c),
+            lambda c, backend: Block(modules, c, backend),
+        ),
+        Subject(
+            "head",
+            lambda c: [_pixels(c, c.in_channels)],
+            lambda c: [_pixels(c, c.regions)] * 2,
+            _head_work,
+            lambda c: 2 * _products(_head_work(c)),
+            lambda c: Head(reference, c),
+            lambda c, backend: Head(modules, c, backend),
+        ),
+    )
+}
+
+
+def our_backends(device: torch.device) -> list[str]:
+    """The backends to time: the kernels that run on `device`, or the reference where there are none."""
+    usable = [name for name, state in available_backends().items() if state is True and name != "reference"]
+    if device.type == "cpu":
+        usable = [name for name in usable if name != "triton"]
+    return usable or ["reference"]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A subject in a case: the inputs, the incoming gradients and the variants, all with the same weights."""
+
+    subject: Subject
+    case: Case
+    dtype: torch.dtype
+    device: torch.device
+    memory_format: str = "contiguous"
+    peers: tuple[str, ...] = PEERS
+
+    def inputs(self) -> tuple[list[Tensor], list[Tensor]]:
+        """The inputs, which require gradients, and the gradients of the outputs; the same at every call."""
+        generator = torch.Generator(self.device).manual_seed(0)
+
+        def draw(shape: Shape) -> Tensor:
+            tensor = torch.randn(shape, generator=generator, device=self.device, dtype=self.dtype)
+            return self._lay_out(tensor) if len(shape) == 4 else tensor
+
+        inputs = [draw(shape).requires_grad_() for shape in self.subject.input_shapes(self.case)]
+        return inputs, [draw(shape) for shape in self.subject.output_shapes(self.case)]
+
+    def eager(self) -> Function:
+        return self._ready(self.subject.plain(self.case))
+
+    def variants(self) -> dict[str, Function]:
+        """The peers, then ours. SDPA's backends are there where PyTorch accepts the input."""
+        functions: dict[str, Function] = {}
+        if EAGER in self.peers:
+            functions[EAGER] = self.eager()
+        if COMPILED in self.peers:
+            functions[COMPILED] = _compiled(self.eager())
+        if AUTOTUNED in self.peers and self.device.type == "cuda":
+            # Without CUDA graphs: they would copy the inputs, and what they save, launches, is not timed here.
+            functions[AUTOTUNED] = _compiled(self.eager(), mode="max-autotune-no-cudagraphs")
+        if SDPA in self.peers and self.subject.name == "attention":
+            for name, kernel in SDPA_BACKENDS.items():
+                if self._accepts(kernel):
+                    functions[name] = functools.partial(scaled_dot_product, backend=kernel)
+        for backend in our_backends(self.device):
+            functions[backend] = self._ready(self.subject.ours(self.case, backend))
+        return functions
+
+    def _accepts(self, backend: Any) -> bool:
+        """Whether PyTorch runs this kernel of its attention, forward and backward, at these sizes."""
+        small = replace(self.case, batch=1, height=8, width=8)
+        inputs, (grad,) = replace(self, case=small).inputs()
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # one for every reason why it does not
+                torch.autograd.grad(scaled_dot_product(*inputs, backend=backend), inputs, grad)
+        except RuntimeError:
+            return False
+        return True
+
+    def _lay_out(self, tensor: Tensor) -> Tensor:
+        return tensor.contiguous(memory_format=MEMORY_FORMATS[self.memory_format])
+
+    def _ready(self, function: Function) -> Function:
+        """A module with the weights that all variants have, where and as the inputs are."""
+        if not isinstance(function, nn.Module):
+            return function
+        function.to(self.device, self.dtype)
+        generator = torch.Generator(self.device).manual_seed(0)
+        with torch.no_grad():
+            for name, parameter in function.named_parameters():
+                if parameter.dim() > 1:
+                    parameter.normal_(std=parameter[0].numel() ** -0.5, generator=generator)
+                elif name.endswith("bias"):
+                    parameter.zero_()
+                if parameter.dim() == 4:
+                    parameter.data = self._lay_out(parameter)
+        return function
+
+
+def _compiled(function: Function, **options: Any) -> Function:
+    if isinstance(function, nn.Module):
+        function.compile(dynamic=False, **options)
+        return function
+    compiled: Function = torch.compile(function, dynamic=False, **options)
+    return compiled

@@ -1,66 +1,110 @@
-"""Tables of the results."""
+"""Tables of the results: for the terminal, and as Markdown for the README."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.measure import COMPILED, EAGER
+from benchmarks.cases import COMPILED, EAGER, PEERS, SDPA, sweep_of
+from benchmarks.measure import EMPTY
 
-SHORT = {"forward": "fwd", "forward+backward": "fwd+bwd"}
+SHORT = {"forward": "fwd", "backward": "bwd", "forward+backward": "both"}
+HOST_BUDGETS = {"forward": 20e-6, "forward+backward": 60e-6}
 
-Results = Sequence[dict[str, Any]]
+Result = dict[str, Any]
+Results = Sequence[Result]
+Key = tuple[str, ...]
+
+
+@dataclass
+class Grid:
+    """A table: the first `text` columns are aligned to the left."""
+
+    title: str
+    header: Sequence[str]
+    text: int = 1
+    rows: list[list[str]] = field(default_factory=list)
+
+    def without_empty_columns(self) -> Grid:
+        keep = [
+            i for i, _ in enumerate(self.header) if i < self.text or any(row[i] not in ("", "-") for row in self.rows)
+        ]
+        return Grid(
+            self.title, [self.header[i] for i in keep], self.text, [[row[i] for i in keep] for row in self.rows]
+        )
+
+    def table(self) -> Table:
+        table = Table(title=self.title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        for i, name in enumerate(self.header):
+            last = i == len(self.header) - 1  # gives way where the width is short
+            table.add_column(name, justify="left" if i < self.text else "right", overflow="fold", no_wrap=not last)
+        for row in self.rows:
+            table.add_row(*row)
+        return table
+
+    def markdown(self) -> str:
+        rule = ["---" if i < self.text else "---:" for i, _ in enumerate(self.header)]
+        lines = ["| " + " | ".join(row) + " |" for row in (self.header, rule, *self.rows)]
+        return "\n".join(lines)
 
 
 def console() -> Console:
     """Standard output, 120 columns wide in a file or a pipe."""
-    out = Console(highlight=False)
+    out = Console(highlight=False, markup=False)
     if not out.is_terminal:
         out.width = 120
     return out
 
 
-def details(results: Results) -> Table:
-    """One line per measurement: milliseconds with their spread, and ours against the peers and the floor."""
-    variants = list(dict.fromkeys(name for result in results for name in (*result["times"], *result["problems"])))
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for title in ("case", "op", "pass"):
-        table.add_column(title, no_wrap=True)
-    for title in (*(f"{name} [ms]" for name in variants), "vs eager", "vs compile", "of floor"):
-        table.add_column(title.replace("[", r"\["), justify="right")
+def device_name(data: Mapping[str, Any]) -> str:
+    names = (device["name"] for device in data["devices"] if device["device"].startswith(data["device"]))
+    return next(names, str(data["device"]))
+
+
+def origin(data: Mapping[str, Any]) -> str:
+    """Where and when, in a line."""
+    versions = [f"{name} {data['versions'][name]}" for name in ("torch", "triton", "driver") if data["versions"][name]]
+    commit, _, dirty = data["commit"].partition("-")
+    about = [f"commit {commit[:12]}{'-dirty' if dirty else ''}", data["date"][:10]]
+    return ", ".join([device_name(data), *versions, *about, *(["reduced sizes"] if data["quick"] else [])])
+
+
+# One measurement
+
+
+def key(result: Result) -> Key:
+    return tuple(str(result[name]) for name in ("subject", "case", "pass", "dtype", "memory_format"))
+
+
+def grouped(results: Results, by: Callable[[Result], Key] = key) -> dict[Key, list[Result]]:
+    """A measurement may have more than one line: the slow compilers are timed in a later round, beside ours again."""
+    groups: dict[Key, list[Result]] = {}
     for result in results:
-        table.add_row(
-            *(result[key] for key in ("case", "op")),
-            SHORT[result["pass"]],
-            *(_time(result, name) for name in variants),
-            *(_times_faster(_speedup(result, peer)) for peer in (EAGER, COMPILED)),
-            _percent(_share(result)),
-        )
-    return table
+        groups.setdefault(by(result), []).append(result)
+    return groups
 
 
-def summary(results: Results) -> Table:
-    """One line per op and pass: ours against the peers in geometric mean and at worst, and against the floor."""
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for title in ("op", "pass", "ours", "cases"):
-        table.add_column(title)
-    for title in ("vs eager", "worst", "vs compile", "worst", "of floor", "worst"):
-        table.add_column(title, justify="right")
-    for key in dict.fromkeys((result["op"], result["pass"], result["ours"]) for result in results):
-        group = [result for result in results if (result["op"], result["pass"], result["ours"]) == key]
-        cells = []
-        for peer in (EAGER, COMPILED):
-            speedups = [s for r in group if (s := _speedup(r, peer)) is not None]
-            cells += [_times_faster(_geometric_mean(speedups)), _times_faster(min(speedups, default=None))]
-        shares = [s for r in group if (s := _share(r)) is not None]
-        cells += [_percent(_geometric_mean(shares)), _percent(min(shares, default=None))]
-        table.add_row(*key, str(len(group)), *cells)
-    return table
+def times_faster(lines: Results, ours: str, peer: str) -> tuple[float, str] | None:
+    """How many times faster ours is than a peer in the same rounds; than the fastest, if the peer is SDPA."""
+    ratios = [
+        (timing["median"] / line["times"][ours]["median"], name)
+        for line in lines
+        if ours in line["times"]
+        for name, timing in line["times"].items()
+        if name == peer or (peer == SDPA and name.startswith(f"{SDPA}-"))
+    ]
+    return min(ratios, default=None)
+
+
+def share_of_floor(lines: Results, ours: str) -> float | None:
+    timing = lines[0]["times"].get(ours)
+    return lines[0]["floor"] / timing["median"] if timing else None
 
 
 def problems(results: Results) -> list[str]:
@@ -68,40 +112,177 @@ def problems(results: Results) -> list[str]:
     places: dict[str, list[str]] = {}
     for result in results:
         for name, text in result["problems"].items():
-            place = f"{result['case']} {result['op']} {SHORT[result['pass']]}"
+            place = f"{result['case']} {result['subject']} {SHORT[result['pass']]}"
             places.setdefault(f"{name} {text}", []).append(place)
     return [f"{text} ({where[0] if len(where) == 1 else f'{len(where)} times'})" for text, where in places.items()]
 
 
 def ours_failed(results: Results) -> bool:
-    return any(name not in (EAGER, COMPILED) for result in results for name in result["problems"])
+    return any(name in result["ours"] for result in results for name in result["problems"])
 
 
-def _time(result: dict[str, Any], variant: str) -> str:
-    timing = result["times"].get(variant)
+# Tables
+
+
+def tables(data: Mapping[str, Any]) -> list[Grid]:
+    results: Results = data["results"]
+    return [*speed(results), *memory(results), *host(data.get("host", [])), *summary(results)]
+
+
+def speed(results: Results) -> list[Grid]:
+    """A table for each subject, dtype, memory format and backend of ours, with a line for each case and pass."""
+    grids = []
+    same = grouped(results, lambda r: (r["subject"], r["dtype"], r["memory_format"]))
+    for (subject, dtype, memory_format), members in same.items():
+        for ours in members[0]["ours"]:
+            title = f"{subject}, {dtype}, {memory_format}: {ours}, and how many times faster it is than its peers"
+            header = ("case", "pass", "time [ms]", "GB/s", "TFLOP/s", "of floor", *PEERS, "slower than")
+            grid = Grid(title, header, 2)
+            for lines in grouped(members).values():
+                grid.rows.append(_speed_row(lines, ours))
+            grids.append(grid.without_empty_columns())
+    return grids
+
+
+def _speed_row(lines: Results, ours: str) -> list[str]:
+    line = lines[0]
+    row = [line["case"], SHORT[line["pass"]]]
+    timing = line["times"].get(ours)
     if timing is None:
-        return str(result["problems"].get(variant, "")).split(":")[0]
-    return f"{timing['median'] * 1e3:.3f} ±{timing['spread']:.0%}"
+        return [*row, line["problems"][ours].split(":")[0], *[""] * (len(PEERS) + 4)]
+    seconds = timing["median"]
+    ratios = {peer: times_faster(lines, ours, peer) for peer in PEERS}
+    broken = {name: text.split(":")[0] for part in lines for name, text in part["problems"].items()}
+    cells = [_ratio(ratios[peer], broken.get(peer, "-")) for peer in PEERS]
+    slower = ", ".join(name.removeprefix(f"{SDPA}-") for ratio, name in filter(None, ratios.values()) if ratio < 1)
+    return [
+        *row,
+        f"{seconds * 1e3:.3g} ±{timing['spread']:.0%}",
+        _number(line["bytes"] / seconds, 1e9),
+        _number(line["flops"] / seconds, 1e12),
+        _percent(share_of_floor(lines, ours)),
+        *cells,
+        slower,
+    ]
 
 
-def _speedup(result: dict[str, Any], peer: str) -> float | None:
-    ours, theirs = result["times"].get(result["ours"]), result["times"].get(peer)
-    return theirs["median"] / ours["median"] if ours and theirs else None
+def memory(results: Results) -> list[Grid]:
+    """Saved for the backward pass, peak and first call, of ours beside eager and torch.compile."""
+    header = ["subject", "case", "pass", "saved [MB]", "peak [MB]", "first call [s]"]
+    timed = {name for result in results for name in result["times"]}
+    peers = [name for name in (EAGER, COMPILED) if name in timed]
+    grid = Grid(f"{' / '.join(['ours', *peers])}: saved for backward besides the inputs, peak, first call", header, 3)
+    for lines in grouped(results).values():
+        line = lines[0]
+        if line["pass"] == "backward" or sweep_of(line["case"]):
+            continue
+        names = [line["ours"][0], *peers]
+        saved, peak, first = (
+            [_number(line[what].get(name), unit) for name in names]
+            for what, unit in (("saved_bytes", 1e6), ("peak_bytes", 1e6), ("first_call", 1))
+        )
+        cells = ("-" if set(values) <= {"-"} else " / ".join(values) for values in (saved, peak, first))
+        grid.rows.append([line["subject"], line["case"], SHORT[line["pass"]], *cells])
+    return [grid.without_empty_columns()] if grid.rows else []
 
 
-def _share(result: dict[str, Any]) -> float | None:
-    ours = result["times"].get(result["ours"])
-    return result["floor"] / ours["median"] if ours else None
+def host(lines: Results) -> list[Grid]:
+    """Microseconds per call on tiny inputs."""
+    if not lines:
+        return []
+    variants = list(dict.fromkeys(name for line in lines for name in line["times"]))
+    grid = Grid("host time per call on tiny inputs [us]", ["op", "pass", *variants, "budget of no kernels"], 2)
+    for line in lines:
+        budget = HOST_BUDGETS[line["pass"]]
+        verdict = "met" if line["times"][EMPTY]["median"] <= budget else "missed"
+        times = (_number(line["times"].get(name, {}).get("median"), 1e-6) for name in variants)
+        grid.rows.append([line["subject"], SHORT[line["pass"]], *times, f"{budget * 1e6:.0f}, {verdict}"])
+    return [grid]
 
 
-def _geometric_mean(values: Iterable[float]) -> float | None:
+def summary(results: Results) -> list[Grid]:
+    """For each dtype, format and backend a line for each subject and pass: mean and worst over the named cases."""
+    grids = []
+    named = [result for result in results if not sweep_of(result["case"])]
+    for (dtype, memory_format), members in grouped(named, lambda r: (r["dtype"], r["memory_format"])).items():
+        for ours in members[0]["ours"]:
+            title = f"{dtype}, {memory_format}: times faster {ours} is, in geometric mean over the cases and at worst"
+            header = ["subject", "pass", "cases", *(h for peer in PEERS for h in (peer, "worst"))]
+            grid = Grid(title, [*header, "of floor", "worst", "lost"], 2)
+            for (subject, what), part in grouped(members, lambda r: (r["subject"], r["pass"])).items():
+                grid.rows.append([subject, SHORT[what], *_summary_cells(list(grouped(part).values()), ours)])
+            grids.append(grid.without_empty_columns())
+    return grids
+
+
+def _summary_cells(cases: list[list[Result]], ours: str) -> list[str]:
+    cells, lost = [str(len(cases))], set()
+    for peer in PEERS:
+        ratios = {i: r[0] for i, lines in enumerate(cases) if (r := times_faster(lines, ours, peer))}
+        lost |= {i for i, ratio in ratios.items() if ratio < 1}
+        cells += [_times(geometric_mean(ratios.values())), _times(min(ratios.values(), default=None))]
+    shares = [share for lines in cases if (share := share_of_floor(lines, ours)) is not None]
+    return [*cells, _percent(geometric_mean(shares)), _percent(min(shares, default=None)), str(len(lost))]
+
+
+def comparison(old: Mapping[str, Any], new: Mapping[str, Any]) -> Grid:
+    """What changed between two runs: ours, measurement by measurement, and the peers in geometric mean as a control."""
+    grid = Grid("changes", ["subject", "case", "pass", "variant", "old [ms]", "new [ms]", "new/old", "change"], 4)
+    before, after = (
+        {(*key(line), name): timing for line in data["results"] for name, timing in line["times"].items()}
+        for data in (old, new)
+    )
+    ours = {name for data in (old, new) for line in data["results"] for name in line["ours"]}
+    control = []
+    for place in dict.fromkeys((*before, *after)):
+        subject, case, what, dtype, memory_format, name = place
+        if name not in ours:
+            if place in before and place in after:
+                control.append(after[place]["median"] / before[place]["median"])
+            continue
+        row = [subject, case, SHORT[what], f"{name} {_short_dtype(dtype)} {_short_format(memory_format)}"]
+        if place not in before or place not in after:
+            row += [_number(times.get(place, {}).get("median"), 1e-3) for times in (before, after)]
+            grid.rows.append([*row, "-", "only in one"])
+            continue
+        a, b = before[place], after[place]
+        ratio = b["median"] / a["median"]
+        noise = (a["spread"] + b["spread"]) / 2
+        verdict = "same" if abs(ratio - 1) <= max(0.02, noise) else "slower" if ratio > 1 else "faster"
+        grid.rows.append([*row, *(_number(t["median"], 1e-3) for t in (a, b)), f"{ratio:.2f}", verdict])
+    mean = geometric_mean(control)
+    if mean:
+        grid.rows.append(["control", f"{len(control)} peers", "", "", "", "", f"{mean:.2f}", "the machine"])
+    return grid
+
+
+def geometric_mean(values: Iterable[float]) -> float | None:
     logs = [math.log(value) for value in values]
     return math.exp(sum(logs) / len(logs)) if logs else None
 
 
-def _times_faster(value: float | None) -> str:
+def _ratio(value: tuple[float, str] | None, missing: str) -> str:
+    if value is None:
+        return missing
+    name = value[1].removeprefix(f"{SDPA}-")
+    return f"{value[0]:.2f}x" + (f" {name}" if name != value[1] else "")
+
+
+def _times(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}x"
 
 
 def _percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.0%}"
+
+
+def _number(value: float | None, unit: float) -> str:
+    return "-" if value is None else f"{value / unit:.3g}" if value / unit < 1000 else f"{value / unit:.0f}"
+
+
+def _short_dtype(dtype: str) -> str:
+    return {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "fp64"}.get(dtype, dtype)
+
+
+def _short_format(memory_format: str) -> str:
+    return {"contiguous": "NCHW", "channels_last": "NHWC"}.get(memory_format, memory_format)

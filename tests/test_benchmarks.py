@@ -2,86 +2,370 @@
 
 import json
 import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from benchmarks import __main__ as command
-from benchmarks import gpu_round, measure, report
-from benchmarks.cases import CASES, OPS, PASSES, Case, Op, Pass
+from benchmarks import cases, gpu_round, measure, plot, readme, report
+from benchmarks.cases import CASES, OPS, PASSES, SUBJECTS, Case, Pass, Subject, Workload
+from ocr_kernels import cli
 
-GATHER, ATTENTION = OPS
-TINY = Case("tiny", 1, 8, 4, 3, 6, 7)
+GATHER, ATTENTION, MODULE, HEAD = SUBJECTS.values()
+TINY = Case("tiny", 1, 8, 4, 3, 6, 7, in_channels=12)
 CPU = torch.device("cpu")
 
 
+def workload(subject: Subject, **changes: Any) -> Workload:
+    return replace(Workload(subject, TINY, torch.float32, CPU, peers=("eager",)), **changes)
+
+
+@pytest.fixture
+def tiny_cases(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Every size tiny, nothing compiled, one backend: what the commands do with results is tested here."""
+    small = {
+        case.name: replace(TINY, name=case.name, regions=min(case.regions, 5), width=4 + i)
+        for i, case in enumerate(CASES.values())
+    }
+    monkeypatch.setattr(command, "CASES", small)
+    monkeypatch.setattr(Case, "quick", lambda case: case)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda *_, **__: None)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    for module in (cases, command, measure):
+        monkeypatch.setattr(module, "our_backends", lambda _: ["reference"])
+    monkeypatch.setattr(measure, "measure_limits", lambda *_: measure.Limits(1e10, 1e11))
+    monkeypatch.setattr(measure, "host_times", lambda _: [])
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # on a busy machine, waiting for a second one takes longest
+    yield
+    torch.set_num_threads(threads)
+    torch.compiler.reset()
+
+
+RUN = ["--device", "cpu", "--seconds", "0.001", "--commit", "abc", "--json"]
+
+
 @pytest.mark.parametrize(
-    ("op", "what", "megabytes", "gigaflops"),
+    ("subject", "what", "megabytes", "gigaflops"),
     [
         (GATHER, "forward", 139, 2.5),
+        (GATHER, "backward", 278, 5.1),
         (GATHER, "forward+backward", 139 + 278, 2.5 + 5.1),
         (ATTENTION, "forward", 134, 2.5),
+        (ATTENTION, "backward", 201, 6.4),
         (ATTENTION, "forward+backward", 134 + 201, 2.5 + 6.4),
+        (MODULE, "forward", 139 + 268, 2.5 + 193),
     ],
 )
-def test_floors_of_cityscapes_inference(op: Op, what: Pass, megabytes: float, gigaflops: float) -> None:
+def test_floors_of_cityscapes_inference(subject: Subject, what: Pass, megabytes: float, gigaflops: float) -> None:
     case = CASES["cityscapes-inference"]
-    assert op.bytes(case, what, torch.bfloat16) / 1e6 == pytest.approx(megabytes, abs=1)
-    assert op.flops(case, what) / 1e9 == pytest.approx(gigaflops, abs=0.1)
+    assert subject.bytes(case, what, torch.bfloat16) / 1e6 == pytest.approx(megabytes, abs=1)
+    assert subject.flops(case, what) / 1e9 == pytest.approx(gigaflops, abs=0.1 if gigaflops < 100 else 1)
 
 
-@pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
-def test_wrong_and_failing_variants_are_not_timed(op: Op) -> None:
-    def wrong(*inputs: torch.Tensor) -> torch.Tensor:
-        return 1.001 * op.definition(*inputs)
+def test_floor_is_the_slower_of_memory_and_arithmetic_in_each_pass_over_the_data() -> None:
+    limits = measure.Limits(bytes_per_second=4.3e12, flops_per_second=790e12)
+    case = CASES["cityscapes-inference"]
+    times = [limits.floor(s.work(case, "forward"), torch.bfloat16) for s in (GATHER, ATTENTION, MODULE)]
+    assert [t * 1e6 for t in times] == pytest.approx([32, 31, 32 + 244], abs=1)
 
-    def failing(*_: torch.Tensor) -> torch.Tensor:
+
+@pytest.mark.parametrize("subject", SUBJECTS.values(), ids=list(SUBJECTS))
+@pytest.mark.parametrize("memory_format", cases.MEMORY_FORMATS)
+def test_inputs_fit_the_subject(subject: Subject, memory_format: str) -> None:
+    work = workload(subject, memory_format=memory_format)
+    inputs, grads = work.inputs()
+    assert all(t.is_contiguous(memory_format=cases.MEMORY_FORMATS[memory_format]) for t in inputs if t.dim() == 4)
+    outputs = measure.run("forward", work.eager(), (inputs, grads))
+    assert [tuple(t.shape) for t in outputs] == subject.output_shapes(TINY)
+    again = work.inputs()[0]
+    assert all(torch.equal(a, b) for a, b in zip(inputs, again, strict=True))
+
+
+@pytest.mark.parametrize("subject", SUBJECTS.values(), ids=list(SUBJECTS))
+@pytest.mark.parametrize("what", ["forward", "forward+backward"])
+def test_wrong_and_failing_variants_are_not_timed(subject: Subject, what: Pass) -> None:
+    def altered(change: Callable[[Any], Any]) -> torch.nn.Module | Callable[..., Any]:
+        function = work.eager()
+        if isinstance(function, torch.nn.Module):
+            function.register_forward_hook(lambda _, __, out: change(out))
+            return function
+        return lambda *inputs: change(function(*inputs))
+
+    def wrong(out: Any) -> Any:
+        return 1.001 * out if isinstance(out, torch.Tensor) else [1.001 * tensor for tensor in out]
+
+    def failing(_: Any) -> Any:
         raise RuntimeError("no compiler\nand a long story")
 
-    functions = {"right": op.definition, "wrong": wrong, "failing": failing}
-    inputs = op.inputs(TINY, torch.float32, CPU)
-    for what in PASSES:
-        problems = measure._problems(op, what, functions, inputs)
-        assert problems.pop("failing") == "failed: RuntimeError: no compiler"
-        assert problems.pop("wrong").startswith("wrong: ")
-        assert problems == {}
+    work = workload(subject)
+    functions = {"right": work.eager(), "wrong": altered(wrong), "failing": altered(failing)}
+    problems, first = measure.gate(work, functions, work.inputs(), what)
+    assert problems.pop("failing") == "failed: RuntimeError: no compiler"
+    assert problems.pop("wrong").startswith("wrong: ")
+    assert problems == {}
+    assert first.keys() == {"right", "wrong"}
 
 
-def test_a_quick_run_writes_its_results(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_a_wrong_kernel_of_ours_is_not_timed_and_fails_the_run(
+    tiny_cases: None, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # what it does is not tested here
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(measure, "our_backends", lambda _: ["reference"])
-    file = tmp_path / "cpu.json"
-    arguments = ["--device", "cpu", "--quick", "--cases", "interactive", "--json", str(file), "--commit", "abc"]
-    assert command.main(arguments) == 0
-    written = json.loads(file.read_text())
-    assert (written["commit"], written["complete"], written["dtype"]) == ("abc", True, "float32")
-    assert {"backends", "devices", "versions", "date", "bytes_per_second"} <= written.keys()
-    assert [(r["op"], r["pass"]) for r in written["results"]] == [(op.name, what) for op in OPS for what in PASSES]
-    assert all(r["times"].keys() == {"eager", "compile", "reference"} for r in written["results"])
+    right = measure.ocr_kernels.gather.reference.forward
+
+    def wrong(out: torch.Tensor, *args: Any) -> None:
+        right(out, *args)
+        out[0, 0, 0] += 0.1
+
+    monkeypatch.setattr(measure.ocr_kernels.gather.reference, "forward", wrong)
+    file = tmp_path / "a.json"
+    arguments = [*RUN, str(file), "--cases", "lip", "--subjects", "gather", "--peers", "eager"]
+    assert command.main(arguments) == 1
+    results = json.loads(file.read_text())["results"]
+    assert [list(result["times"]) for result in results] == [["eager"]] * 3
+    assert "reference wrong: output 0: max error" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("results") / "machine.json"
+
+
+def test_a_run_writes_prints_and_plots_its_results(
+    tiny_cases: None, file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [*RUN, str(file), "--cases", "cityscapes-inference", "long-tail", "pixels", "regions"]
+    assert command.main([*arguments, "--plot", str(tmp_path)]) == 0
+    data = json.loads(file.read_text())
+    assert (data["commit"], data["missing"], data["device"]) == ("abc", [], "cpu")
+    assert {"backends", "devices", "versions", "date", "limits", "host", "load"} <= data.keys()
+    first = [(r["subject"], r["pass"]) for r in data["results"] if r["case"] == "cityscapes-inference"]
+    assert first == [(subject, what) for subject in SUBJECTS for what in PASSES]
+    attention = next(r for r in data["results"] if r["subject"] == "attention")
+    assert {"eager", "compile", "sdpa-math", "reference"} <= attention["times"].keys()
+    both = next(r for r in data["results"] if r["pass"] == "forward+backward")
+    sizes = both["shape"]
+    assert both["saved_bytes"]["eager"] == 4 * sizes["regions"] * sizes["height"] * sizes["width"]  # the weights
+    assert both["peak_bytes"] == {"eager": None, "compile": None, "reference": None}
+
     printed = capsys.readouterr().out
-    assert "interactive" in printed
     assert max(map(len, printed.splitlines())) <= 120
+    assert all(text in printed for text in ("long-tail", "slower than", "of floor", "lost", "Not reached: none"))
+    drawn = {path.name for path in tmp_path.glob("*.png")}
+    assert drawn == {f"{n}.png" for n in (*(f"bars-{s}" for s in SUBJECTS), "roofline", "memory", "scaling")}
+    for path in tmp_path.glob("*.png"):
+        with Image.open(path) as image:
+            image.load()
+            assert image.info[plot.SOURCE] == plot.digest(data)
+            assert min(image.size) >= 300
 
 
-def test_ratios_and_shares() -> None:
-    result = {
+def test_results_are_printed_and_compared(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["--results", str(file)]) == 0
+    assert "abc" in capsys.readouterr().out
+    data = json.loads(file.read_text())
+    for result in data["results"]:
+        for timing in result["times"].values():
+            timing["spread"] = 0.0
+    old, new = tmp_path / "old.json", tmp_path / "new.json"
+    old.write_text(json.dumps(data))
+    data["results"][0]["times"]["reference"]["median"] *= 2
+    data["results"][1]["times"]["reference"]["median"] /= 2
+    dropped = data["results"].pop()
+    new.write_text(json.dumps(data))
+    grid = report.comparison(json.loads(old.read_text()), data)
+    assert [row[-2:] for row in grid.rows[:3]] == [["2.00", "slower"], ["0.50", "faster"], ["1.00", "same"]]
+    assert grid.rows[-2][:2] == [dropped["subject"], dropped["case"]]
+    assert grid.rows[-2][-1] == "only in one"
+    assert grid.rows[-1][-2:] == ["1.00", "the machine"]
+    assert command.main(["--compare", str(old), str(new)]) == 0
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 120
+
+
+def test_interruption_leaves_valid_results_and_says_what_is_missing(
+    tiny_cases: None, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = measure.measure
+
+    def interrupted(work: Workload, *args: Any) -> Iterator[dict[str, Any]]:
+        if work.subject is ATTENTION:
+            raise KeyboardInterrupt
+        yield from right(work, *args)
+
+    monkeypatch.setattr(measure, "measure", interrupted)
+    path = tmp_path / "a.json"
+    assert command.main([*RUN, str(path), "--cases", "lip", "--subjects", *OPS, "--peers", "eager"]) == 1
+    data = json.loads(path.read_text())
+    assert [result["subject"] for result in data["results"]] == ["gather"] * 3
+    assert data["missing"] == ["attention lip float32 contiguous"]
+    assert "Not reached: 1\n  attention lip" in capsys.readouterr().out
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_job_that_fails_does_not_end_the_run(
+    tiny_cases: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def out_of_memory(*_: Any) -> Iterator[dict[str, Any]]:
+        raise torch.OutOfMemoryError("too large")
+
+    monkeypatch.setattr(measure, "measure", out_of_memory)
+    path = tmp_path / "a.json"
+    assert command.main([*RUN, str(path), "--cases", "lip", "--subjects", "gather"]) == 1
+    failed = json.loads(path.read_text())["failed"]
+    assert failed == {"gather lip float32 contiguous": "OutOfMemoryError: too large"}
+
+
+def test_the_most_telling_jobs_come_first(tiny_cases: None) -> None:
+    args = command._parse(["--device", "cpu", "--no-quick", "--memory-format", "contiguous", "channels_last"], "")
+    jobs = command._jobs(args, torch.device("cuda"))  # nothing runs
+    names = [str(job) for job in jobs]
+    assert names[:4] == [f"{subject} cityscapes-inference float32 contiguous" for subject in SUBJECTS]
+    assert {job.workload.subject.name for job in jobs[4 : 4 + 2 * (len(cases.NAMED) - 1)]} == set(OPS)
+    assert len(set(names)) == len(names)
+    first_slow = next(i for i, name in enumerate(names) if "max-autotune" in name)
+    assert all("contiguous" in name or "cityscapes-inference" in name for name in names[:first_slow])
+
+
+def result(**times: float) -> dict[str, Any]:
+    return {
         "case": "tiny",
-        "op": "gather",
+        "subject": "attention",
         "pass": "forward",
-        "ours": "triton",
+        "dtype": "bfloat16",
+        "memory_format": "contiguous",
+        "ours": ["triton"],
         "floor": 0.5,
-        "times": {
-            name: {"median": m, "spread": 0.0} for name, m in (("eager", 2.0), ("compile", 4.0), ("triton", 1.0))
-        },
+        "bytes": 1,
+        "flops": 1,
+        "times": {name.replace("_", "-"): {"median": m, "spread": 0.0} for name, m in times.items()},
         "problems": {},
     }
-    slower = {**result, "times": {**result["times"], "triton": {"median": 4.0}}}
-    cells = [next(iter(column.cells)) for column in report.summary([result, slower]).columns]
-    assert cells[3:] == ["2", "1.00x", "0.50x", "2.00x", "1.00x", "25%", "12%"]
+
+
+def test_ratios_shares_and_losses() -> None:
+    fast = result(eager=2.0, compile=4.0, sdpa_math=3.0, sdpa_flash=0.5, triton=1.0)
+    slow = {**result(eager=2.0, compile=4.0, triton=4.0), "case": "other"}
+    later = result(max_autotune=3.0, triton=2.0)  # another round, in which the machine was half as fast
+    (grid,) = report.summary([fast, slow, later])
+    row = dict(zip(grid.header, grid.rows[0], strict=True))
+    assert grid.rows[0] == [
+        *("attention", "fwd", "2", "1.00x", "0.50x", "2.00x", "1.00x", "1.50x", "1.50x", "0.50x", "0.50x"),
+        *("25%", "12%", "2"),
+    ]
+    assert row["lost"] == "2"
+    (grid,) = report.speed([fast, slow, later])
+    assert [dict(zip(grid.header, row, strict=True))["slower than"] for row in grid.rows] == ["flash", "eager"]
+
+
+def test_tables_with_every_column_fit(capsys: pytest.CaptureFixture[str]) -> None:
+    full = result(eager=0.002, compile=0.004, max_autotune=0.003, sdpa_efficient=0.0012345, triton=0.12345)
+    full |= {"case": "cityscapes-inference", "pass": "forward+backward", "bytes": 10**9, "flops": 10**12}
+    sizes = dict.fromkeys(full["times"], 12345678901)
+    full |= {"first_call": dict.fromkeys(sizes, 123.456), "peak_bytes": sizes, "saved_bytes": sizes}
+    variants = [*cases.PEERS[:2], *cases.SDPA_BACKENDS, "triton", measure.EMPTY]
+    line = {
+        "subject": "attention",
+        "pass": "forward+backward",
+        "times": {name: {"median": 123.4e-6, "spread": 0.1} for name in variants},
+    }
+    for grid in report.tables({"results": [full], "host": [line]}):
+        report.console().print(grid.table())
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= 120
+    assert "missed" in printed
+    assert "max-autotune" in printed
+
+
+def test_gpu_rounds_wait_for_the_host_and_rotate_the_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.time = time.perf_counter()
+
+        def elapsed_time(self, later: "Event") -> float:
+            return 1e3 * (later.time - self.time)
+
+    sleeps: list[int] = []
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "_sleep", sleeps.append)
+    used: dict[str, list[int]] = {"a": [], "b": []}
+
+    def prepare(name: str) -> Callable[[int], Callable[[], object]]:
+        return lambda argument: lambda: (used[name].append(argument), time.sleep(1e-4 * (1 + 4 * (name == "b"))))
+
+    calls = {name: prepare(name) for name in used}
+    times = measure.time_interleaved(calls, [0, 1, 2], torch.device("cuda"), 0.001, batch=3)
+    assert times["b"].median > 2 * times["a"].median > 0
+    assert sleeps[:2] == [0, 0]  # warming up, and finding out how long the host takes
+    assert all(cycles >= 5e9 * 6e-4 * 3 for cycles in sleeps[2:])
+    assert used["a"][:6] == [0, 2, 1] * 2
+    assert len(used["a"]) == len(used["b"]) >= 5 + 3 * 3
+
+
+def test_host_times_have_a_line_without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    lines = measure.host_times(workload(GATHER), repeats=2, calls=2)
+    assert [(line["subject"], line["pass"]) for line in lines] == [
+        (op, what) for op in OPS for what in ("forward", "forward+backward")
+    ]
+    assert all({"eager", measure.EMPTY} <= line["times"].keys() for line in lines)
+
+
+def test_readme_and_pictures_are_what_the_result_files_give() -> None:
+    if readme.BEGIN not in readme.README.read_text():
+        pytest.skip("the README has no place for them yet")
+    assert readme.stale() == []
+
+
+def test_readme_section_is_replaced(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "machine.json").write_text(file.read_text())
+    monkeypatch.setattr(readme, "RESULTS", tmp_path)
+    monkeypatch.setattr(readme, "README", tmp_path / "README.md")
+    readme.README.write_text(f"before\n{readme.BEGIN}\nold\n{readme.END}\nafter\n")
+    assert readme.main(["--check"]) == 1
+    assert readme.main([]) == 0
+    text = readme.README.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("\nafter\n")
+    assert "| gather | fwd |" in text
+    assert "machine-memory.png" in text
+    assert "old" not in text
+    assert readme.main(["--check"]) == 0
+    data = json.loads((tmp_path / "machine.json").read_text())
+    (tmp_path / "machine.json").write_text(json.dumps({**data, "date": "another"}))
+    assert len(readme.stale()) > 1
+    with pytest.raises(ValueError, match="needs the two lines"):
+        readme.render("no markers")
+
+
+def test_the_users_command_hands_over(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["bench", "--help"])
+    assert exit_.value.code == 0
+    assert "usage: ocr-kernels bench" in capsys.readouterr().out
+    monkeypatch.setattr(cli, "CHECKOUT", Path("elsewhere"))
+    assert cli.main(["bench"]) == 2
+    error = capsys.readouterr().err
+    assert "needs a checkout" in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments", [["--results", "none.json"], ["--dtype", "float8"], ["--cases", "abacus"]])
+def test_wrong_arguments_are_refused_in_one_line(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        command.main(arguments)
+    assert exit_.value.code == 2
+    assert "error: " in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -107,7 +391,7 @@ def test_gpu_round_ends_with_a_table_and_its_verdict(
             report = '<testsuites><testsuite tests="9" failures="1" errors="0" skipped="2"/></testsuites>'
             (log.parent / "tests.xml").write_text(report)
         else:
-            Path(module[module.index("--json") + 1]).write_text('{"results": []}')
+            Path(module[module.index("--json") + 1]).write_text('{"results": [], "missing": ["a"]}')
         return next(steps)
 
     monkeypatch.setattr(gpu_round, "_step", step)

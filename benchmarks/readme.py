@@ -1,0 +1,104 @@
+"""Write the README's tables and pictures of speed from the result files in benchmarks/results."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from benchmarks import plot, report
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+README = ROOT / "README.md"
+BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.readme", description=__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if something would change")
+    if parser.parse_args(argv).check:
+        found = stale()
+        print("\n".join(f"{path} is not what the result files give" for path in found) or "up to date")
+        return int(bool(found))
+    for file in result_files():
+        plot.draw(json.loads(file.read_text()), RESULTS, f"{file.stem}-")
+    try:
+        README.write_text(render(README.read_text()))
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+def stale() -> list[Path]:
+    """The README and the pictures that are not what the result files give."""
+    found = [] if README.read_text() == render(README.read_text()) else [README]
+    for file in result_files():
+        expected = plot.digest(json.loads(file.read_text()))
+        pictures = sorted(RESULTS.glob(f"{file.stem}-*.png"))
+        found += [picture for picture in pictures if _digest_of(picture) != expected]
+    return found
+
+
+def result_files() -> list[Path]:
+    """GPUs first: there our kernels run."""
+    files = sorted(RESULTS.glob("*.json"))
+    return sorted(files, key=lambda file: json.loads(file.read_text())["device"] == "cpu")
+
+
+def render(readme: str) -> str:
+    """The README with the section between the markers made anew."""
+    before, begin, rest = readme.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"{README.name} needs the two lines {BEGIN} and {END}")
+    sections = [_section(file.stem, json.loads(file.read_text())) for file in result_files()]
+    return "\n".join((before + BEGIN, "\n\n".join(sections), END + after))
+
+
+def _section(machine: str, data: dict[str, Any]) -> str:
+    lines = [f"**{report.origin(data)}**", ""]
+    kernels = any(name != "reference" for result in data["results"] for name in result["ours"])
+    if not kernels:
+        load = " and ".join(f"{value:.1f}" for value in data["load"] if value is not None)
+        lines += [
+            "Only the `reference` backend, plain PyTorch, runs on this machine: what it costs, not the kernels. "
+            f"{_threads(data)}; load average {load or 'unknown'} before and after.",
+            "",
+        ]
+    for grid in report.summary(data["results"]):
+        lines += [f"{grid.title}.", "", grid.markdown(), ""]
+    for dtype, limit in data["limits"].items():
+        copy, rate = limit["bytes_per_second"] / 1e9, limit["flops_per_second"] / 1e12
+        lines += [f"Floor ({dtype}): a copy at {copy:.0f} GB/s, a matrix product at {rate:.3g} TFLOP/s."]
+    not_measured = len(data["missing"]) + len(data["failed"])
+    if not_measured:
+        lines += [f"Not measured, for lack of time or because they failed: {not_measured} workloads."]
+    names = [picture.stem.removeprefix(f"{machine}-") for picture in sorted(RESULTS.glob(f"{machine}-*.png"))]
+    shown = [name for name in names if name == "memory" or (kernels and name in ("bars-gather", "bars-attention"))]
+    if shown:
+        lines += ["", *(f"![{name.replace('-', ' ')}](benchmarks/results/{machine}-{name}.png)" for name in shown)]
+    linked = [f"[{name}](benchmarks/results/{machine}-{name}.png)" for name in names if name not in shown]
+    lines += ["", f"More: {', '.join([*linked, f'[all figures](benchmarks/results/{machine}.json)'])}."]
+    return "\n".join(lines)
+
+
+def _threads(data: dict[str, Any]) -> str:
+    threads = next(device["threads"] for device in data["devices"] if device["device"] == "cpu")
+    return f"{threads} thread{'s' if threads > 1 else ''}"
+
+
+def _digest_of(picture: Path) -> str:
+    with Image.open(picture) as image:
+        image.load()
+        return str(image.info.get(plot.SOURCE))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

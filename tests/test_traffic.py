@@ -1,0 +1,147 @@
+"""Nothing is moved twice: what the kernels read and write, counted in Triton's interpreter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton", reason="interprets Triton kernels")
+
+import triton
+import triton.language as tl
+from traffic import Launch, record_traffic
+
+import ocr_kernels.attention.triton
+import ocr_kernels.gather.triton
+import ocr_kernels.tiles
+from ocr_kernels.attention import registration as attention
+from ocr_kernels.backends import interpreting
+from ocr_kernels.gather import registration as gather
+
+pytestmark = pytest.mark.skipif(not interpreting(), reason="counts in Triton's interpreter; set TRITON_INTERPRET=1")
+
+
+@triton.jit
+def shifted_sum_kernel(out, x, length, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    here = tl.load(x + i, mask=i < length, other=0.0)
+    before = tl.load(x + i - 1, mask=(i >= 1) & (i < length), other=0.0)
+    tl.store(out + i, here + before, mask=i < length)
+
+
+def test_counts() -> None:
+    x, out = torch.randn(2, 10)[1], torch.empty(10, dtype=torch.float64)
+    with record_traffic() as launches:
+        shifted_sum_kernel[(2,)](out, x, 10, BLOCK=8)
+        total = out[:4].sum()
+    kernel, op = launches
+    assert (kernel.name, op.name) == ("shifted_sum_kernel", "aten::sum")
+    assert kernel.loads.counts(x).tolist() == [2] * 9 + [1]
+    assert kernel.stores.counts(out).tolist() == [1] * 10
+    assert not kernel.loads.counts(out).any()
+    assert (kernel.loads.bytes, kernel.stores.bytes) == (19 * 4, 10 * 8)
+    assert op.loads.counts(out).tolist() == [1] * 4 + [0] * 6
+    assert op.stores.counts(total) == 1
+    assert op.bytes == 5 * 8
+    with pytest.raises(AssertionError):
+        assert_once(launches, read=[x])
+
+
+def assert_once(launches: Iterable[Launch], read: Iterable[Tensor] = (), written: Iterable[Tensor] = ()) -> None:
+    """Each launch that reads a tensor reads every element of it once; the elements written are written once in all."""
+    for tensor in read:
+        counts = [counts for launch in launches if (counts := launch.loads.counts(tensor)).any()]
+        assert counts
+        assert all(bool((times == 1).all()) for times in counts)
+    for tensor in written:
+        assert (sum(launch.stores.counts(tensor) for launch in launches) == 1).all()
+
+
+def draw(*shape: int, dtype: torch.dtype, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
+    return torch.randn(shape, dtype=dtype).contiguous(memory_format=memory_format)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "channels_last"])
+@pytest.mark.parametrize(
+    ("regions", "dtype"),
+    [*((regions, torch.bfloat16) for regions in (19, 59, 150, 171, 256)), (171, torch.float32)],
+    ids=lambda value: str(value).removeprefix("torch."),
+)
+class TestPixelsPassOnce:
+    """Up to 256 regions, and with no size that fills its last tile."""
+
+    sizes = (1, 140, 9, 11)
+
+    def test_gather(self, regions: int, dtype: torch.dtype, memory_format: torch.memory_format) -> None:
+        batch, channels, *spatial = self.sizes
+        feats = draw(batch, channels, *spatial, dtype=dtype, memory_format=memory_format)
+        logits = draw(batch, regions, *spatial, dtype=dtype, memory_format=memory_format)
+        with record_traffic() as launches:
+            out, stats = gather._forward(feats, logits, 1.0, "triton")
+        assert_once(launches, read=[feats], written=[out, stats])
+        with record_traffic() as launches:
+            gradients = gather._backward(out, feats, logits, out, stats, 1.0, True, True, "triton")
+        assert_once(launches, read=[feats, logits], written=gradients)
+
+    def test_attention(self, regions: int, dtype: torch.dtype, memory_format: torch.memory_format) -> None:
+        batch, channels, *_ = self.sizes
+        query, grad = (draw(*self.sizes, dtype=dtype, memory_format=memory_format) for _ in range(2))
+        key, value = (draw(batch, channels, regions, dtype=dtype) for _ in range(2))
+        with record_traffic() as launches:
+            out = attention._forward(query, key, value, None, "triton")
+        assert_once(launches, read=[query], written=[out])
+        with record_traffic() as launches:
+            gradients = attention._backward(grad, query, key, value, None, True, True, True, "triton")
+        assert_once(launches, read=[query, grad], written=gradients)
+
+
+@pytest.fixture
+def spatial_size(monkeypatch: pytest.MonkeyPatch) -> tuple[int, int]:
+    """Makes the device 4 of an H200's 132 multiprocessors; their share of the pixels of an image of 256x512.
+
+    Programs do there what they do on the whole machine, and there are as many of them for each pixel. What is done once
+    for an image weighs more than it does there, so what is counted is an upper bound.
+    """
+    facts = ocr_kernels.tiles.device_facts(torch.device("cpu"))._replace(multiprocessors=4)
+    for module in (ocr_kernels.gather.triton, ocr_kernels.attention.triton, ocr_kernels.tiles):
+        monkeypatch.setattr(module, "device_facts", lambda device: facts)
+    return 4 * 31, 32
+
+
+def assert_total(launches: Iterable[Launch], limit: float, pixel_tensors: Iterable[Tensor]) -> None:
+    """All launches together move at most `limit` times what moving these tensors once does."""
+    floor = sum(tensor.nbytes for tensor in pixel_tensors)
+    total = sum(launch.bytes for launch in launches) / floor
+    shares = ", ".join(f"{launch.name} {launch.bytes / floor:.3f}" for launch in launches)
+    assert total <= limit, f"{total:.3f} times the floor: {shares}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("regions", "limit"), [(19, 1.25), (171, 2.2)])
+def test_total_of_gather_forward(regions: int, limit: float, spatial_size: tuple[int, int]) -> None:
+    feats, logits = (draw(1, channels, *spatial_size, dtype=torch.bfloat16) for channels in (512, regions))
+    with record_traffic() as launches:
+        gather._forward(feats, logits, 1.0, "triton")
+    assert_total(launches, limit, [feats, logits])
+
+
+@pytest.mark.slow
+def test_total_of_attention_forward(spatial_size: tuple[int, int]) -> None:
+    query = draw(1, 256, *spatial_size, dtype=torch.bfloat16)
+    key, value = (draw(1, 256, 19, dtype=torch.bfloat16) for _ in range(2))
+    with record_traffic() as launches:
+        out = attention._forward(query, key, value, None, "triton")
+    assert_total(launches, 1.15, [query, out])
+
+
+@pytest.mark.slow
+def test_total_of_attention_backward(spatial_size: tuple[int, int]) -> None:
+    query, grad = (draw(1, 256, *spatial_size, dtype=torch.bfloat16) for _ in range(2))
+    key, value = (draw(1, 256, 19, dtype=torch.bfloat16) for _ in range(2))
+    with record_traffic() as launches:
+        dquery, *_ = attention._backward(grad, query, key, value, None, True, True, True, "triton")
+    assert_total(launches, 1.15, [query, grad, dquery])
