@@ -82,7 +82,7 @@ def record_traffic() -> Iterator[list[Launch]]:
         return store(self, pointers, value, mask, *args, **kwargs)
 
     def refuse(self: Any, *args: Any, **kwargs: Any) -> Any:
-        raise NotImplementedError("atomics are not recorded")
+        raise AssertionError("kernels use no atomics, and none are recorded")
 
     class RecordOps(TorchDispatchMode):
         def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
