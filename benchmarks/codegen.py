@@ -7,18 +7,20 @@ compiled by Triton for the architecture, and measured.
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
+import pkgutil
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 if __name__ == "__main__":
@@ -34,82 +36,127 @@ from triton.runtime.jit import JITFunction
 import ocr_kernels.attention.triton
 import ocr_kernels.gather.triton
 import ocr_kernels.tiles
+from benchmarks.cases import CASES, Case
 from ocr_kernels.tiles import DeviceFacts
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 TYPES = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+FORMATS = {torch.contiguous_format: "contiguous", torch.channels_last: "channels last"}
+
+# What to look for in PTX, which ptxas translates one to one, or in AMD's assembly.
+MATRIX = {"mma": r"\bmma\.sync", "wgmma": r"\bwgmma\.mma_async", "tcgen05": r"\btcgen05\.mma", "mfma": r"\bv_mfma_"}
+COPIES = {"cp.async": r"\bcp\.async\.c[ag]\b", "TMA": r"\bcp\.async\.bulk\."}
+
+
+REGISTERS = 2048  # of a multiprocessor, for each lane of a warp
+
+
+class Architecture(NamedTuple):
+    target: GPUTarget
+    facts: DeviceFacts
+    threads: int  # that a multiprocessor holds
+    blocks: int  # that it holds
+    reserved: int = 1024  # bytes of its shared memory that the system takes for each block
+
+    def resident_blocks(self, registers: int, shared: int, num_warps: int, tensor_memory: int = 0) -> int:
+        """How many blocks a multiprocessor holds at a time."""
+        # each of its quarters has its own, and gives them out by 8
+        limits = [self.blocks, 4 * (REGISTERS // 4 // (-(-registers // 8) * 8)) // num_warps]
+        limits.append(self.threads // (num_warps * self.target.warp_size))
+        if shared + self.reserved:
+            limits.append((self.facts.shared_memory + self.reserved) // (shared + self.reserved))
+        if tensor_memory:
+            limits.append(512 // tensor_memory)
+        return min(limits)
+
 
 ARCHITECTURES = {
-    "sm_75": (GPUTarget("cuda", 75, 32), DeviceFacts(40, 65536, False)),
-    "sm_80": (GPUTarget("cuda", 80, 32), DeviceFacts(108, 166912, True)),
-    "sm_86": (GPUTarget("cuda", 86, 32), DeviceFacts(84, 101376, True)),
-    "sm_89": (GPUTarget("cuda", 89, 32), DeviceFacts(128, 101376, True)),
-    "sm_90": (GPUTarget("cuda", 90, 32), DeviceFacts(132, 232448, True)),
-    "sm_100": (GPUTarget("cuda", 100, 32), DeviceFacts(148, 232448, True)),
-    "sm_120": (GPUTarget("cuda", 120, 32), DeviceFacts(170, 101376, True)),
-    "gfx942": (GPUTarget("hip", "gfx942", 64), DeviceFacts(304, 65536, True)),
+    "sm_75": Architecture(GPUTarget("cuda", 75, 32), DeviceFacts(40, 65536, False), 1024, 16, reserved=0),
+    "sm_80": Architecture(GPUTarget("cuda", 80, 32), DeviceFacts(108, 166912, True), 2048, 32),
+    "sm_86": Architecture(GPUTarget("cuda", 86, 32), DeviceFacts(84, 101376, True), 1536, 16),
+    "sm_89": Architecture(GPUTarget("cuda", 89, 32), DeviceFacts(128, 101376, True), 1536, 24),
+    "sm_90": Architecture(GPUTarget("cuda", 90, 32), DeviceFacts(132, 232448, True), 2048, 32),
+    "sm_100": Architecture(GPUTarget("cuda", 100, 32), DeviceFacts(148, 232448, True), 2048, 32),
+    "sm_120": Architecture(GPUTarget("cuda", 120, 32), DeviceFacts(170, 101376, True), 1536, 24),
+    "gfx942": Architecture(GPUTarget("hip", "gfx942", 64), DeviceFacts(304, 65536, True), 2048, 32, reserved=0),
 }
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes, dtype and memory format at which both ops are launched."""
+    """A case, and the dtypes and memory format in which both ops are launched at it."""
 
+    case: Case
     dtype: torch.dtype
-    regions: int
-    spatial: tuple[int, int] = (128, 256)
     memory_format: torch.memory_format = torch.contiguous_format
-    batch: int = 2
-    channels: int = 512
-    key_channels: int = 256
+    logits_dtype: torch.dtype | None = None  # where it is another
 
     def __str__(self) -> str:
-        layout = "channels last" if self.memory_format == torch.channels_last else "contiguous"
-        return f"{TYPES[self.dtype]}, K={self.regions}, {self.spatial[0]}x{self.spatial[1]}, {layout}"
+        logits = f" ({TYPES[self.logits_dtype]} logits)" if self.logits_dtype else ""
+        case = f"{self.case.name}, K={self.case.regions}, {self.case.height}x{self.case.width}"
+        return f"{case}, {TYPES[self.dtype]}{logits}, {FORMATS[self.memory_format]}"
 
     def launch(self) -> None:
         """Run both ops forward and backward on meta tensors."""
         from ocr_kernels.attention import registration as attention
         from ocr_kernels.gather import registration as gather
 
-        def pixels(channels: int) -> Tensor:
-            shape = (self.batch, channels, *self.spatial)
-            return torch.empty(shape, dtype=self.dtype, device="meta", memory_format=self.memory_format)
+        case = self.case
 
-        feats, logits, query = pixels(self.channels), pixels(self.regions), pixels(self.key_channels)
-        key = query.new_empty((self.batch, self.key_channels, self.regions))
+        def pixels(channels: int, dtype: torch.dtype) -> Tensor:
+            shape = (case.batch, channels, case.height, case.width)
+            return torch.empty(shape, dtype=dtype, device="meta", memory_format=self.memory_format)
+
+        feats, query = pixels(case.channels, self.dtype), pixels(case.key_channels, self.dtype)
+        logits = pixels(case.regions, self.logits_dtype or self.dtype)
+        key = query.new_empty((case.batch, case.key_channels, case.regions))
         out, stats = gather._forward(feats, logits, 1.0, "triton")
         gather._backward(out, feats, logits, out, stats, 1.0, True, True, "triton")
         context = attention._forward(query, key, key, None, "triton")
         attention._backward(context, query, key, key, None, True, True, True, "triton")
 
 
-# One shape for every row of the tile tables, and what else changes the machine code.
-SHAPES = (
-    *(Shape(torch.bfloat16, regions) for regions in (19, 59, 120, 171, 1203)),
-    *(Shape(torch.float16, regions) for regions in (19, 171)),
-    *(Shape(torch.float32, regions) for regions in (19, 59, 120, 171, 1203)),
-    *(Shape(torch.float64, regions) for regions in (19, 171, 1203)),
-    Shape(torch.bfloat16, 19, memory_format=torch.channels_last),
-    Shape(torch.bfloat16, 171, memory_format=torch.channels_last),
-    Shape(torch.bfloat16, 19, spatial=(119, 119)),
-)
+def shapes(quick: bool) -> list[Shape]:
+    """Every case in every dtype and format; or a case for each row of the tile tables, and what else matters."""
+    cityscapes, coco = CASES["cityscapes-inference"], CASES["coco-stuff"]
+    even = replace(coco, height=128, width=256)  # pixels that divide by 16, so that loads take several at once
+    rows = [cityscapes, CASES["regions-64"], CASES["regions-128"], even, CASES["long-tail"]]
+    rarer = [
+        *(Shape(case, torch.float64) for case in (even, CASES["long-tail"])),
+        *(Shape(case, torch.bfloat16, logits_dtype=torch.float32) for case in (cityscapes, coco)),  # under autocast
+    ]
+    if not quick:
+        dtypes = torch.bfloat16, torch.float16, torch.float32
+        return [Shape(*shape) for shape in itertools.product([*CASES.values(), even], dtypes, FORMATS)] + rarer
+    return [
+        *(Shape(case, dtype) for dtype in (torch.bfloat16, torch.float32) for case in rows),
+        Shape(even, torch.float16),
+        *(Shape(case, torch.bfloat16, torch.channels_last) for case in (cityscapes, coco)),
+        *(Shape(case, torch.bfloat16) for case in (CASES["lip"], CASES["pascal-context"], coco)),
+        *rarer,
+    ]
 
 
 @dataclass(frozen=True)
 class Launch:
     """One kernel launch: what Triton's just-in-time compiler would make of its arguments."""
 
-    kernel: JITFunction[Any]
+    kernel: str  # module:name
     signature: tuple[tuple[str, str], ...]
     constants: tuple[tuple[str, Any], ...]
     divisible_by_16: tuple[str, ...]
     options: tuple[tuple[str, int], ...]
 
+    def __str__(self) -> str:
+        name = self.kernel.split(":")[1].removeprefix("spatial_").removeprefix("pixel_region_").removesuffix("_kernel")
+        tiles = [f"{name[6:]}{value}" for name, value in self.constants if name.startswith("BLOCK_")]
+        return f"{name:26} {' '.join(tiles + [f'{name[4]}{value}' for name, value in self.options]):25}"
+
     def compile(self, target: GPUTarget) -> Any:
-        position = {name: (index,) for index, name in enumerate(self.kernel.arg_names)}
+        kernel = pkgutil.resolve_name(self.kernel)
+        position = {name: (index,) for index, name in enumerate(kernel.arg_names)}
         source = ASTSource(
-            self.kernel,
+            kernel,
             dict(self.signature),
             {position[name]: value for name, value in self.constants},
             {position[name]: [["tt.divisibility", 16]] for name in self.divisible_by_16},
@@ -119,20 +166,28 @@ class Launch:
 
 @dataclass(frozen=True)
 class Resources:
-    """What the machine code of one launch needs."""
+    """What the machine code of one launch needs, and which instructions it has how often."""
 
-    shape: str
-    kernel: str
-    tiles: str
     registers: int  # per thread
     spilled: int  # per thread: bytes of local memory (NVIDIA), registers (AMD)
-    shared: int  # bytes per program
+    shared: int  # bytes per block
+    blocks: int  # that a multiprocessor holds at a time
+    matrix: dict[str, int]
+    copies: dict[str, int]
+
+    def __str__(self) -> str:
+        instructions = (" ".join(f"{name} {n}" for name, n in found.items()) for found in (self.matrix, self.copies))
+        matrix, copies = instructions
+        return f"{self.registers:5}{self.spilled:6}{self.shared:8}{self.blocks:7}  {matrix:20}{copies}".rstrip()
+
+
+HEADER = f"{'tiles':25} regs spill  shared blocks  {'matrix':20}copies"
 
 
 def launches(architecture: str, run: Callable[[], None]) -> list[Launch]:
     """The different kernel launches that `run` makes on an architecture; its tensors must be meta tensors."""
     recorded: list[Launch] = []
-    facts = ARCHITECTURES[architecture][1]
+    facts = ARCHITECTURES[architecture].facts
 
     def record(kernel: JITFunction[Any], *args: Any, **kwargs: Any) -> None:
         recorded.append(_launch(kernel, args, kwargs))
@@ -164,25 +219,42 @@ def _launch(kernel: JITFunction[Any], args: tuple[Any, ...], kwargs: dict[str, A
             if value % 16 == 0:
                 divisible.append(name)
     options = {name: arguments[name] for name in ("num_warps", "num_stages") if name in arguments}
-    return Launch(kernel, tuple(signature.items()), tuple(constants.items()), tuple(divisible), tuple(options.items()))
+    path = f"{kernel.fn.__module__}:{kernel.fn.__name__}"
+    return Launch(path, tuple(signature.items()), tuple(constants.items()), tuple(divisible), tuple(options.items()))
 
 
-def measure(architecture: str, shape: Shape) -> list[Resources]:
-    """Compile what both ops launch at `shape`."""
-    rows = []
-    for launch in launches(architecture, shape.launch):
-        registers, spilled, shared = _resources(launch.compile(ARCHITECTURES[architecture][0]))
-        sizes = [f"{name[6:]}={value}" for name, value in launch.constants if name.startswith("BLOCK_")]
-        sizes += [f"{name[4:]}={value}" for name, value in launch.options]
-        rows.append(Resources(str(shape), launch.kernel.__name__, " ".join(sizes), registers, spilled, shared))
-    return rows
+def chosen(architecture: str, shapes: Iterable[Shape]) -> dict[Launch, list[Shape]]:
+    """The different launches, and the shapes at which they are made."""
+    found: dict[Launch, list[Shape]] = {}
+    for shape in shapes:
+        for launch in launches(architecture, shape.launch):
+            found.setdefault(launch, []).append(shape)
+    return found
 
 
-def _resources(compiled: Any) -> tuple[int, int, int]:
-    """(registers, spilled, shared) of a compiled kernel."""
+def measure(architecture: str, launch: Launch) -> Resources:
+    """Compile a launch."""
+    on = ARCHITECTURES[architecture]
+    compiled = launch.compile(on.target)
+    metadata = compiled.metadata
+    assembly = compiled.asm["ptx" if "ptx" in compiled.asm else "amdgcn"]
+    registers, spilled = _registers(compiled)
+    blocks = on.resident_blocks(registers, metadata.shared, metadata.num_warps, getattr(metadata, "tmem_size", 0) or 0)
+    return Resources(
+        registers, spilled, metadata.shared, blocks, _instructions(assembly, MATRIX), _instructions(assembly, COPIES)
+    )
+
+
+def _instructions(assembly: str, patterns: dict[str, str]) -> dict[str, int]:
+    counts = {name: len(re.findall(pattern, assembly)) for name, pattern in patterns.items()}
+    return {name: count for name, count in counts.items() if count}
+
+
+def _registers(compiled: Any) -> tuple[int, int]:
+    """(registers, spilled) of a compiled kernel."""
     if "cubin" not in compiled.asm:
         counts = dict(re.findall(r"\.(vgpr_count|vgpr_spill_count):\s*(\d+)", compiled.asm["amdgcn"]))
-        return int(counts["vgpr_count"]), int(counts["vgpr_spill_count"]), compiled.metadata.shared
+        return int(counts["vgpr_count"]), int(counts["vgpr_spill_count"])
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -190,37 +262,53 @@ def _resources(compiled: Any) -> tuple[int, int, int]:
             [CUOBJDUMP, "--dump-resource-usage", file.name], check=True, capture_output=True, text=True
         )
     usage = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", dump.stdout)}
-    return usage["REG"], usage["STACK"] + usage["LOCAL"], compiled.metadata.shared
+    return usage["REG"], usage["STACK"] + usage["LOCAL"]
 
 
-def allowed_spills(row: Resources) -> int:
-    """16-bit kernels spill nothing; others, bound by arithmetic, may keep a few values in local memory.
+def allowed_spills(launch: Launch, found: Resources) -> int:
+    """No kernel runs out of registers, but where each element of an odd number of pixels has an address of its own.
 
-    So may those of an odd number of pixels, which hold an address for every element, and those of more than 256
-    regions, which hold two passes of the softmax. All of it stays in the first-level cache.
+    Below that, ptxas itself parks a few values in local memory where one more block then fits on a multiprocessor.
     """
-    if "K=1203" in row.shape:
-        return 96
-    return 32 if row.shape.startswith(("fp32", "fp64")) or "119x119" in row.shape else 0
+    if found.registers < min(254, REGISTERS // dict(launch.options).get("num_warps", 4)):
+        return 32
+    return 16 if dict(launch.constants).get("ALIGNMENT") == 1 else 0
+
+
+def faults(architecture: str, launch: Launch, found: Resources) -> list[str]:
+    """What a launch should not be."""
+    on = ARCHITECTURES[architecture]
+    allowed = allowed_spills(launch, found)
+    operand = str(dict(launch.constants).get("DOT", "none"))  # what enters products, if there are any
+    problems = {
+        f"spills more than {allowed}": found.spilled > allowed,
+        f"exceeds {on.facts.shared_memory} bytes of shared memory": found.shared > on.facts.shared_memory,
+        f"multiplies {operand} without matrix instructions": operand in ("bf16", "fp16") and not found.matrix,
+        "rounds fp32 to multiply it": operand == "fp32" and on.target.backend == "cuda" and bool(found.matrix),
+    }
+    return [problem for problem, present in problems.items() if present]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.codegen", description=__doc__.splitlines()[0])
     parser.add_argument("architectures", nargs="*", choices=[*ARCHITECTURES, []], help="default: all")
-    names = parser.parse_args(argv).architectures or list(ARCHITECTURES)
+    parser.add_argument("--quick", action="store_true", help="only a few cases that have all rows of the tile tables")
+    args = parser.parse_args(argv)
     failures = 0
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
-        for name in names:
-            print(f"{name:52}{'tiles':44} regs spill shared")
-            limit = ARCHITECTURES[name][1].shared_memory
-            for rows in pool.map(measure, [name] * len(SHAPES), SHAPES):
-                print(f"  {rows[0].shape}")
-                for row in rows:
-                    bad = row.spilled > allowed_spills(row) or row.shared > limit
-                    failures += bad
-                    numbers = f"{row.registers:5}{row.spilled:6}{row.shared:7}"
-                    print(f"    {row.kernel:48}{row.tiles:44}{numbers}{'  <- too much' if bad else ''}")
-    print(f"{failures} launches spill too much or exceed the shared memory")
+        for name in args.architectures or ARCHITECTURES:
+            made = chosen(name, shapes(args.quick))
+            heading = None
+            print(f"{f'{name}: {len(made)} kernels':31}{HEADER}")
+            for (launch, at), found in zip(made.items(), pool.map(measure, [name] * len(made), made), strict=True):
+                if at[0] != heading:
+                    heading = at[0]
+                    print(f"  {heading}")
+                print(f"    {launch}{found}", flush=True)
+                for problem in faults(name, launch, found):
+                    failures += 1
+                    print(f"    ^ {problem}")
+    print(f"{failures} faults")
     return int(failures > 0)
 
 

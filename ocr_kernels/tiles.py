@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -19,6 +20,18 @@ FLOAT16_LIFT = 2.0**15
 
 
 TL = {torch.float64: tl.float64, torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+@triton.jit
+def aligned(x, ALIGNMENT: tl.constexpr):
+    """x, which the launcher found to be a multiple of ALIGNMENT: by itself Triton learns of multiples of 16 only."""
+    return x // ALIGNMENT * ALIGNMENT if ALIGNMENT > 1 else x
+
+
+@triton.jit
+def image_of(base, image, stride_b, stride_c, ALIGNMENT: tl.constexpr):
+    """One image of a tensor [B, channels, N]: its address and its channel stride."""
+    return base + image * aligned(stride_b, ALIGNMENT), aligned(stride_c, ALIGNMENT)
 
 
 @triton.jit
@@ -87,6 +100,14 @@ def narrow(x, DTYPE: tl.constexpr):
         bits = x.to(tl.float32).to(tl.int32, bitcast=True)
         x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
     return x.to(DTYPE)
+
+
+def alignment(*tensors: Tensor) -> int:
+    """The largest power of two up to 16 that divides the pixels and the strides of tensors [B, channels, N].
+
+    It is 1 in channels last, where the channels' own number decides how many are loaded at once.
+    """
+    return math.gcd(16, *(length for t in tensors for length in (t.shape[2], *t.stride()[:2])))
 
 
 def requires_int64_offsets(*extents: int) -> bool:

@@ -1,4 +1,4 @@
-"""Every kernel compiles for every architecture, without spills and within its shared memory."""
+"""Every kernel compiles for every architecture: without spills, within its shared memory, on its matrix units."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton", reason="compiles with Triton")
-ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
+
+from benchmarks.codegen import ARCHITECTURES
 
 
 @pytest.mark.slow
@@ -18,11 +19,34 @@ ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"
 def test_machine_code(architecture: str) -> None:
     root = Path(__file__).parent.parent
     process = subprocess.run(
-        [sys.executable, "-m", "benchmarks.codegen", architecture],
+        [sys.executable, "-m", "benchmarks.codegen", "--quick", architecture],
         cwd=root,
         env=os.environ | {"PYTHONPATH": str(root), "TRITON_INTERPRET": "0"},
         capture_output=True,
         text=True,
     )
     assert process.returncode == 0, process.stdout + process.stderr
-    assert process.stdout.count("kernel") >= 100
+    lines = process.stdout.splitlines()
+    assert max(map(len, lines)) <= 120
+    assert sum(line.startswith("    ") for line in lines) >= 80
+
+
+@pytest.mark.parametrize(
+    ("architecture", "registers", "shared", "num_warps", "tensor_memory", "blocks"),
+    [
+        ("sm_90", 128, 0, 8, 0, 2),  # 65536 registers
+        ("sm_90", 129, 0, 8, 0, 1),  # registers come by 8, so that a quarter holds 3 warps
+        ("sm_90", 32, 0, 8, 0, 8),  # 2048 threads
+        ("sm_90", 32, 0, 1, 0, 32),
+        ("sm_90", 32, 75 * 1024, 4, 0, 3),  # 228 KiB, of which 1 KiB a block is the system's
+        ("sm_90", 32, 76 * 1024, 4, 0, 2),
+        ("sm_100", 32, 0, 4, 256, 2),  # 512 columns of tensor memory
+        ("sm_75", 32, 32 * 1024, 4, 0, 2),
+        ("sm_75", 32, 0, 8, 0, 4),  # 1024 threads
+        ("gfx942", 128, 0, 4, 0, 4),  # 4 wavefronts on each of 4 units
+    ],
+)
+def test_resident_blocks(
+    architecture: str, registers: int, shared: int, num_warps: int, tensor_memory: int, blocks: int
+) -> None:
+    assert ARCHITECTURES[architecture].resident_blocks(registers, shared, num_warps, tensor_memory) == blocks

@@ -8,6 +8,7 @@ and the incoming gradient pass through memory once per kernel.
 from __future__ import annotations
 
 import functools
+import math
 from typing import NamedTuple
 
 import torch
@@ -19,10 +20,13 @@ from ocr_kernels.layout import statistics_dtype
 from ocr_kernels.tiles import (
     TL,
     Blocks,
+    aligned,
+    alignment,
     blocks_from,
     device_facts,
     dot_dtype,
     extent,
+    image_of,
     input_precision,
     lift,
     load_tile,
@@ -38,7 +42,7 @@ from ocr_kernels.tiles import (
 
 @triton.jit
 def channel_product(
-    pixels, regions, k0, n0, CHANNELS, K, N,
+    pixels, regions, k0, n0, CHANNELS, row_length, N,
     pixels_stride_c, pixels_stride_n, regions_stride_c, regions_stride_k,
     DOT: tl.constexpr, ACCUMULATOR: tl.constexpr, INPUT_PRECISION: tl.constexpr, INT64: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -47,7 +51,9 @@ def channel_product(
     total = tl.zeros([BLOCK_K, BLOCK_N], ACCUMULATOR)
     for c0 in range(0, CHANNELS, BLOCK_C):
         p = load_tile(pixels, c0, n0, CHANNELS, N, pixels_stride_c, pixels_stride_n, INT64, BLOCK_C, BLOCK_N)
-        r = load_tile(regions, c0, k0, CHANNELS, K, regions_stride_c, regions_stride_k, INT64, BLOCK_C, BLOCK_K)
+        r = load_tile(
+            regions, c0, k0, CHANNELS, row_length, regions_stride_c, regions_stride_k, INT64, BLOCK_C, BLOCK_K
+        )
         total = product(tl.trans(r.to(DOT)), p.to(DOT), total, INPUT_PRECISION)
     return total
 
@@ -56,12 +62,13 @@ def channel_product(
 def pixel_region_attention_forward_kernel(
     out,  # [B, V, N]
     query,  # [B, D, N]
-    key,  # [B, D, K]
-    value,  # [B, V, K]
+    key,  # [B, D, row_length], of which K are regions
+    value,  # [B, V, row_length]
     D,
     V,
     K,
     N,
+    row_length,
     scale: tl.float64,
     out_stride_b,
     out_stride_v,
@@ -80,6 +87,7 @@ def pixel_region_attention_forward_kernel(
     ACCUMULATOR: tl.constexpr,
     LIFT: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
     INT64: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -89,8 +97,9 @@ def pixel_region_attention_forward_kernel(
     program = tl.program_id(0)
     n0 = (program % tl.cdiv(N, BLOCK_N)) * BLOCK_N
     image = tl.cast(program // tl.cdiv(N, BLOCK_N), tl.int64)
-    out += image * out_stride_b
-    query += image * query_stride_b
+    N = aligned(N, ALIGNMENT)
+    out, out_stride_v = image_of(out, image, out_stride_b, out_stride_v, ALIGNMENT)
+    query, query_stride_d = image_of(query, image, query_stride_b, query_stride_d, ALIGNMENT)
     key += image * key_stride_b
     value += image * value_stride_b
 
@@ -101,7 +110,7 @@ def pixel_region_attention_forward_kernel(
     rounded = tl.zeros([BLOCK_K, BLOCK_N], DOT)
     for k0 in range(0, REGION_TILES * BLOCK_K, BLOCK_K):
         scores = channel_product(
-            query, key, k0, n0, D, K, N, query_stride_d, query_stride_n, key_stride_d, key_stride_k,
+            query, key, k0, n0, D, row_length, N, query_stride_d, query_stride_n, key_stride_d, key_stride_k,
             DOT, ACCUMULATOR, INPUT_PRECISION, INT64, BLOCK_C, BLOCK_K, BLOCK_N,
         )  # fmt: skip
         scores = tl.where((k0 + k < K)[:, None], scores * factor, float("-inf"))
@@ -118,18 +127,18 @@ def pixel_region_attention_forward_kernel(
         for k0 in range(0, REGION_TILES * BLOCK_K, BLOCK_K):
             if REGION_TILES > 1:  # too many regions to have kept their weights
                 scores = channel_product(
-                    query, key, k0, n0, D, K, N, query_stride_d, query_stride_n, key_stride_d, key_stride_k,
+                    query, key, k0, n0, D, row_length, N, query_stride_d, query_stride_n, key_stride_d, key_stride_k,
                     DOT, ACCUMULATOR, INPUT_PRECISION, INT64, BLOCK_C, BLOCK_K, BLOCK_N,
                 )  # fmt: skip
                 scores = tl.where((k0 + k < K)[:, None], scores * factor, float("-inf"))
                 rounded = narrow(tl.exp(scores - shift[None, :]) * LIFT, DOT)
-            region = load_tile(value, v0, k0, V, K, value_stride_v, value_stride_k, INT64, BLOCK_C, BLOCK_K)
+            region = load_tile(value, v0, k0, V, row_length, value_stride_v, value_stride_k, INT64, BLOCK_C, BLOCK_K)
             context = product(region.to(DOT), rounded, context, INPUT_PRECISION)
         store_tile(out, context / total[None, :], v0, n0, V, N, out_stride_v, out_stride_n, INT64, BLOCK_C, BLOCK_N)
 
 
 FORWARD_TILES = {
-    2: ((64, 128, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2)),
+    2: ((64, 128, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 1), (64, 64, 8, 1)),
     4: ((32, 32, 8, 2), (32, 32, 4, 2), (32, 32, 8, 2), (32, 16, 8, 2), (32, 16, 8, 2)),
     8: ((16, 16, 8, 1),) * 5,
 }
@@ -137,7 +146,8 @@ FORWARD_TILES = {
 
 def forward_blocks(channels: int, value_channels: int, regions: int, itemsize: int) -> Blocks:
     """Tiles of the forward kernel: all regions up to 256, then pixels, then channels."""
-    return blocks_from(FORWARD_TILES, max(channels, value_channels), regions, itemsize)
+    blocks = blocks_from(FORWARD_TILES, max(channels, value_channels), regions, itemsize)
+    return blocks if blocks.channels > 32 else blocks._replace(pixels=min(blocks.pixels, 64))
 
 
 def forward(out: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: float) -> None:
@@ -148,17 +158,29 @@ def forward(out: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: float
     dtype = dot_dtype(q)
     blocks = forward_blocks(channels, value_channels, regions, dtype.itemsize)
     with torch.cuda.device_of(q):
+        key, value = _with_aligned_rows(key, value)
         pixel_region_attention_forward_kernel[(batch * triton.cdiv(pixels, blocks.pixels),)](
-            y, q, key, value, channels, value_channels, regions, pixels, scale,
+            y, q, key, value, channels, value_channels, regions, pixels, key.shape[2], scale,
             *y.stride(), *q.stride(), *key.stride(), *value.stride(),
             REGION_TILES=triton.cdiv(regions, blocks.regions),
             DOT=TL[dtype],
             ACCUMULATOR=TL[statistics_dtype(q)],
             LIFT=lift(dtype),
             INPUT_PRECISION=input_precision(),
+            ALIGNMENT=alignment(q, y),
             INT64=_int64(blocks, (q, y), (key, value)),
             **blocks.arguments(),
         )  # fmt: skip
+
+
+def _with_aligned_rows(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """More than 32 regions in rows of a multiple of 16, zeros at the end: then one address serves for several."""
+    batch, channels, regions = key.shape
+    if regions <= 32 or regions % 16 == 0:
+        return key, value
+    rows = key.new_zeros((batch, channels + value.shape[1], round_up(regions, 16)))
+    torch.cat((key, value), 1, out=rows[..., :regions])
+    return rows[:, :channels], rows[:, channels:]
 
 
 def _int64(blocks: Blocks, pixel_tensors: tuple[Tensor, ...], region_tensors: tuple[Tensor, ...]) -> bool:
@@ -206,6 +228,7 @@ def pixel_region_attention_backward_kernel(
     ACCUMULATOR: tl.constexpr,
     LIFT: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
     INT64: tl.constexpr,
     BLOCK_D: tl.constexpr,  # >= D
     BLOCK_V: tl.constexpr,  # >= V
@@ -216,9 +239,10 @@ def pixel_region_attention_backward_kernel(
     program = tl.program_id(0)  # image * splits + split
     start = (program % splits) * chunk
     image = tl.cast(program // splits, tl.int64)
-    dquery += image * dquery_stride_b
-    grad += image * grad_stride_b
-    query += image * query_stride_b
+    N = aligned(N, ALIGNMENT)
+    dquery, dquery_stride_d = image_of(dquery, image, dquery_stride_b, dquery_stride_d, ALIGNMENT)
+    grad, grad_stride_v = image_of(grad, image, grad_stride_b, grad_stride_v, ALIGNMENT)
+    query, query_stride_d = image_of(query, image, query_stride_b, query_stride_d, ALIGNMENT)
     key += image * key_stride_b
     value += image * value_stride_b
 
@@ -255,7 +279,7 @@ def pixel_region_attention_backward_kernel(
 
 @triton.jit
 def score_tiles(
-    query, key, grad, value, k0, n0, D, V, K, N, factor,
+    query, key, grad, value, k0, n0, D, V, K, N, row_length, factor,
     query_stride_d, query_stride_n, key_stride_d, key_stride_k,
     grad_stride_v, grad_stride_n, value_stride_v, value_stride_k,
     NEED_SCORES: tl.constexpr, DOT: tl.constexpr, INPUT_PRECISION: tl.constexpr, INT64: tl.constexpr,
@@ -263,14 +287,14 @@ def score_tiles(
 ):  # fmt: skip
     """The scores and, where their gradient is needed, dw = V^T dY: [BLOCK_K, BLOCK_N] tiles."""
     scores = channel_product(
-        query, key, k0, n0, D, K, N, query_stride_d, query_stride_n, key_stride_d, key_stride_k,
+        query, key, k0, n0, D, row_length, N, query_stride_d, query_stride_n, key_stride_d, key_stride_k,
         DOT, factor.dtype, INPUT_PRECISION, INT64, BLOCK_C, BLOCK_K, BLOCK_N,
     )  # fmt: skip
     scores = tl.where((k0 + tl.arange(0, BLOCK_K) < K)[:, None], scores * factor, float("-inf"))
     dweights = scores
     if NEED_SCORES:
         dweights = channel_product(
-            grad, value, k0, n0, V, K, N, grad_stride_v, grad_stride_n, value_stride_v, value_stride_k,
+            grad, value, k0, n0, V, row_length, N, grad_stride_v, grad_stride_n, value_stride_v, value_stride_k,
             DOT, factor.dtype, INPUT_PRECISION, INT64, BLOCK_C, BLOCK_K, BLOCK_N,
         )  # fmt: skip
     return scores, dweights
@@ -282,12 +306,13 @@ def pixel_region_attention_backward_scores_kernel(
     dscores_map,  # [B, K, N]: w * (dw - sum over k of w * dw)
     grad,  # [B, V, N]
     query,  # [B, D, N]
-    key,  # [B, D, K]
-    value,  # [B, V, K]
+    key,  # [B, D, row_length], of which K are regions
+    value,  # [B, V, row_length]
     D,
     V,
     K,
     N,
+    row_length,
     scale: tl.float64,
     grad_stride_b,
     grad_stride_v,
@@ -308,6 +333,8 @@ def pixel_region_attention_backward_scores_kernel(
     ACCUMULATOR: tl.constexpr,
     LIFT: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
+    MAP_ALIGNMENT: tl.constexpr,
     INT64: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -317,8 +344,9 @@ def pixel_region_attention_backward_scores_kernel(
     program = tl.program_id(0)
     n0 = (program % tl.cdiv(N, BLOCK_N)) * BLOCK_N
     image = tl.cast(program // tl.cdiv(N, BLOCK_N), tl.int64)
-    grad += image * grad_stride_b
-    query += image * query_stride_b
+    N = aligned(N, MAP_ALIGNMENT)
+    grad, grad_stride_v = image_of(grad, image, grad_stride_b, grad_stride_v, ALIGNMENT)
+    query, query_stride_d = image_of(query, image, query_stride_b, query_stride_d, ALIGNMENT)
     key += image * key_stride_b
     value += image * value_stride_b
     weights_map += image * K * N
@@ -333,7 +361,7 @@ def pixel_region_attention_backward_scores_kernel(
     dweights = scores
     for k0 in range(0, REGION_TILES * BLOCK_K, BLOCK_K):
         scores, dweights = score_tiles(
-            query, key, grad, value, k0, n0, D, V, K, N, factor,
+            query, key, grad, value, k0, n0, D, V, K, N, row_length, factor,
             query_stride_d, query_stride_n, key_stride_d, key_stride_k,
             grad_stride_v, grad_stride_n, value_stride_v, value_stride_k,
             NEED_SCORES, DOT, INPUT_PRECISION, INT64, BLOCK_C, BLOCK_K, BLOCK_N,
@@ -350,7 +378,7 @@ def pixel_region_attention_backward_scores_kernel(
     for k0 in range(0, REGION_TILES * BLOCK_K, BLOCK_K):
         if REGION_TILES > 1:  # too many regions to have kept their tiles
             scores, dweights = score_tiles(
-                query, key, grad, value, k0, n0, D, V, K, N, factor,
+                query, key, grad, value, k0, n0, D, V, K, N, row_length, factor,
                 query_stride_d, query_stride_n, key_stride_d, key_stride_k,
                 grad_stride_v, grad_stride_n, value_stride_v, value_stride_k,
                 NEED_SCORES, DOT, INPUT_PRECISION, INT64, BLOCK_C, BLOCK_K, BLOCK_N,
@@ -379,6 +407,8 @@ def pixel_region_attention_backward_regions_kernel(
     pixels_stride_n,
     DOT: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
+    MAP_ALIGNMENT: tl.constexpr,
     INT64: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -392,7 +422,8 @@ def pixel_region_attention_backward_regions_kernel(
     program //= tl.cdiv(K, BLOCK_K)  # image * splits + split
     start = (program % splits) * chunk
     image = tl.cast(program // splits, tl.int64)
-    pixels += image * pixels_stride_b
+    N = aligned(N, MAP_ALIGNMENT)
+    pixels, pixels_stride_c = image_of(pixels, image, pixels_stride_b, pixels_stride_c, ALIGNMENT)
     region_map += image * K * N
 
     ACCUMULATOR: tl.constexpr = partial.dtype.element_ty
@@ -407,8 +438,8 @@ def pixel_region_attention_backward_regions_kernel(
 
 
 SCORES_TILES = {
-    2: ((64, 64, 8, 2), (64, 64, 8, 2), (32, 64, 8, 2), (32, 32, 8, 1), (32, 32, 8, 1)),
-    4: ((32, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2), (32, 16, 8, 2), (32, 16, 8, 2)),
+    2: ((64, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2), (64, 32, 8, 2), (64, 64, 8, 1)),
+    4: ((32, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2), (32, 16, 8, 2), (16, 16, 8, 2)),
     8: ((16, 16, 8, 1),) * 5,
 }
 REGIONS_TILES = {
@@ -438,13 +469,11 @@ class OnePassBlocks(NamedTuple):
 
 
 def one_pass_blocks(
-    channels: int, value_channels: int, regions: int, pixels: int, itemsize: int, shared_memory: int
+    channels: int, value_channels: int, regions: int, itemsize: int, shared_memory: int
 ) -> OnePassBlocks | None:
     """Tiles of the one-pass backward; None where dkey and dvalue do not fit in a program's registers."""
     block_d, block_v, block_k = (padded(size, 1 << 30) for size in (channels, value_channels, regions))
     tile_bytes = 32768 if shared_memory >= 99000 else 16384
-    if pixels % 8:  # one address a pixel, in registers
-        tile_bytes = 16384
     row_bytes = (block_d + block_v) * itemsize  # of a pixel's query and incoming gradient
     if row_bytes * block_k > 32768 or row_bytes * 16 > tile_bytes:
         return None
@@ -463,9 +492,9 @@ def backward(
 ) -> None:
     """Fill the gradients that are wanted, in their own strides."""
     q, dy, dq = query.flatten(2), grad.flatten(2), None if dquery is None else dquery.flatten(2)
-    (_, channels, pixels), (_, value_channels, regions) = q.shape, value.shape
+    channels, (_, value_channels, regions) = q.shape[1], value.shape
     shared_memory = device_facts(q.device).shared_memory
-    blocks = one_pass_blocks(channels, value_channels, regions, pixels, dot_dtype(q).itemsize, shared_memory)
+    blocks = one_pass_blocks(channels, value_channels, regions, dot_dtype(q).itemsize, shared_memory)
     run = _backward_in_maps if blocks is None else functools.partial(_backward_in_one_pass, blocks)
     with torch.cuda.device_of(q):
         run(dq, dkey, dvalue, dy, q, key, value, scale)
@@ -500,6 +529,7 @@ def _backward_in_one_pass(
         ACCUMULATOR=TL[partial.dtype],
         LIFT=lift(dtype),
         INPUT_PRECISION=input_precision(),
+        ALIGNMENT=alignment(dq, query, grad),
         INT64=requires_int64_offsets(
             *(extent(t.shape[1], t.stride(1), blocks.pixels, t.stride(2)) for t in (dq, query, grad)),
             *(extent(t.shape[1], t.stride(1), regions, t.stride(2)) for t in (key, value)),
@@ -534,9 +564,11 @@ def _backward_in_maps(
     dscores = query.new_empty((batch, regions, pixels) if need_scores else 1)
     dtype = dot_dtype(query)
     blocks = scores_blocks(channels, value_channels, regions, dtype.itemsize)
+    key_rows, value_rows = _with_aligned_rows(key, value)
     pixel_region_attention_backward_scores_kernel[(batch * triton.cdiv(pixels, blocks.pixels),)](
-        weights, dscores, grad, query, key, value, channels, value_channels, regions, pixels, scale,
-        *grad.stride(), *query.stride(), *key.stride(), *value.stride(),
+        weights, dscores, grad, query, key_rows, value_rows,
+        channels, value_channels, regions, pixels, key_rows.shape[2], scale,
+        *grad.stride(), *query.stride(), *key_rows.stride(), *value_rows.stride(),
         NEED_SCORES=need_scores,
         NEED_VALUE=dvalue is not None,
         REGION_TILES=triton.cdiv(regions, blocks.regions),
@@ -544,7 +576,9 @@ def _backward_in_maps(
         ACCUMULATOR=TL[statistics_dtype(query)],
         LIFT=lift(query.dtype),  # of the map's dtype
         INPUT_PRECISION=input_precision(),
-        INT64=_int64(blocks, (query, grad), (key, value)) or extent(blocks.regions, pixels, 1, 1) >= 2**31,
+        ALIGNMENT=alignment(query, grad),
+        MAP_ALIGNMENT=math.gcd(pixels, 16),
+        INT64=_int64(blocks, (query, grad), (key_rows, value_rows)) or extent(blocks.regions, pixels, 1, 1) >= 2**31,
         **blocks.arguments(),
     )  # fmt: skip
     if dquery is not None:
@@ -568,6 +602,8 @@ def _sum_over_pixels(result: Tensor, pixels: Tensor, region_map: Tensor, factor:
         partial, pixels, region_map, channels, regions, length, row_length, chunk, splits, factor, *pixels.stride(),
         DOT=TL[dtype],
         INPUT_PRECISION=input_precision(),
+        ALIGNMENT=alignment(pixels),
+        MAP_ALIGNMENT=math.gcd(length, 16),
         INT64=_int64(blocks, (pixels,), (region_map.transpose(1, 2),)),
         **blocks.arguments(),
     )  # fmt: skip

@@ -14,10 +14,13 @@ from torch import Tensor
 from ocr_kernels.tiles import (
     TL,
     Blocks,
+    aligned,
+    alignment,
     blocks_from,
     device_facts,
     dot_dtype,
     extent,
+    image_of,
     input_precision,
     lift,
     load_tile,
@@ -54,6 +57,7 @@ def spatial_gather_forward_kernel(
     ACCUMULATOR: tl.constexpr,
     LIFT: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
     INT64: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -67,8 +71,9 @@ def spatial_gather_forward_kernel(
     program //= tl.cdiv(K, BLOCK_K)  # image * splits + split
     start = (program % splits) * chunk
     image = tl.cast(program // splits, tl.int64)
-    feats += image * feats_stride_b
-    logits += image * logits_stride_b
+    N = aligned(N, ALIGNMENT)
+    feats, feats_stride_c = image_of(feats, image, feats_stride_b, feats_stride_c, ALIGNMENT)
+    logits, logits_stride_k = image_of(logits, image, logits_stride_b, logits_stride_k, ALIGNMENT)
 
     k = tl.arange(0, BLOCK_K)
     n = tl.arange(0, BLOCK_N)
@@ -153,16 +158,21 @@ def spatial_gather_reduce_kernel(
 
 FORWARD_TILES = {
     2: ((128, 32, 4, 2), (128, 64, 8, 2), (128, 32, 8, 2), (128, 32, 8, 1), (128, 32, 8, 2)),
-    4: ((64, 16, 4, 2), (64, 16, 8, 2), (64, 16, 8, 1), (64, 16, 8, 1), (64, 16, 8, 1)),
-    8: ((32, 16, 8, 1),) * 5,
+    4: ((64, 16, 8, 2), (64, 16, 8, 2), (64, 16, 8, 1), (64, 16, 8, 1), (64, 16, 8, 1)),
+    8: (*((32, 16, 8, 1),) * 3, (16, 16, 8, 1), (32, 16, 8, 1)),
 }
 
 
-def forward_blocks(channels: int, regions: int, itemsize: int, shared_memory: int) -> Blocks:
-    """Tiles of the forward kernel: all regions up to 256, then as many channels as registers hold."""
+def forward_blocks(channels: int, regions: int, itemsize: int, wide_logits: bool, shared_memory: int) -> Blocks:
+    """Tiles of the forward kernel: all regions up to 256, then as many channels as registers hold.
+
+    `wide_logits` says that a tile of logits takes more of them: for wider elements, or an address for each.
+    """
     blocks = blocks_from(FORWARD_TILES, channels, regions, itemsize)
-    if itemsize == 2 and blocks.regions == 256 and shared_memory < 200000:  # the smaller GPUs would spill
-        return blocks._replace(pixels=16)
+    if blocks.regions == 256 and wide_logits:
+        return blocks._replace(channels=max(16, blocks.channels // 2))
+    if blocks.regions == 256 and itemsize == 2 and shared_memory < 200000:  # tiles of 32 pixels pay with wgmma
+        return blocks._replace(pixels=16, num_warps=16)
     return blocks
 
 
@@ -172,7 +182,8 @@ def forward(out: Tensor, stats: Tensor, feats: Tensor, logits: Tensor, scale: fl
     batch, channels, pixels = x.shape
     regions = m.shape[1]
     dtype = dot_dtype(x, m)
-    blocks = forward_blocks(channels, regions, dtype.itemsize, device_facts(x.device).shared_memory)
+    wide_logits = m.dtype.itemsize > dtype.itemsize or m.stride(2) != 1
+    blocks = forward_blocks(channels, regions, dtype.itemsize, wide_logits, device_facts(x.device).shared_memory)
     tiles = triton.cdiv(channels, blocks.channels) * triton.cdiv(regions, blocks.regions)
     chunk, splits = split(pixels, blocks.pixels, batch * tiles, 2 * device_facts(x.device).multiprocessors)
     row_length = round_up(regions, 16)
@@ -186,6 +197,7 @@ def forward(out: Tensor, stats: Tensor, feats: Tensor, logits: Tensor, scale: fl
             ACCUMULATOR=TL[stats.dtype],
             LIFT=lift(dtype),
             INPUT_PRECISION=input_precision(),
+            ALIGNMENT=alignment(x, m),
             INT64=requires_int64_offsets(
                 extent(blocks.channels, x.stride(1), blocks.pixels, x.stride(2)),
                 extent(blocks.regions, m.stride(1), blocks.pixels, m.stride(2)),
@@ -203,25 +215,29 @@ def forward(out: Tensor, stats: Tensor, feats: Tensor, logits: Tensor, scale: fl
 
 @triton.jit
 def spatial_gather_row_kernel(
+    padded_grad,  # [B, C, row_length]: grad with zeros after its K regions
+    row,  # [B, K]: sum over c of grad * out, the term that all pixels of a region share in the softmax's derivative
     grad,  # [B, C, K]
     out,  # [B, C, K]
-    row,  # [B, K]: sum over c of grad * out, the term that all pixels of a region share in the softmax's derivative
     C,
     K,
+    row_length,
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     image = tl.cast(tl.program_id(1), tl.int64)
-    c = tl.arange(0, BLOCK_C)
-    k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    k0 = tl.program_id(0) * BLOCK_K
     ACCUMULATOR: tl.constexpr = row.dtype.element_ty
+    grad += image * C * K
+    out += image * C * K
+    padded_grad += image * C * row_length
     total = tl.zeros([BLOCK_K], ACCUMULATOR)
     for c0 in range(0, C, BLOCK_C):
-        inside = (c0 + c < C)[:, None] & (k < K)[None, :]
-        element = image * C * K + (c0 + c)[:, None] * K + k[None, :]
-        g = tl.load(grad + element, mask=inside, other=0.0).to(ACCUMULATOR)
-        f = tl.load(out + element, mask=inside, other=0.0).to(ACCUMULATOR)
-        total += tl.sum(g * f, 0)
+        g = load_tile(grad, c0, k0, C, K, K, 1, False, BLOCK_C, BLOCK_K)
+        f = load_tile(out, c0, k0, C, K, K, 1, False, BLOCK_C, BLOCK_K)
+        total += tl.sum(g.to(ACCUMULATOR) * f.to(ACCUMULATOR), 0)
+        store_tile(padded_grad, g, c0, k0, C, row_length, row_length, 1, False, BLOCK_C, BLOCK_K)
+    k = k0 + tl.arange(0, BLOCK_K)
     tl.store(row + image * K + k, total, mask=k < K)
 
 
@@ -243,7 +259,7 @@ def spatial_gather_weights(
 def spatial_gather_backward_kernel(
     dfeats,  # [B, C, N]
     dlogits,  # [B, K, N]
-    grad,  # [B, C, K]
+    grad,  # [B, C, row_length]
     feats,  # [B, C, N]
     logits,  # [B, K, N]
     stats,  # [B, 2, K]
@@ -251,6 +267,7 @@ def spatial_gather_backward_kernel(
     C,
     K,
     N,
+    row_length,
     scale: tl.float64,
     dfeats_stride_b,
     dfeats_stride_c,
@@ -271,6 +288,7 @@ def spatial_gather_backward_kernel(
     ACCUMULATOR: tl.constexpr,
     LIFT: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
     INT64: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -280,11 +298,12 @@ def spatial_gather_backward_kernel(
     program = tl.program_id(0)
     n0 = (program % tl.cdiv(N, BLOCK_N)) * BLOCK_N
     image = tl.cast(program // tl.cdiv(N, BLOCK_N), tl.int64)
-    dfeats += image * dfeats_stride_b
-    dlogits += image * dlogits_stride_b
-    grad += image * C * K
-    feats += image * feats_stride_b
-    logits += image * logits_stride_b
+    N = aligned(N, ALIGNMENT)
+    dfeats, dfeats_stride_c = image_of(dfeats, image, dfeats_stride_b, dfeats_stride_c, ALIGNMENT)
+    dlogits, dlogits_stride_k = image_of(dlogits, image, dlogits_stride_b, dlogits_stride_k, ALIGNMENT)
+    grad += image * C * row_length
+    feats, feats_stride_c = image_of(feats, image, feats_stride_b, feats_stride_c, ALIGNMENT)
+    logits, logits_stride_k = image_of(logits, image, logits_stride_b, logits_stride_k, ALIGNMENT)
     stats += image * 2 * K
     row += image * K
 
@@ -297,7 +316,7 @@ def spatial_gather_backward_kernel(
         rounded = narrow(weights * LIFT, DOT)
         dweights = tl.zeros([BLOCK_K, BLOCK_N], ACCUMULATOR)
         for c0 in range(0, C, BLOCK_C):
-            g = load_tile(grad, c0, k0, C, K, K, 1, False, BLOCK_C, BLOCK_K).to(DOT)
+            g = load_tile(grad, c0, k0, C, row_length, row_length, 1, False, BLOCK_C, BLOCK_K).to(DOT)
             if NEED_LOGITS:
                 x = load_tile(feats, c0, n0, C, N, feats_stride_c, feats_stride_n, INT64, BLOCK_C, BLOCK_N).to(DOT)
                 dweights = product(tl.trans(g), x, dweights, INPUT_PRECISION)
@@ -315,13 +334,13 @@ def spatial_gather_backward_kernel(
                 weights = spatial_gather_weights(
                     logits, stats, k0, n0, K, N, factor, logits_stride_k, logits_stride_n, INT64, BLOCK_K, BLOCK_N
                 )
-                g = load_tile(grad, c0, k0, C, K, K, 1, False, BLOCK_C, BLOCK_K).to(DOT)
+                g = load_tile(grad, c0, k0, C, row_length, row_length, 1, False, BLOCK_C, BLOCK_K).to(DOT)
                 dx = product(g, narrow(weights * LIFT, DOT), dx, INPUT_PRECISION)
             store_tile(dfeats, dx / LIFT, c0, n0, C, N, dfeats_stride_c, dfeats_stride_n, INT64, BLOCK_C, BLOCK_N)
 
 
 BACKWARD_TILES = {
-    2: ((64, 64, 8, 2), (64, 32, 8, 2), (64, 32, 8, 1), (32, 32, 8, 1), (64, 32, 8, 1)),
+    2: ((64, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 1), (64, 32, 8, 1), (64, 32, 8, 1)),
     4: ((32, 32, 4, 2), (32, 32, 8, 2), (16, 16, 8, 2), (32, 16, 8, 1), (16, 16, 8, 1)),
     8: ((16, 16, 8, 1),) * 5,
 }
@@ -330,7 +349,8 @@ BACKWARD_TILES = {
 def backward_blocks(channels: int, regions: int, itemsize: int, shared_memory: int) -> Blocks:
     """Tiles of the backward kernel: all regions up to 256, then pixels, then channels."""
     most_regions = 128 if itemsize == 8 and shared_memory < 81920 else 256
-    return blocks_from(BACKWARD_TILES, channels, regions, itemsize, most_regions)
+    blocks = blocks_from(BACKWARD_TILES, channels, regions, itemsize, most_regions)
+    return blocks._replace(pixels=64) if itemsize == 2 and shared_memory >= 200000 else blocks
 
 
 def backward(
@@ -351,14 +371,15 @@ def backward(
     dm = m if dlogits is None else dlogits.flatten(2)
     dtype = dot_dtype(x, m)
     blocks = backward_blocks(channels, regions, dtype.itemsize, device_facts(x.device).shared_memory)
+    row_length = round_up(regions, 16)
+    padded_grad = g.new_empty((batch, channels, row_length))
     row = stats.new_empty((batch, regions))
     with torch.cuda.device_of(x):
-        if dlogits is not None:
-            spatial_gather_row_kernel[(triton.cdiv(regions, 16), batch)](
-                g, out, row, channels, regions, BLOCK_C=128, BLOCK_K=16
-            )
+        spatial_gather_row_kernel[(row_length // 16, batch)](
+            padded_grad, row, g, out, channels, regions, row_length, BLOCK_C=128, BLOCK_K=16
+        )
         spatial_gather_backward_kernel[(batch * triton.cdiv(pixels, blocks.pixels),)](
-            dx, dm, g, x, m, stats, row, channels, regions, pixels, scale,
+            dx, dm, padded_grad, x, m, stats, row, channels, regions, pixels, row_length, scale,
             *dx.stride(), *dm.stride(), *x.stride(), *m.stride(),
             NEED_FEATS=dfeats is not None,
             NEED_LOGITS=dlogits is not None,
@@ -367,6 +388,7 @@ def backward(
             ACCUMULATOR=TL[stats.dtype],
             LIFT=lift(dtype),
             INPUT_PRECISION=input_precision(),
+            ALIGNMENT=alignment(x, m, dx, dm),
             INT64=requires_int64_offsets(
                 *(extent(blocks.channels, t.stride(1), blocks.pixels, t.stride(2)) for t in (x, dx)),
                 *(extent(blocks.regions, t.stride(1), blocks.pixels, t.stride(2)) for t in (m, dm)),
