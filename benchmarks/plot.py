@@ -183,7 +183,8 @@ def _memory(lines: list[Result], setting: str) -> Figure | None:
         _grouped_bars(ax, values, variants, lines[0])
         ax.set_title(f"{subject}: {'saved for backward' if kind == SAVED else 'peak'}", fontsize=10)
         ax.set_ylabel("MB")
-    figure.axes[0].legend(frameon=False, fontsize=9)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, ncols=5, frameon=False, loc="outside lower center")
     return figure
 
 
