@@ -14,15 +14,16 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ocr_kernels.backends import resolve_backend, use_backend
+from ocr_kernels.maps import record_maps
+from ocr_kernels.plotting import COLOURS, colours, new_figure, plot_attention, plot_region_maps, show
 from ocr_kernels.reference import OCRHead
 from ocr_kernels.replace import replace_ocr_modules
 from ocr_kernels.testing import FACTORS, Measurement, measure_parity, saved_bytes
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 PACKAGES = {"matplotlib": "matplotlib", "numpy": "numpy", "PIL": "pillow", "rich": "rich", "sklearn": "scikit-learn"}
-COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")  # Okabe and Ito's
 REGIONS = len(COLOURS)
 SIZE, CROP, STRIDE, BATCH = (256, 384), 160, 4, 4
 MARKS = 5
@@ -197,15 +197,6 @@ class _Run:
         return [abs(a - b) for a, b in zip(self.losses, other.losses, strict=True)]
 
 
-@dataclass(frozen=True)
-class _View:
-    """What a network sees on the photo."""
-
-    mask: Tensor  # [H, W], the region of every pixel
-    regions: Tensor  # [K, h, w], the soft object regions: a softmax over pixels
-    attention: Tensor  # [K, h, w], the pixel-region attention: a softmax over regions
-
-
 def _crops(images: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Endless batches of crops at random places, half of them mirrored, with their labels."""
     generator = torch.Generator().manual_seed(0)
@@ -253,9 +244,11 @@ def _demo(photo: Tensor, directory: Path, steps: int) -> int:
         crops, targets = next(batches)
         for run in runs:
             run.step(crops.nextafter(crops + 1) if run.objective is moved else crops, targets)
-    views = [_look(objective.network.eval(), images) for objective in (before, moved, after)]
-    console.print(_training_table(runs, views, labels.cpu(), saved))
-    pictures = _draw(photo[0].permute(1, 2, 0).cpu().numpy(), labels.cpu(), views[-1], runs)
+    with record_maps() as maps:  # of the swapped network: the others never call our ops
+        masks = [_mask(objective.network.eval(), images) for objective in (before, moved, after)]
+    console.print(_training_table(runs, masks, labels.cpu(), saved))
+    regions, attention = (recorded[0][0].unflatten(1, labels.shape) for recorded in (maps.regions, maps.attention))
+    pictures = _draw(photo[0].cpu(), labels.cpu(), masks[-1], regions, attention, runs)
     for name, figure in pictures.items():
         figure.savefig(directory / name, dpi=150)
 
@@ -347,13 +340,13 @@ def _saved(objective: _Objective, batch: tuple[Tensor, Tensor]) -> tuple[int, in
 
 
 def _training_table(
-    runs: Sequence[_Run], views: Sequence[_View], labels: Tensor, saved: Sequence[tuple[int, int]]
+    runs: Sequence[_Run], masks: Sequence[Tensor], labels: Tensor, saved: Sequence[tuple[int, int]]
 ) -> Table:
     table = _table(f"Training, {len(runs[0].losses)} steps")
     for column in ("before", "before, crops\none ulp off", "after"):
         table.add_column(column, justify="right")
-    right = [v.mask[STRIDE // 2 :: STRIDE, STRIDE // 2 :: STRIDE] == labels for v in views]
-    same = [v.mask == views[0].mask for v in views]
+    right = [mask[STRIDE // 2 :: STRIDE, STRIDE // 2 :: STRIDE] == labels for mask in masks]
+    same = [mask == masks[0] for mask in masks]
     table.add_row("loss at the end", *(f"{run.losses[-1]:.4f}" for run in runs))
     table.add_row("loss curve: largest difference", "", *(f"{max(run.drift(runs[0])):.1e}" for run in runs[1:]))
     table.add_row("mask: pixels equal", "", *(f"{100 * float(m.float().mean()):.2f} %" for m in same[1:]))
@@ -366,119 +359,60 @@ def _training_table(
 
 
 @torch.no_grad()
-def _look(network: _Network, images: Tensor) -> _View:
-    """Run the head of a network in evaluation mode step by step."""
-    feats = network.backbone(images)
-    head = network.head
-    block = head.ocr_distri_head.object_context_block
-    pixels, logits = head.conv3x3_ocr(feats), head.aux_head(feats)
-    query, key = block.f_pixel(pixels), block.f_object(head.ocr_gather_head(pixels, logits))
-    scores = torch.einsum("dhw,dk->khw", query[0], key[0, :, :, 0]) * block.key_channels**-0.5
+def _mask(network: _Network, images: Tensor) -> Tensor:
+    """`[H, W]`, the region of every pixel, by a network in evaluation mode."""
     large = F.interpolate(network(images)[1], size=images.shape[2:], mode="bilinear", align_corners=False)
-    regions = logits[0].flatten(1).softmax(1).view(logits.shape[1:])
-    return _View(large.argmax(1)[0].cpu(), regions.cpu(), scores.softmax(0).cpu())
+    return large.argmax(1)[0].cpu()
 
 
-def _draw(photo: Any, labels: Tensor, view: _View, runs: Sequence[_Run]) -> dict[str, Figure]:
-    """The pictures by file name; `photo` is `[H, W, 3]` in 0..1."""
+def _draw(
+    photo: Tensor, labels: Tensor, mask: Tensor, regions: Tensor, attention: Tensor, runs: Sequence[_Run]
+) -> dict[str, Figure]:
+    """The pictures by file name; `photo` is `[3, H, W]` in 0..1, the maps are `[K, h, w]`."""
+    pixels = _typical_pixels(mask)
     return {
         "photo.png": _draw_photo(photo),
-        "mask.png": _draw_mask(photo, labels, view.mask),
-        "regions.png": _draw_regions(photo, view.regions),
-        "attention.png": _draw_attention(photo, view),
+        "mask.png": _draw_mask(photo, labels, mask),
+        "regions.png": plot_region_maps(photo, regions, [f"region {k}" for k in range(1, REGIONS + 1)]),
+        "attention.png": plot_attention(photo, attention, pixels, labels=[int(mask[pixel]) for pixel in pixels]),
         "losses.png": _draw_losses(runs),
     }
 
 
-def _figure(width: float, height: float, title: str) -> Figure:
-    from matplotlib.figure import Figure
+def _typical_pixels(mask: Tensor) -> list[tuple[int, int]]:
+    """`(y, x)` of the pixel deepest inside each region of the mask, of the `MARKS` regions where that is deepest."""
+    one_hot = F.one_hot(mask, REGIONS).movedim(2, 0)[None].float()
+    inside = F.avg_pool2d(one_hot, 41, stride=1, padding=20)[0].flatten(1)  # near 1 where the region is all around
+    depth, deepest = inside.max(1)
+    chosen = depth.argsort(descending=True)[:MARKS]
+    pixels = deepest[chosen[depth[chosen] > 0]].sort().values
+    return [divmod(pixel, mask.shape[1]) for pixel in pixels.tolist()]
 
-    figure = Figure(figsize=(width, height), layout="constrained")
-    figure.suptitle(title, fontsize=13)
+
+def _draw_photo(photo: Tensor) -> Figure:
+    figure = new_figure(7, 7 * photo.shape[1] / photo.shape[2] + 0.4, "The photo")
+    show(figure.subplots(), photo.permute(1, 2, 0))
     return figure
 
 
-def _show(axes: Any, picture: Any, title: str = "") -> None:
-    axes.imshow(picture)
-    axes.set_title(title, fontsize=11)
-    axes.set_axis_off()
-
-
-def _colours() -> Any:
-    import numpy as np
-    from matplotlib.colors import to_rgb
-
-    return np.array([to_rgb(colour) for colour in COLOURS])
-
-
-def _draw_photo(photo: Any) -> Figure:
-    height, width = photo.shape[:2]
-    figure = _figure(7, 7 * height / width + 0.4, "The photo")
-    _show(figure.subplots(), photo)
-    return figure
-
-
-def _draw_mask(photo: Any, labels: Tensor, mask: Tensor) -> Figure:
+def _draw_mask(photo: Tensor, labels: Tensor, mask: Tensor) -> Figure:
     from matplotlib.patches import Patch
 
-    height, width = photo.shape[:2]
-    figure = _figure(12, 6 * height / width + 1.0, "Labels of k-means, and what the swapped network learnt of them")
-    colours, grey = _colours(), 0.25 + 0.75 * photo.mean(2, keepdims=True)
+    title = "Labels of k-means, and what the swapped network learnt of them"
+    figure = new_figure(12, 6 * photo.shape[1] / photo.shape[2] + 1.0, title)
+    grey = 0.25 + 0.75 * photo.mean(0).unsqueeze(2)
     large = labels.repeat_interleave(STRIDE, 0).repeat_interleave(STRIDE, 1)
     left, right = figure.subplots(1, 2)
-    _show(left, 0.4 * grey + 0.6 * colours[large.numpy()], "labels")
-    _show(right, 0.4 * grey + 0.6 * colours[mask.numpy()], "mask, over the photo")
+    show(left, 0.4 * grey + 0.6 * colours(REGIONS)[large], "labels")
+    show(right, 0.4 * grey + 0.6 * colours(REGIONS)[mask], "mask, over the photo")
     handles = [Patch(color=colour, label=f"region {k}") for k, colour in enumerate(COLOURS, 1)]
     figure.legend(handles=handles, loc="outside lower center", ncols=REGIONS, frameon=False)
     return figure
 
 
-def _draw_regions(photo: Any, regions: Tensor) -> Figure:
-    height, width = photo.shape[:2]
-    figure = _figure(
-        13, 6.5 * height / width + 1.2, "Soft object regions $M_k$: for each region, a softmax over pixels"
-    )
-    colours, grey = _colours(), 0.6 * photo.mean(2, keepdims=True)
-    large = F.interpolate(regions[None], size=(height, width), mode="bilinear", align_corners=False)[0]
-    axes = figure.subplots(2, (REGIONS + 1) // 2).flat
-    for k, weights in enumerate(large):
-        strength = (weights / weights.quantile(0.99)).clamp(0, 1).numpy()[..., None]
-        _show(axes[k], (1 - strength) * grey + strength * colours[k], f"region {k + 1}")
-    for rest in list(axes)[REGIONS:]:
-        rest.set_axis_off()
-    return figure
-
-
-def _draw_attention(photo: Any, view: _View) -> Figure:
-    width = photo.shape[1]
-    figure = _figure(12, 6, "Pixel-region attention $w_{ik}$: for each pixel, a softmax over regions")
-    one_hot = F.one_hot(view.mask, REGIONS).movedim(2, 0)[None].float()
-    inside = F.avg_pool2d(one_hot, 41, stride=1, padding=20)[0].flatten(1)  # near 1 where the region is all around
-    pixels = [int(i) for i in inside.argmax(1)[inside.amax(1).argsort(descending=True)[:MARKS]].sort().values]
-    grid = figure.add_gridspec(len(pixels), 2, width_ratios=(2.2, 1))
-    picture = figure.add_subplot(grid[:, 0])
-    _show(picture, photo, "pixels, ringed in the colour of their region in the mask")
-    for number, pixel in enumerate(pixels, 1):
-        y, x = divmod(pixel, width)
-        style = {
-            "boxstyle": "circle",
-            "facecolor": "white",
-            "edgecolor": COLOURS[int(view.mask[y, x])],
-            "linewidth": 2.5,
-        }
-        picture.text(x, y, str(number), ha="center", va="center", fontsize=11, weight="bold", bbox=style)
-        bars = figure.add_subplot(grid[number - 1, 1])
-        bars.bar(range(1, REGIONS + 1), view.attention[:, y // STRIDE, x // STRIDE].numpy(), color=COLOURS)
-        bars.set(ylim=(0, 1), yticks=(0, 0.5, 1), xticks=range(1, REGIONS + 1), ylabel=f"pixel {number}")
-        bars.spines[["top", "right"]].set_visible(False)
-        bars.tick_params(labelbottom=number == len(pixels))
-    bars.set_xlabel("region")
-    return figure
-
-
 def _draw_losses(runs: Sequence[_Run]) -> Figure:
     before, moved, after = runs
-    figure = _figure(12, 4.5, "Training before and after the swap")
+    figure = new_figure(12, 4.5, "Training before and after the swap")
     left, right = figure.subplots(1, 2)
     left.plot(before.losses, color=COLOURS[0], linewidth=4, label="before")
     left.plot(after.losses, color=COLOURS[4], linewidth=1.5, label="after")

@@ -14,7 +14,9 @@ is not recognised gives what it always gave.
 from __future__ import annotations
 
 import dataclasses
+import operator
 import sys
+import threading
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -155,9 +157,10 @@ class Deferred:
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        handler = _LAYOUT.get(func)
-        if handler is not None and args and _is_live(args[0]):
-            result = handler(args[0]._mode, func, args, kwargs or {})
+        live = next(filter(_is_live, args), None)
+        if live is not None and not live._mode.suspended:
+            handler = (_LAYOUT.get(func) if live is args[0] else None) or HANDLERS.get(func)
+            result = handler and handler(live._mode, func, args, kwargs or {})
             if result is not None:
                 return result
         return func(*computed(args), **computed(kwargs or {}))
@@ -169,7 +172,10 @@ class Deferred:
 
 
 class Recognition(TorchFunctionMode):
-    """The mode under which a swapped module's forward runs. One call, one instance."""
+    """What is known while a swapped module's forward runs, and the mode that watches it. One call, one instance.
+
+    Methods that were rewritten (`rewriting.py`) ask `current()` instead of being watched.
+    """
 
     def __init__(self, log: Log | None = None) -> None:
         super().__init__()
@@ -185,14 +191,20 @@ class Recognition(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        handler = _HANDLERS.get(func)
-        if handler is not None and not self.suspended:
-            result = handler(self, func, args, kwargs or {})
-            if result is not None:
-                return result
+        result = self.handle(func, args, kwargs or {})
+        if result is not None:
+            return result
         if self.pending and _mutates(func, kwargs):
             self.protect(args, kwargs or {})
         return func(*args, **kwargs) if kwargs else func(*args)
+
+    def handle(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What a call gives that may belong to OCR; None where it has to run as it is."""
+        try:
+            handler = None if self.suspended else HANDLERS.get(func)
+        except TypeError:  # something callable that cannot be hashed
+            return None
+        return None if handler is None else handler(self, func, args, kwargs)
 
     def note(self, reason: str, *details: object) -> None:
         if self.log is not None:
@@ -305,6 +317,20 @@ class Recognition(TorchFunctionMode):
             self.settle(vars(module))
 
 
+_thread = threading.local()
+
+
+def current() -> Recognition | None:
+    """The recognition that rewritten methods of this thread take part in."""
+    return getattr(_thread, "recognition", None)
+
+
+def make_current(recognition: Recognition | None) -> Recognition | None:
+    """Returns the one that was."""
+    before, _thread.recognition = current(), recognition
+    return before
+
+
 def running() -> Recognition | None:
     """The mode of the swapped module whose forward is running."""
     for index in range(torch._C._len_torch_function_stack()):
@@ -324,8 +350,8 @@ def _is_plain(x: Any) -> bool:
         type(x) in (Tensor, torch.nn.Parameter)
         and x.dim() == 3
         and x.dtype in DTYPES
-        and x.layout == torch.strided
-        and x.device.type in ("cpu", "cuda")
+        and x.layout is torch.strided
+        and (x.is_cuda or x.is_cpu)
     )
 
 
@@ -565,15 +591,23 @@ _IN_PLACE_METHODS = {"__set__", "__setitem__"} | {
     f"__i{name}__"
     for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift")
 }
-_HANDLERS: dict[Callable[..., Any], Handler] = {torch.einsum: _einsum, F.dropout: _dropout, F.softmax: _softmax}
+HANDLERS: dict[Callable[..., Any], Handler] = {
+    torch.einsum: _einsum,
+    F.dropout: _dropout,
+    F.softmax: _softmax,
+    F.sigmoid: _sigmoid,
+    operator.mul: _multiply,
+    operator.truediv: _divide,
+    operator.matmul: _product,
+}
 _LAYOUT: dict[Callable[..., Any], Handler] = {}  # only where the tensor is a Deferred
 for _table, _handler, _names in (
-    (_HANDLERS, _multiply, "mul multiply __mul__ __rmul__"),
-    (_HANDLERS, _divide, "div divide true_divide __truediv__"),
-    (_HANDLERS, _softmax, "softmax"),
-    (_HANDLERS, _product, "matmul bmm __matmul__"),
-    (_HANDLERS, _view, "view_as as_strided stride is_contiguous"),
-    (_HANDLERS, _sigmoid, "sigmoid"),
+    (HANDLERS, _multiply, "mul multiply __mul__ __rmul__"),
+    (HANDLERS, _divide, "div divide true_divide __truediv__"),
+    (HANDLERS, _softmax, "softmax"),
+    (HANDLERS, _product, "matmul bmm __matmul__"),
+    (HANDLERS, _view, "view_as as_strided stride is_contiguous"),
+    (HANDLERS, _sigmoid, "sigmoid"),
     (_LAYOUT, _permute, "permute"),
     (_LAYOUT, _swap, "transpose swapaxes swapdims"),
     (_LAYOUT, _keep, "contiguous view reshape"),
@@ -584,7 +618,7 @@ for _table, _handler, _names in (
                 _table[getattr(_owner, _name)] = _handler
         if _handler not in (_view, _sigmoid):
             setattr(Deferred, _name, _method(_name, _handler))
-_HANDLERS[Tensor.view] = _view
+HANDLERS[Tensor.view] = _view
 
 # Python looks operators up on the class, past __getattr__
 _OPERATORS = {"__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__"}

@@ -22,7 +22,8 @@ from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
 from ocr_kernels import modules
-from ocr_kernels.recognition import Deferred, Log, Recognition, running
+from ocr_kernels.recognition import Deferred, Log, Recognition, make_current, running
+from ocr_kernels.rewriting import rewritten_methods
 
 Filter = Callable[[nn.Module, str], bool]
 
@@ -103,7 +104,8 @@ def replace_ocr_modules(
     chosen = [module for module, row in rows.items() if isinstance(row, Swapped)]
     try:
         for module in chosen:
-            module.__class__ = _swapped_class(type(module), _quiet_children(module))  # type: ignore[arg-type]
+            quiet = None if _is_direct(module) else _quiet_children(module)
+            module.__class__ = _swapped_class(type(module), quiet)  # type: ignore[arg-type]
         if example_inputs is not None and chosen:
             _dry_run(model, rows, example_inputs)
             for module in chosen:
@@ -145,10 +147,11 @@ def _check_arguments(model: object, filter: object, example_inputs: object) -> N
 
 
 @functools.cache
-def _swapped_class(original: type[nn.Module], quiet: frozenset[str]) -> type[nn.Module]:
+def _swapped_class(original: type[nn.Module], quiet: frozenset[str] | None) -> type[nn.Module]:
     """A subclass with the same name and no new state, whose forward recognises the computations.
 
-    `quiet` are the names of the children in which there is nothing to recognise.
+    `quiet` are the names of the children in which there is nothing to recognise; None if rewritten methods do without
+    the mode.
     """
 
     @functools.wraps(original.forward)
@@ -167,6 +170,7 @@ def _swapped_class(original: type[nn.Module], quiet: frozenset[str]) -> type[nn.
             return _rebuild, (original, quiet, function, *arguments[1:]), *state
         return reduced
 
+    methods = rewritten_methods(original) if quiet is None else None  # type: ignore[arg-type]
     return type(original)(  # type: ignore[misc, no-any-return]
         original.__name__,
         (original,),
@@ -177,9 +181,36 @@ def _swapped_class(original: type[nn.Module], quiet: frozenset[str]) -> type[nn.
             "__reduce_ex__": __reduce_ex__,
             "__setattr__": __setattr__,
             "_ocr_kernels_original": original,
+            "_ocr_kernels_direct": methods["forward"] if methods else None,
+            **{
+                name: _unless_compiled(method, getattr(original, name))
+                for name, method in (methods or {}).items()
+                if name != "forward"
+            },
             "forward": forward,
-            **{name: _quiet_child(name) for name in quiet},
+            **{name: _quiet_child(name) for name in quiet or ()},
         },
+    )
+
+
+def _unless_compiled(method: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return (original if torch.compiler.is_compiling() else method)(*args, **kwargs)
+
+    return call
+
+
+def _is_direct(module: nn.Module) -> bool:
+    """Whether rewritten methods see all that matters, in `module` and in its children without parameters."""
+    methods = rewritten_methods(type(module))  # type: ignore[arg-type]
+    children = (child for child in module.children() if next(child.parameters(), None) is None)
+    return methods is not None and not any(
+        isinstance(part, nn.Softmax)
+        or getattr(part, "inplace", False)
+        or _names(type(part)) & _PRODUCTS  # type: ignore[arg-type]
+        for child in children
+        for part in child.modules()
     )
 
 
@@ -286,7 +317,7 @@ def _restore(module: nn.Module) -> bool:
 
 
 def _rebuild(
-    original: type[nn.Module], quiet: frozenset[str], function: Callable[..., nn.Module], *arguments: Any
+    original: type[nn.Module], quiet: frozenset[str] | None, function: Callable[..., nn.Module], *arguments: Any
 ) -> nn.Module:
     """For copying and unpickling: what `function(original, *arguments)` makes, swapped."""
     return function(_swapped_class(original, quiet), *arguments)  # type: ignore[arg-type]
@@ -311,8 +342,16 @@ def _run(
         finally:
             mode.log = outer
     mode = Recognition(log)
-    with mode:
-        output = mode.settle(forward(module, *args, **kwargs))
+    direct = None if torch.compiler.is_compiling() else type(module)._ocr_kernels_direct  # type: ignore[attr-defined]
+    if direct is None:
+        with mode:
+            output = mode.settle(forward(module, *args, **kwargs))
+    else:
+        before = make_current(mode)
+        try:
+            output = mode.settle(direct(module, *args, **kwargs))
+        finally:
+            make_current(before)
     mode.finish(module)
     return output
 

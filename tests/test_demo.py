@@ -88,11 +88,12 @@ def test_the_report_lists_every_gradient(finished: tuple[int, str, Path]) -> Non
     assert "exceeds" not in report
 
 
-def test_a_view_is_made_of_softmaxes_over_the_right_axes(image: Path) -> None:
-    view = demo._look(demo._Network().eval(), demo._photo(image))
-    assert view.mask.shape == (384, 256)
-    torch.testing.assert_close(view.regions.sum((1, 2)), torch.ones(demo.REGIONS))
-    torch.testing.assert_close(view.attention.sum(0), torch.ones(96, 64))
+def test_typical_pixels_lie_deep_in_the_regions_that_are_there() -> None:
+    mask = torch.zeros(100, 160, dtype=torch.int64)
+    mask[:, 80:] = 3
+    pixels = demo._typical_pixels(mask)
+    assert {int(mask[pixel]) for pixel in pixels} == {0, 3}
+    assert all(20 <= y < 80 and 20 <= x % 80 < 60 for y, x in pixels)
 
 
 def test_crops_are_drawn_alike_and_keep_their_labels(image: Path) -> None:

@@ -16,8 +16,16 @@ import torch.nn.functional as F
 from module_results import CountOps, assert_same, results
 from torch import Tensor, nn
 
-from ocr_kernels import modules, recognition, reference
+from ocr_kernels import modules, recognition, reference, replace
 from ocr_kernels.replace import replace_ocr_modules, restore_ocr_modules
+
+
+@pytest.fixture(autouse=True, params=["rewritten", "watched"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """How a swapped forward is followed: its own calls only, where that is enough, or all by a mode."""
+    if request.param == "watched":
+        monkeypatch.setattr(replace, "_is_direct", lambda module: False)
+    return str(request.param)
 
 
 @pytest.fixture(autouse=True)
