@@ -8,16 +8,20 @@ STAMP := .venv/stamp
 PYTHON_GIVEN := $(filter-out file,$(origin PYTHON))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench report gpu clean
+.PHONY: help demo test integration lint format bench report gpu clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(STAMP) ## train a small OCR network on a photo, with and without the kernels, and draw what it sees
 	$(BIN)/ocr-kernels demo
 
 test: $(STAMP) ## every test that this machine can run
 	$(BIN)/python -m pytest
+
+integration: $(STAMP) ## tests with mmsegmentation, which it installs
+	$(BIN)/pip install --no-deps -r tests/integration/requirements.txt
+	$(BIN)/python -m pytest -m integration
 
 lint: $(STAMP) ## ruff and mypy
 	$(BIN)/ruff check

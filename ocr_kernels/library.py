@@ -6,11 +6,17 @@ runs on any device and hands over to the backend that its last string argument n
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from importlib.machinery import PathFinder
+from types import ModuleType
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch._C._functorch import TransformType, get_interpreter_stack
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
 
 from ocr_kernels.layout import DTYPES
 
@@ -22,11 +28,16 @@ def register_op(
     *,
     kernel: Callable[..., Any],
     fake: Callable[..., Any],
+    definition: Callable[..., Any],
+    flops: Callable[..., int],
     setup_context: Callable[..., None],
     backward: Callable[..., Any],
     vmap: Callable[..., Any],
 ) -> torch._ops.OpOverload:
     """Define `ocr_kernels::<schema>` with its kernel, its fake, its derivative and its batching rule.
+
+    `definition` is the op in plain PyTorch, through which forward-mode derivatives go. `flops` counts the operations
+    of the definition's matrix products from the op's arguments, with shapes in place of tensors.
 
     The schema has no defaults: the dispatcher would leave out arguments that equal them.
     """
@@ -34,14 +45,18 @@ def register_op(
     LIBRARY.define(schema)
     op: torch._ops.OpOverload = getattr(torch.ops.ocr_kernels, name).default
     LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
-    LIBRARY.impl(name, _derivative(op, setup_context, backward), "Autograd")
+    LIBRARY.impl(name, _derivative(op, definition, setup_context, backward), "Autograd")
     torch.library.register_fake(f"ocr_kernels::{name}", fake, lib=LIBRARY)
     torch.library.register_vmap(f"ocr_kernels::{name}", vmap, lib=LIBRARY)
+    _FlopFormulas.add(op, flops)
     return op
 
 
 def _derivative(
-    op: torch._ops.OpOverload, setup_context: Callable[..., None], backward: Callable[..., Any]
+    op: torch._ops.OpOverload,
+    definition: Callable[..., Any],
+    setup_context: Callable[..., None],
+    backward: Callable[..., Any],
 ) -> Callable[..., Any]:
     """What `torch.library.register_autograd` registers, at half its cost per call."""
 
@@ -50,19 +65,78 @@ def _derivative(
             return op(*args)
 
     def forward(ctx: Any, *args: Any) -> Any:
-        output = run(*args)
+        if torch._C._are_functorch_transforms_active():
+            # for the transforms around this one, which `run` reaches
+            with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+                output = run(*args)
+        else:
+            output = run(*args)
         setup_context(ctx, args, output)
         return output
 
     members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     function = type(f"{op._opname}_derivative", (torch.autograd.Function,), members)
+    # what Function.apply calls after checks for callers above the dispatcher, which hands us one transform at a time
+    apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
     def differentiable(*args: Any) -> Any:
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-            return function.apply(*args)  # type: ignore[attr-defined]
-        return run(*args)
+        transformed = torch._C._are_functorch_transforms_active()
+        if forward_ad._current_level >= 0 or (transformed and _in_jvp()):
+            return definition(*args)
+        if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
+            return run(*args)
+        if transformed:
+            with enable_single_level_autograd_function():
+                return apply(*args)
+        return apply(*args)
 
     return differentiable
+
+
+def _in_jvp() -> bool:
+    """Whether `torch.func.jvp` is active, also in a graph of `torch.compile`, where `forward_ad` does not know."""
+    return any(transform.key() == TransformType.Jvp for transform in get_interpreter_stack() or ())
+
+
+class _FlopFormulas:
+    """Tells `torch.utils.flop_counter` how to count our ops, once something imports it: that takes 0.3 s, with Triton.
+
+    This is a finder on `sys.meta_path`, where every import of a new module looks.
+    """
+
+    module = "torch.utils.flop_counter"
+    formulas: ClassVar[dict[torch._ops.OpOverloadPacket, Callable[..., int]]] = {}
+
+    @classmethod
+    def add(cls, op: torch._ops.OpOverload, formula: Callable[..., int]) -> None:
+        cls.formulas[op.overloadpacket] = formula
+        if cls.module in sys.modules:
+            cls.register({op.overloadpacket: formula})
+
+    @staticmethod
+    def register(formulas: dict[torch._ops.OpOverloadPacket, Callable[..., int]]) -> None:
+        from torch.utils.flop_counter import register_flop_formula
+
+        for op, formula in formulas.items():
+            register_flop_formula(op)(formula)
+
+    @classmethod
+    def find_spec(cls, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> Any:
+        if name != cls.module:
+            return None
+        spec = PathFinder.find_spec(name, path, target)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def execute_and_register(module: ModuleType) -> None:
+                execute(module)
+                cls.register(cls.formulas)
+
+            spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
+        return spec
+
+
+sys.meta_path.insert(0, _FlopFormulas)
 
 
 def register_autocast(op: torch._ops.OpOverload, leading: int) -> None:
@@ -81,10 +155,24 @@ def register_autocast(op: torch._ops.OpOverload, leading: int) -> None:
         LIBRARY.impl(op._opname, make_rule(device_type, excluded), key)
 
 
+def register_decomposition(op: torch._ops.OpOverload, decomposition: Callable[..., Any]) -> None:
+    """Let programs that cannot hold `op`, as those of ONNX, compute `decomposition`, in the same memory format."""
+    torch._decomp.decomposition_table[op] = decomposition
+    torch._decomp.meta_table[op] = decomposition  # only looked up: symbolic sizes go to the op's fake, as all others do
+
+
 def _autocast(tensor: Tensor, device_type: str) -> Tensor:
     # float64 stays, as in PyTorch's own autocast
     eligible = tensor.device.type == device_type and tensor.is_floating_point() and tensor.dtype != torch.float64
     return tensor.to(torch.get_autocast_dtype(device_type)) if eligible else tensor
+
+
+def differentiate(
+    definition: Callable[..., Tensor], inputs: Sequence[Tensor], grad: Tensor, needs: Sequence[bool]
+) -> tuple[Tensor, ...]:
+    """The gradients of `inputs`, by autograd through the definition; those not needed have no elements."""
+    gradients = torch.func.vjp(definition, *inputs)[1](grad)
+    return tuple(g if need else g.new_empty(0) for g, need in zip(gradients, needs, strict=True))
 
 
 def differentiate_twice(
@@ -97,19 +185,16 @@ def differentiate_twice(
 
     `cotangents` belong to the gradients that the backward pass returned, one for each of `inputs`.
     """
-    create_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
-        # aliases, so that one tensor passed as two arguments still has two gradients
-        grad, *inputs = (t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in (grad, *inputs))
-        gradients = torch.autograd.grad(definition(*inputs), inputs, grad, create_graph=True)
-        pairs = [(g, c) for g, c in zip(gradients, cotangents, strict=True) if c is not None]
-        return torch.autograd.grad(
-            [g for g, _ in pairs],
-            (grad, *inputs),
-            [c for _, c in pairs],
-            create_graph=create_graph,
-            allow_unused=True,
-        )
+    wanted = [i for i, cotangent in enumerate(cotangents) if cotangent is not None]
+    if not wanted:
+        return (None,) * (1 + len(inputs))
+
+    def gradients(grad: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+        every = torch.func.vjp(definition, *inputs)[1](grad)
+        return tuple(every[i] for i in wanted)
+
+    derivatives: tuple[Tensor, ...] = torch.func.vjp(gradients, grad, *inputs)[1](tuple(cotangents[i] for i in wanted))
+    return derivatives
 
 
 def check_tensors(**arguments: object) -> None:

@@ -41,6 +41,7 @@ class Log:
 
     fused: list[str] = dataclasses.field(default_factory=list)
     notes: list[str] = dataclasses.field(default_factory=list)
+    softmaxes: int = 0  # that were recognised; each should have ended in one of `fused`
 
 
 Settings = tuple[bool, "torch.dtype | None"]
@@ -306,7 +307,7 @@ class Recognition(TorchFunctionMode):
         """Compute what outlives the forward: in a container that `module` keeps, or anywhere else."""
         if torch.compiler.is_compiling():
             return
-        if self.log is not None and not self.log.fused and any(d._softmaxed for d in self.pending):
+        if self.log is not None and self.log.softmaxes > len(self.log.fused):
             self.note("the softmax is not followed by a product over its dimension")
         watched = [weakref.ref(deferred) for deferred in self.pending]
         self.pending = []
@@ -317,17 +318,26 @@ class Recognition(TorchFunctionMode):
             self.settle(vars(module))
 
 
-_thread = threading.local()
+class _Thread(threading.local):
+    recognition: Recognition | None = None
+
+
+class _Trace:
+    recognition: Recognition | None = None
+
+
+_thread, _trace = _Thread(), _Trace()
 
 
 def current() -> Recognition | None:
-    """The recognition that rewritten methods of this thread take part in."""
-    return getattr(_thread, "recognition", None)
+    """The recognition that rewritten methods of this thread, or trace, take part in."""
+    return (_trace if torch.compiler.is_compiling() else _thread).recognition
 
 
 def make_current(recognition: Recognition | None) -> Recognition | None:
     """Returns the one that was."""
-    before, _thread.recognition = current(), recognition
+    place = _trace if torch.compiler.is_compiling() else _thread
+    before, place.recognition = place.recognition, recognition
     return before
 
 
@@ -488,6 +498,8 @@ def _softmax(mode: Recognition, func: Callable[..., Any], args: tuple[Any, ...],
     if not given and columns >= rows:
         mode.note("the softmax over dim {} of the product {} is not over regions", dim, tuple(x.shape))
         return None
+    if mode.log is not None:
+        mode.log.softmaxes += 1
     return Deferred(mode, (func, args, kwargs), operands, scale, flipped, True, origin)
 
 

@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 
 from ocr_kernels import modules
 from ocr_kernels.recognition import Deferred, Log, Recognition, make_current, running
-from ocr_kernels.rewriting import rewritten_methods
+from ocr_kernels.rewriting import FUNCTIONS, rewritten_methods
 
 Filter = Callable[[nn.Module, str], bool]
 
@@ -182,23 +182,13 @@ def _swapped_class(original: type[nn.Module], quiet: frozenset[str] | None) -> t
             "__setattr__": __setattr__,
             "_ocr_kernels_original": original,
             "_ocr_kernels_direct": methods["forward"] if methods else None,
-            **{
-                name: _unless_compiled(method, getattr(original, name))
-                for name, method in (methods or {}).items()
-                if name != "forward"
-            },
+            "_ocr_kernels_compiles": bool(methods) or "@" not in _names(original),  # type: ignore[arg-type]
+            **(methods or {}),
+            **FUNCTIONS,
             "forward": forward,
             **{name: _quiet_child(name) for name in quiet or ()},
         },
     )
-
-
-def _unless_compiled(method: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return (original if torch.compiler.is_compiling() else method)(*args, **kwargs)
-
-    return call
 
 
 def _is_direct(module: nn.Module) -> bool:
@@ -206,9 +196,7 @@ def _is_direct(module: nn.Module) -> bool:
     methods = rewritten_methods(type(module))  # type: ignore[arg-type]
     children = (child for child in module.children() if next(child.parameters(), None) is None)
     return methods is not None and not any(
-        isinstance(part, nn.Softmax)
-        or getattr(part, "inplace", False)
-        or _names(type(part)) & _PRODUCTS  # type: ignore[arg-type]
+        isinstance(part, nn.Softmax) or getattr(part, "inplace", False) or _names(type(part)) & _PRODUCTS  # type: ignore[arg-type]
         for child in children
         for part in child.modules()
     )
@@ -332,7 +320,9 @@ def _run(
 ) -> Any:
     tracing = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
     exporting = torch.compiler._is_exporting_flag  # is_exporting() is true under any torch.compile of PyTorch 2.11
-    if tracing or exporting or forward_ad._current_level >= 0:
+    # under a mode, torch.compile exchanges the operands of `deferred @ tensor`
+    exchanged = torch.compiler.is_compiling() and not type(module)._ocr_kernels_compiles  # type: ignore[attr-defined]
+    if tracing or exporting or exchanged or forward_ad._current_level >= 0:
         return forward(module, *args, **kwargs)
     mode = running()
     if mode is not None:  # of a module around this one: once is enough
@@ -342,7 +332,7 @@ def _run(
         finally:
             mode.log = outer
     mode = Recognition(log)
-    direct = None if torch.compiler.is_compiling() else type(module)._ocr_kernels_direct  # type: ignore[attr-defined]
+    direct = type(module)._ocr_kernels_direct  # type: ignore[attr-defined]
     if direct is None:
         with mode:
             output = mode.settle(forward(module, *args, **kwargs))
@@ -438,10 +428,17 @@ def _dry_run(model: nn.Module, rows: dict[nn.Module, Swapped | LeftAlone], examp
             return forward(module, *args, **kwargs)
         row, log = unseen.pop(module), Log()
         copied_args, copied_kwargs = _cloned((args, kwargs))
+        failure = None
         with _forked_rng(model):
-            output = _run(module, forward, copied_args, copied_kwargs, log)
+            try:
+                output = _run(module, forward, copied_args, copied_kwargs, log)
+            except Exception as error:
+                failure = error
         expected = forward(module, *args, **kwargs)
-        rows[module] = _completed(row, log, output, expected)
+        if failure is None:
+            rows[module] = _completed(row, log, output, expected)
+        else:
+            rows[module] = LeftAlone(row.name, row.module_class, f"it fails where scores are deferred: {failure}")
         return expected
 
     kwargs = example_inputs if isinstance(example_inputs, dict) else {}

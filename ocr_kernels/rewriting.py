@@ -11,7 +11,6 @@ import ast
 import functools
 import linecache
 import operator
-import warnings
 from collections.abc import Callable, Iterator
 from types import CodeType, FunctionType
 from typing import Any
@@ -52,16 +51,19 @@ def _operator(function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
     return operate
 
 
-_OPERATORS: dict[type[ast.operator], tuple[str, Callable[[Any, Any], Any]]] = {
-    ast.Mult: ("_ocr_kernels_mul", _operator(operator.mul)),
-    ast.Div: ("_ocr_kernels_div", _operator(operator.truediv)),
-    ast.MatMult: ("_ocr_kernels_matmul", _operator(operator.matmul)),
+_OPERATORS: dict[type[ast.operator], str] = {
+    ast.Mult: "_ocr_kernels_mul",
+    ast.Div: "_ocr_kernels_div",
+    ast.MatMult: "_ocr_kernels_matmul",
 }
-_FUNCTIONS: dict[str, Callable[..., Any]] = {
-    "_ocr_kernels_call": _call,
-    "_ocr_kernels_apply": _apply,
-    **dict(_OPERATORS.values()),
+FUNCTIONS = {
+    "_ocr_kernels_call": staticmethod(_call),
+    "_ocr_kernels_apply": staticmethod(_apply),
+    "_ocr_kernels_mul": staticmethod(_operator(operator.mul)),
+    "_ocr_kernels_div": staticmethod(_operator(operator.truediv)),
+    "_ocr_kernels_matmul": staticmethod(_operator(operator.matmul)),
 }
+"""What rewritten methods call; attributes that their class has to have."""
 
 
 @functools.cache
@@ -92,7 +94,7 @@ def _methods(module_class: type[nn.Module]) -> dict[str, FunctionType] | None:
             continue
         called = set(_names(method.__code__))
         neighbours = (method.__globals__.get(other) for other in called)
-        if "super" in called or any(
+        if called & {"super", "Softmax"} or any(
             isinstance(other, FunctionType) and other.__code__.co_filename == method.__code__.co_filename
             for other in neighbours
         ):
@@ -121,18 +123,16 @@ def _rewritten(function: FunctionType) -> FunctionType | None:
         for node in ast.walk(tree)
         if isinstance(node, ast.FunctionDef) and (node.name, node.lineno) == (function.__code__.co_name, line)
     ]
-    if len(found) != 1 or found[0].decorator_list or _modifies(found[0]):
+    if len(found) != 1 or found[0].decorator_list or not function.__code__.co_argcount or _modifies(found[0]):
         return None
     as_it_is = _compiled(tree, function)
     if as_it_is is None or as_it_is.co_code != function.__code__.co_code:
         return None  # the file is not what was imported
-    _Rewriter().visit(found[0])
+    _Rewriter(function.__code__.co_varnames[0]).visit(found[0])
     code = _compiled(ast.fix_missing_locations(tree), function)
     if code is None:
         return None
-    copy = FunctionType(
-        _with_functions(code), function.__globals__, function.__name__, function.__defaults__, function.__closure__
-    )
+    copy = FunctionType(code, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
     copy.__kwdefaults__ = function.__kwdefaults__
     functools.update_wrapper(copy, function)
     return copy
@@ -140,9 +140,7 @@ def _rewritten(function: FunctionType) -> FunctionType | None:
 
 def _compiled(tree: ast.Module, function: FunctionType) -> CodeType | None:
     """The code of `function` in that of its file."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that a string is called: it will be a function
-        reached = [compile(tree, function.__code__.co_filename, "exec", dont_inherit=True)]
+    reached = [compile(tree, function.__code__.co_filename, "exec", dont_inherit=True)]
     wanted = function.__code__.co_name, function.__code__.co_firstlineno
     while reached:
         code = reached.pop()
@@ -150,17 +148,6 @@ def _compiled(tree: ast.Module, function: FunctionType) -> CodeType | None:
             return code
         reached += (constant for constant in code.co_consts if isinstance(constant, CodeType))
     return None
-
-
-def _with_functions(code: CodeType) -> CodeType:
-    """`code` with the functions themselves for constants that name them, so that it needs no globals."""
-
-    def constant(value: Any) -> Any:
-        if isinstance(value, CodeType):
-            return _with_functions(value)
-        return _FUNCTIONS.get(value, value) if isinstance(value, str) else value
-
-    return code.replace(co_consts=tuple(map(constant, code.co_consts)))
 
 
 def _modifies(definition: ast.AST) -> bool:
@@ -178,21 +165,24 @@ def _modifies(definition: ast.AST) -> bool:
 
 
 class _Rewriter(ast.NodeTransformer):
+    def __init__(self, this: str) -> None:
+        self.this = this  # the method's first parameter
+
+    def call(self, node: ast.AST, name: str, arguments: list[ast.expr], keywords: list[ast.keyword]) -> ast.AST:
+        function = ast.Attribute(ast.Name(self.this, ast.Load()), name, ast.Load())
+        return ast.copy_location(ast.Call(function, arguments, keywords), node)
+
     def visit_Call(self, node: ast.Call) -> ast.AST:
         self.generic_visit(node)
         function = node.func
         if isinstance(function, ast.Attribute) and function.attr in NAMES:
             arguments = [function.value, ast.Constant(function.attr), *node.args]
-            call = ast.Call(ast.Constant("_ocr_kernels_call"), arguments, node.keywords)
-        elif isinstance(function, ast.Name) and function.id in NAMES:
-            call = ast.Call(ast.Constant("_ocr_kernels_apply"), [function, *node.args], node.keywords)
-        else:
-            return node
-        return ast.copy_location(call, node)
+            return self.call(node, "_ocr_kernels_call", arguments, node.keywords)
+        if isinstance(function, ast.Name) and function.id in NAMES:
+            return self.call(node, "_ocr_kernels_apply", [function, *node.args], node.keywords)
+        return node
 
     def visit_BinOp(self, node: ast.BinOp) -> ast.AST:
         self.generic_visit(node)
-        if type(node.op) not in _OPERATORS:
-            return node
-        name = _OPERATORS[type(node.op)][0]
-        return ast.copy_location(ast.Call(ast.Constant(name), [node.left, node.right], []), node)
+        name = _OPERATORS.get(type(node.op))
+        return node if name is None else self.call(node, name, [node.left, node.right], [])

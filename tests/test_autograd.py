@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from ops import ATTENTION, GATHER, Op, all_dtypes, both_ops
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.func import grad, hessian, jacfwd, jacrev, jvp, linearize, vjp, vmap
 
 from ocr_kernels.testing import gradcheck, gradgradcheck, saved_bytes
 
+Tensors = tuple[Tensor, ...]
 SIZES = {"batch": 1, "channels": 3, "spatial": (5,), "dtype": torch.float64, "requires_grad": True}
 
 
@@ -127,3 +134,111 @@ def test_inputs_changed_in_place_are_noticed(op: Op, target: tuple[str, str]) ->
         inputs[0].mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.sum().backward()
+
+
+@both_ops
+def test_results_changed_in_place(op: Op, target: tuple[str, str]) -> None:
+    """The attention saves no result, so its gradient stays right; the gather saves its own and notices."""
+    backend, device = target
+    inputs = op.inputs(device=device, requires_grad=True)
+    out = op.on(backend)(*inputs).add_(1)
+    out[0].relu_()
+    if op is GATHER:
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            out.sum().backward()
+    else:
+        expected = op.on(backend)(*inputs).add(1)
+        expected = torch.cat([expected[:1].relu(), expected[1:]])
+        gradients = torch.autograd.grad(out.sum(), inputs), torch.autograd.grad(expected.sum(), inputs)
+        torch.testing.assert_close(*gradients)
+
+
+@both_ops
+def test_inference_tensors_are_refused_where_they_would_be_saved(op: Op, target: tuple[str, str]) -> None:
+    backend, device = target
+    with torch.inference_mode():
+        first = op.inputs(device=device)[0]
+    others = op.inputs(device=device, requires_grad=True)[1:]
+    with pytest.raises(RuntimeError, match="Inference tensors cannot be saved for backward"):
+        op.on(backend)(first, *others)
+    with torch.no_grad():
+        assert not op.on(backend)(first, *others).requires_grad
+
+
+# torch.func
+
+
+def scalar(f: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda *x: f(*x).square().sum()
+
+
+def stacked(x: Tensors) -> Tensors:
+    return tuple(torch.stack([t, t.flip(1)], dim=1) for t in x)
+
+
+def everywhere(x: Tensors) -> tuple[int, ...]:
+    return tuple(range(len(x)))
+
+
+def leaves(x: Tensors) -> Tensors:
+    return tuple(t.detach().requires_grad_() for t in x)
+
+
+def by_dual_numbers(f: Callable[..., Tensor], *x: Tensor) -> Tensor:
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(f(*(forward_ad.make_dual(t, t.cos()) for t in x))).tangent
+
+
+def backward_of_dual_numbers(f: Callable[..., Tensor], *x: Tensor) -> list[Tensor]:
+    x = leaves(x)
+    out = f(*x)
+    grad = out.detach()
+    with forward_ad.dual_level():
+        gradients = torch.autograd.grad(out, x, forward_ad.make_dual(grad, grad.cos()))
+        return [forward_ad.unpack_dual(gradient).tangent for gradient in gradients]
+
+
+TRANSFORMS: dict[str, Callable[..., Any]] = {
+    "grad": lambda f, *x: grad(scalar(f), everywhere(x))(*x),
+    "vjp": lambda f, *x: vjp(f, *x)[1](f(*x)),
+    "jacrev": lambda f, *x: jacrev(f, everywhere(x))(*x),
+    "grad of grad": lambda f, *x: grad(scalar(grad(scalar(f))), everywhere(x))(*x),
+    "grad of grad of grad": lambda f, *x: grad(scalar(grad(scalar(grad(scalar(f))))))(*x),
+    "vmap of grad": lambda f, *x: vmap(grad(scalar(f), everywhere(x)), in_dims=1)(*stacked(x)),
+    "per sample": lambda f, *x: vmap(grad(scalar(f), everywhere(x)), (1, *(None for _ in x[1:])))(
+        stacked(x)[0], *x[1:]
+    ),
+    "vmap of vmap of grad": lambda f, *x: vmap(vmap(grad(scalar(f)), 1), 1)(*stacked(stacked(x))),
+    "grad of vmap": lambda f, *x: grad(scalar(vmap(f, 1)), everywhere(x))(*stacked(x)),
+    "backward of vmap": lambda f, *x: (lambda y: torch.autograd.grad(scalar(vmap(f, 1))(*y), y))(leaves(stacked(x))),
+    "backward of grad": lambda f, *x: (lambda y: torch.autograd.grad(scalar(grad(scalar(f)))(*y), y))(leaves(x)),
+    "jvp": lambda f, *x: jvp(f, x, tuple(t.cos() for t in x)),
+    "jacfwd": lambda f, *x: jacfwd(f, everywhere(x))(*x),
+    "hessian": lambda f, *x: hessian(scalar(f), everywhere(x))(*x),
+    "jacrev of jacfwd": lambda f, *x: jacrev(jacfwd(scalar(f)), everywhere(x))(*x),
+    "linearize": lambda f, *x: linearize(f, *x)[1](*x),
+    "dual numbers": by_dual_numbers,
+    "backward of dual numbers": backward_of_dual_numbers,
+}
+
+
+@both_ops
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=[name.replace(" ", "-") for name in TRANSFORMS])
+def test_transforms(op: Op, target: tuple[str, str], transform: Callable[..., Any]) -> None:
+    backend, device = target
+    inputs = op.inputs(channels=2, regions=3, spatial=(4,), dtype=torch.float64, device=device)
+    torch.testing.assert_close(transform(op.on(backend), *inputs), transform(op.definition, *inputs))
+
+
+@both_ops
+def test_forward_mode_keeps_dtypes_and_checks(op: Op, target: tuple[str, str]) -> None:
+    """Forward mode goes through the definition, with its sums in float32, so that only the results are rounded."""
+    backend, device = target
+    inputs = op.inputs(dtype=torch.float16, device=device)
+    wide = tuple(t.float() for t in inputs)
+    eps = torch.finfo(torch.float16).eps
+    for found, exact in zip(jvp(op.on(backend), inputs, inputs), jvp(op.definition, wide, wide), strict=True):
+        assert found.dtype == torch.float16
+        torch.testing.assert_close(found.float(), exact, rtol=eps, atol=eps)
+    with pytest.raises(ValueError, match="must have shape"):
+        jvp(op.on(backend), (*inputs[:-1], inputs[-1][:1]), (*inputs[:-1], inputs[-1][:1]))

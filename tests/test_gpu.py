@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import pytest
 import torch
 from ops import GATHER, Op, both_ops
+
+from ocr_kernels import use_backend
+from ocr_kernels.modules import SpatialOCR
 
 pytestmark = [
     pytest.mark.gpu,
@@ -34,27 +39,48 @@ def test_on_another_stream(op: Op, backend: str) -> None:
         assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
 
 
-@both_ops
-@backends
-@pytest.mark.parametrize("regions", [5, 70])
-def test_cuda_graph(op: Op, backend: str, regions: int) -> None:
+def check_capture(step: Callable[[], tuple[torch.Tensor, ...]], inputs: Sequence[torch.Tensor]) -> None:
     """Captured once, replayed on other numbers."""
-    inputs = op.inputs(regions=regions, channels=32, spatial=(16, 24), device="cuda", requires_grad=True)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        forward_and_backward(op, backend, inputs)
+        for _ in range(3):
+            step()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = forward_and_backward(op, backend, inputs)
+        captured = step()
     with torch.no_grad():
         for tensor in inputs:
             tensor.mul_(0.5)
     graph.replay()
     torch.cuda.synchronize()
-    for actual, expected in zip(captured, forward_and_backward(op, backend, inputs), strict=True):
+    for actual, expected in zip(captured, step(), strict=True):
         torch.testing.assert_close(actual, expected)
+
+
+@both_ops
+@backends
+@pytest.mark.parametrize("regions", [5, 70])
+def test_cuda_graph(op: Op, backend: str, regions: int) -> None:
+    inputs = op.inputs(regions=regions, channels=32, spatial=(16, 24), device="cuda", requires_grad=True)
+    check_capture(lambda: forward_and_backward(op, backend, inputs), inputs)
+
+
+@backends
+def test_cuda_graph_of_a_module(backend: str) -> None:
+    """In float64, so that it does not matter which convolutions cuDNN takes."""
+    module = SpatialOCR(32, 16, 32, dropout=0.0).to("cuda", torch.float64)
+    feats = torch.randn(2, 32, 16, 24, device="cuda", dtype=torch.float64, requires_grad=True)
+    regions = torch.randn(2, 32, 5, 1, device="cuda", dtype=torch.float64, requires_grad=True)
+    wanted = (feats, regions, *module.parameters())
+
+    def step() -> tuple[torch.Tensor, ...]:
+        with use_backend(backend):
+            out = module(feats, regions)
+        return out, *torch.autograd.grad(out, wanted, torch.ones_like(out).cumsum(3))
+
+    check_capture(step, (feats, regions))
 
 
 @both_ops

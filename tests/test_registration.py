@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch._dynamo.testing
-from ops import ATTENTION, GATHER, Op, all_dtypes, both_ops
+from ops import ATTENTION, DTYPES, GATHER, Op, all_dtypes, both_ops
 
 import ocr_kernels
 from ocr_kernels import available_backends, pixel_region_attention, spatial_gather, use_backend
+from ocr_kernels.modules import SpatialOCR
 from ocr_kernels.testing import LAYOUTS, Layout
 
 
@@ -43,6 +47,13 @@ def test_opcheck_backward(op: Op, target: tuple[str, str], layout: Layout) -> No
     inputs = op.inputs(channels=4, regions=3, spatial=(2, 5), layout=layout, device=device)
     overload, arguments = backward_call(op, inputs, backend)
     torch.library.opcheck(overload, arguments)
+
+
+@both_ops
+def test_opcheck_double_backward(op: Op, target: tuple[str, str]) -> None:
+    backend, device = target
+    overload, arguments = backward_call(op, op.inputs(channels=4, regions=3, spatial=(2, 5), device=device), backend)
+    torch.library.opcheck(overload, [a.requires_grad_() if isinstance(a, torch.Tensor) else a for a in arguments])
 
 
 @both_ops
@@ -137,6 +148,48 @@ def test_autocast(target: tuple[str, str], autocast_dtype: torch.dtype) -> None:
     assert torch.equal(attended, pixel_region_attention(*lower, backend=backend))
     gradients = torch.autograd.grad(gathered.sum() + attended.sum(), (feats, logits, query, key, value))
     assert all(g.dtype == torch.float32 for g in gradients)
+
+
+@pytest.mark.parametrize("autocast_dtype", [torch.bfloat16, torch.float16])
+def test_autocast_of_any_dtypes(target: tuple[str, str], autocast_dtype: torch.dtype) -> None:
+    """The result has the autocast dtype, and every gradient that of its input, whatever the others are."""
+    backend, device = target
+    mixtures = {GATHER: itertools.product(DTYPES[1:], repeat=2), ATTENTION: itertools.permutations(DTYPES[1:])}
+    for op, mixture in mixtures.items():
+        inputs = op.inputs(batch=1, channels=4, regions=3, spatial=(5,), device=device)
+        for dtypes in mixture:
+            mixed = [t.to(dtype).requires_grad_() for t, dtype in zip(inputs, dtypes, strict=True)]
+            with torch.autocast(device, autocast_dtype):
+                out = op.on(backend)(*mixed)
+            assert out.dtype == autocast_dtype
+            cast = [t.to(autocast_dtype) for t in mixed]
+            assert torch.equal(out, op.on(backend)(*(cast if op is ATTENTION else (cast[0], mixed[1]))))
+            assert tuple(gradient.dtype for gradient in torch.autograd.grad(out.sum(), mixed)) == dtypes
+
+
+@pytest.mark.parametrize("cast_before", [False, True])
+@pytest.mark.parametrize("autocast_dtype", [torch.bfloat16, torch.float16])
+def test_autocast_of_a_module(target: tuple[str, str], autocast_dtype: torch.dtype, cast_before: bool) -> None:
+    backend, device = target
+    dtype = autocast_dtype if cast_before else torch.float32
+    module = SpatialOCR(8, 4, 6, dropout=0.0).to(device)
+    inputs = [torch.randn(2, 8, *size, dtype=dtype, device=device, requires_grad=True) for size in ((3, 4), (5, 1))]
+    with use_backend(backend), torch.autocast(device, autocast_dtype):
+        out = module(*inputs)
+    out.float().square().sum().backward()
+    assert out.dtype == autocast_dtype
+    assert all(p.grad.dtype == torch.float32 for p in module.parameters())
+    assert all(t.grad.dtype == dtype for t in inputs)
+
+
+@both_ops
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.hessian], ids=["grad", "hessian"])
+def test_compile_of_transforms(op: Op, transform: Callable[..., Any]) -> None:
+    torch._dynamo.reset()
+    inputs = op.inputs(batch=1, channels=2, regions=3, spatial=(2,))
+    function = transform(lambda *x: op.on("reference")(*x).square().sum())
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*inputs), function(*inputs))
 
 
 @both_ops

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import functools
 import importlib
+import math
 from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
 from ocr_kernels.attention import reference
-from ocr_kernels.layout import empty_in_format
+from ocr_kernels.layout import empty_in_format, is_channels_last, pixels, statistics_dtype
 from ocr_kernels.library import (
     batch_back,
     batch_first,
     check_device,
     check_dtype,
     check_shape,
+    differentiate,
     differentiate_twice,
     register_autocast,
+    register_decomposition,
     register_op,
 )
 
@@ -97,6 +100,32 @@ def _implementation(backend: str) -> Any:
     return importlib.import_module(f"ocr_kernels.attention.{backend}")
 
 
+def _define(query: Tensor, key: Tensor, value: Tensor, scale: float | None, backend: str) -> Tensor:
+    _check(query, key, value)
+    dtype = statistics_dtype(query)
+    out = reference.pixel_region_attention(query.to(dtype), key.to(dtype), value.to(dtype), scale).to(query.dtype)
+    return out if is_channels_last(query) else out.contiguous()
+
+
+def _define_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    scale, *needs = rest[:4]
+    definition = functools.partial(reference.pixel_region_attention, scale=scale)
+    return differentiate(definition, (query, key, value), grad, needs)
+
+
+def _flops(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: Any, **__: Any) -> int:
+    return 2 * pixels(query) * (math.prod(key) + math.prod(value))
+
+
+def _flops_backward(
+    grad: Any, query: Sequence[int], key: Sequence[int], value: Sequence[int], *rest: Any, **_: Any
+) -> int:
+    need_query, need_key, need_value = rest[1:4]
+    with_key: int = need_query + need_key
+    with_value: int = need_value + (need_query or need_key)
+    return 2 * pixels(query) * (with_key * math.prod(key) + with_value * math.prod(value))
+
+
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     *tensors, ctx.scale, ctx.backend = inputs
     ctx.save_for_backward(*tensors)
@@ -138,6 +167,8 @@ pixel_region_attention_op = register_op(
     "pixel_region_attention(Tensor query, Tensor key, Tensor value, float? scale, str backend) -> Tensor",
     kernel=_forward,
     fake=_allocate,
+    definition=_define,
+    flops=_flops,
     setup_context=_save,
     backward=_differentiate,
     vmap=_vmap,
@@ -149,8 +180,11 @@ pixel_region_attention_backward_op = register_op(
     fake=lambda grad, query, key, value, scale, *needs_and_backend: _empty_gradients(
         query, key, value, *needs_and_backend[:3]
     ),
+    definition=_define_backward,
+    flops=_flops_backward,
     setup_context=_save_backward,
     backward=_differentiate_backward,
     vmap=_vmap_backward,
 )
 register_autocast(pixel_region_attention_op, leading=3)
+register_decomposition(pixel_region_attention_op, _define)

@@ -16,14 +16,19 @@ def spatial_gather(feats: Tensor, logits: Tensor, scale: float = 1.0) -> Tensor:
     return torch.matmul(x, weights.to(x.dtype).transpose(1, 2))  # [B, C, K]
 
 
-def forward(out: Tensor, stats: Tensor, feats: Tensor, logits: Tensor, scale: float) -> None:
-    """Fill `out` [B, C, K] and the softmax's row maxima and sums, `stats` [B, 2, K]."""
+def gather_and_statistics(feats: Tensor, logits: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """f [B, C, K] and the softmax's row maxima and sums, [B, 2, K]."""
     dtype = statistics_dtype(feats, logits)
     x, scores = feats.flatten(2).to(dtype), scale * logits.flatten(2).to(dtype)
     maximum = scores.amax(2)
     total = (scores - maximum.unsqueeze(2)).exp().sum(2)
-    stats.copy_(torch.stack((maximum, total), dim=1))
-    out.copy_(spatial_gather(x, scores))
+    return spatial_gather(x, scores), torch.stack((maximum, total), dim=1)
+
+
+def forward(out: Tensor, stats: Tensor, feats: Tensor, logits: Tensor, scale: float) -> None:
+    """Fill `out` and `stats`."""
+    for target, result in zip((out, stats), gather_and_statistics(feats, logits, scale), strict=True):
+        target.copy_(result)
 
 
 def backward(

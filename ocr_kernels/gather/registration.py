@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,8 +18,10 @@ from ocr_kernels.library import (
     check_device,
     check_dtype,
     check_shape,
+    differentiate,
     differentiate_twice,
     register_autocast,
+    register_decomposition,
     register_op,
 )
 
@@ -87,6 +90,27 @@ def _implementation(backend: str) -> Any:
     return importlib.import_module(f"ocr_kernels.gather.{backend}")
 
 
+def _define(feats: Tensor, logits: Tensor, scale: float, backend: str) -> tuple[Tensor, Tensor]:
+    _check(feats, logits)
+    out, stats = reference.gather_and_statistics(feats, logits, scale)
+    return out.to(feats.dtype), stats
+
+
+def _define_backward(grad: Tensor, feats: Tensor, logits: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    scale, *needs = rest[2:5]
+    definition = functools.partial(reference.spatial_gather, scale=scale)
+    return differentiate(definition, (feats, logits), grad, needs)
+
+
+def _flops(feats: Sequence[int], logits: Sequence[int], *_: Any, **__: Any) -> int:
+    return 2 * math.prod(feats) * logits[1]
+
+
+def _flops_backward(grad: Any, feats: Sequence[int], logits: Sequence[int], *rest: Any, **_: Any) -> int:
+    needs: int = sum(rest[3:5])
+    return needs * _flops(feats, logits)
+
+
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     feats, logits, ctx.scale, ctx.backend = inputs
     ctx.save_for_backward(feats, logits, *output)
@@ -128,6 +152,8 @@ spatial_gather_op = register_op(
     "spatial_gather(Tensor feats, Tensor logits, float scale, str backend) -> (Tensor, Tensor)",
     kernel=_forward,
     fake=_allocate,
+    definition=_define,
+    flops=_flops,
     setup_context=_save,
     backward=_differentiate,
     vmap=_vmap,
@@ -139,8 +165,11 @@ spatial_gather_backward_op = register_op(
     fake=lambda grad, feats, logits, out, stats, scale, *needs_and_backend: _empty_gradients(
         feats, logits, *needs_and_backend[:2]
     ),
+    definition=_define_backward,
+    flops=_flops_backward,
     setup_context=_save_backward,
     backward=_differentiate_backward,
     vmap=_vmap_backward,
 )
 register_autocast(spatial_gather_op, leading=1)  # feats; the logits are taken as they are
+register_decomposition(spatial_gather_op, _define)
