@@ -239,10 +239,10 @@ class Recognition(TorchFunctionMode):
         (query, a), (key, b) = first, second
         settings = _settings(query)
         if (
-            query.shape[::2] == key.shape[:2]
-            and query.shape[1] != key.shape[2]
-            and query.device == key.device
-            and _product_dtype(query, settings) == _product_dtype(key, settings)
+            query.size(0) == key.size(0)
+            and query.size(2) == key.size(1)
+            and query.size(1) != key.size(2)
+            and _agree(query, key, settings)
         ):
             return Deferred(self, call, (query, key), a * b, flipped)
         return None
@@ -257,28 +257,64 @@ class Recognition(TorchFunctionMode):
         settings, first, last = weights._origin.settings, weights._operands[0], weights._operands[-1]
         if not (
             _is_plain(values)
-            and values.shape[::2] == (first.shape[0], last.shape[2])
+            and (values.size(0), values.size(2)) == (first.size(0), last.size(2))
             and first.numel() * last.numel() * values.numel() > 0
-            and values.device == first.device
             and settings == _settings(values)
-            and _product_dtype(values, settings) == _product_dtype(first, settings)
+            and _agree(values, first, settings)
         ):
             return None
         weights._origin.check_unchanged()
         if len(weights._operands) == 1:
-            self.fused("gather")
-            out = spatial_gather(values, first, weights._scale)
-            # a copy, because the gather needs its result in the backward pass and this one may be modified
-            return (out.transpose(1, 2) if transpose else out).clone(memory_format=torch.contiguous_format)
-        self.fused("attention")
-        out = pixel_region_attention(first.transpose(1, 2), last, values, weights._scale)
+            return self.gather(values, first, weights._scale, transpose)
+        return self.attend(first.transpose(1, 2), last, values, weights._scale, transpose)
+
+    def gather(self, feats: Tensor, logits: Tensor, scale: float, transpose: bool) -> Tensor:
+        if self.log is not None:
+            self.log.fused.append("gather")
+        out = spatial_gather(feats, logits, scale)
+        # a copy, because the gather needs its result in the backward pass and this one may be modified
+        return (out.transpose(1, 2) if transpose else out).clone(memory_format=torch.contiguous_format)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float, transpose: bool) -> Tensor:
+        if self.log is not None:
+            self.log.fused.append("attention")
+        out = pixel_region_attention(query, key, value, scale)
         out = out.transpose(1, 2) if transpose else out
         self.results.append(out)
         return out
 
-    def fused(self, computation: str) -> None:
-        if self.log is not None:
-            self.log.fused.append(computation)
+    def weighted(self, scores: Any, scale: Any, values: Any) -> Tensor | None:
+        """softmax(scale * `scores` `[B, K, N]`) @ `values` `[B, N, C]` at one go; None where it is no gather."""
+        if (
+            _is_plain(scores)
+            and _is_plain(values)
+            and _is_number(scale)
+            and scores.size(0) == values.size(0)
+            and scores.size(1) < scores.size(2) == values.size(1)
+            and scores.numel() * values.numel() > 0
+            and _agree(scores, values, _settings(scores))
+            and not self.suspended
+        ):
+            return self.gather(values.transpose(1, 2), scores, scale, True)
+        return None
+
+    def attended(self, query: Any, key: Any, scale: Any, values: Any) -> Tensor | None:
+        """softmax(scale * `query` `[B, N, D]` @ `key` `[B, D, K]`) @ `values` `[B, K, C]`; None where it is another."""
+        if (
+            _is_plain(query)
+            and _is_plain(key)
+            and _is_plain(values)
+            and _is_number(scale)
+            and query.size(0) == key.size(0) == values.size(0)
+            and query.size(2) == key.size(1)
+            and query.size(1) > key.size(2) == values.size(1)
+            and query.numel() * key.numel() * values.numel() > 0
+            and _agree(query, key, settings := _settings(query))
+            and _agree(query, values, settings)
+            and not self.suspended
+        ):
+            return self.attend(query.transpose(1, 2), key, values.transpose(1, 2), scale, True)
+        return None
 
     def settle(self, output: Any) -> Any:
         """`output` with every deferred computed and the original's strides; containers keep their identity."""
@@ -311,11 +347,11 @@ class Recognition(TorchFunctionMode):
             self.note("the softmax is not followed by a product over its dimension")
         watched = [weakref.ref(deferred) for deferred in self.pending]
         self.pending = []
-        escaped = [deferred for deferred in (watch() for watch in watched) if deferred is not None]
-        for deferred in escaped:
-            deferred._compute()
-        if escaped:
-            self.settle(vars(module))
+        for watch in watched:
+            escaped = watch()
+            if escaped is not None:
+                escaped._compute()
+                self.settle(vars(module))
 
 
 class _Thread(threading.local):
@@ -323,6 +359,8 @@ class _Thread(threading.local):
 
 
 class _Trace:
+    """For torch.compile, which traces no thread-local attributes. Outside a trace it is never set."""
+
     recognition: Recognition | None = None
 
 
@@ -331,14 +369,12 @@ _thread, _trace = _Thread(), _Trace()
 
 def current() -> Recognition | None:
     """The recognition that rewritten methods of this thread, or trace, take part in."""
-    return (_trace if torch.compiler.is_compiling() else _thread).recognition
+    return _trace.recognition or _thread.recognition
 
 
-def make_current(recognition: Recognition | None) -> Recognition | None:
-    """Returns the one that was."""
-    place = _trace if torch.compiler.is_compiling() else _thread
-    before, place.recognition = place.recognition, recognition
-    return before
+def place_of_current() -> _Thread | _Trace:
+    """What to set the attribute `recognition` of, for `current`."""
+    return _trace if torch.compiler.is_compiling() else _thread
 
 
 def running() -> Recognition | None:
@@ -371,19 +407,23 @@ def _is_number(x: Any) -> bool:
 
 def _settings(tensor: Tensor) -> Settings:
     """The modes that a deferred call would have run in: gradients on, and the autocast dtype."""
-    kind = tensor.device.type
-    return torch.is_grad_enabled(), torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    autocast = None
+    if torch._C._is_any_autocast_enabled():
+        kind = tensor.device.type
+        autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    return torch.is_grad_enabled(), autocast
 
 
-def _product_dtype(tensor: Tensor, settings: Settings) -> torch.dtype:
-    autocast = settings[1]
-    return tensor.dtype if autocast is None or tensor.dtype == torch.float64 else autocast
+def _agree(first: Tensor, second: Tensor, settings: Settings) -> bool:
+    """Whether a product takes both: on one device, and of one dtype once autocast has cast them."""
+    cast = settings[1] is not None and torch.float64 not in (first.dtype, second.dtype)
+    return first.get_device() == second.get_device() and (cast or first.dtype == second.dtype)
 
 
 def _versions(tensors: tuple[Tensor, ...]) -> tuple[int, ...]:
     if torch.compiler.is_compiling():
         return ()
-    return tuple(0 if tensor.is_inference() else tensor._version for tensor in tensors)
+    return tuple([0 if tensor.is_inference() else tensor._version for tensor in tensors])
 
 
 def _transpose(x: Any) -> Any:
@@ -603,6 +643,7 @@ _IN_PLACE_METHODS = {"__set__", "__setitem__"} | {
     f"__i{name}__"
     for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift")
 }
+PRODUCT, SOFTMAX = _product, _softmax
 HANDLERS: dict[Callable[..., Any], Handler] = {
     torch.einsum: _einsum,
     F.dropout: _dropout,

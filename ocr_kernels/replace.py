@@ -22,7 +22,7 @@ from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
 from ocr_kernels import modules
-from ocr_kernels.recognition import Deferred, Log, Recognition, make_current, running
+from ocr_kernels.recognition import Deferred, Log, Recognition, place_of_current, running
 from ocr_kernels.rewriting import FUNCTIONS, rewritten_methods
 
 Filter = Callable[[nn.Module, str], bool]
@@ -337,11 +337,12 @@ def _run(
         with mode:
             output = mode.settle(forward(module, *args, **kwargs))
     else:
-        before = make_current(mode)
+        place = place_of_current()
+        before, place.recognition = place.recognition, mode
         try:
             output = mode.settle(direct(module, *args, **kwargs))
         finally:
-            make_current(before)
+            place.recognition = before
     mode.finish(module)
     return output
 

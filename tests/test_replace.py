@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import io
 import pickle
-import socket
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,7 +15,7 @@ import torch.nn.functional as F
 from module_results import CountOps, assert_same, results
 from torch import Tensor, nn
 
-from ocr_kernels import modules, recognition, reference, replace
+from ocr_kernels import modules, reference, replace
 from ocr_kernels.replace import replace_ocr_modules, restore_ocr_modules
 
 
@@ -874,36 +873,6 @@ def test_conversion_to_synchronised_batch_norm() -> None:
         torch.testing.assert_close(converted(feats), plain(feats))
     assert (ops.gather, ops.attention) == (1, 1)
     assert restore_ocr_modules(converted) == SWAPPED_NAMES
-
-
-def train_in_a_process(rank: int, port: int, model: nn.Module, feats: Tensor, queue: Any) -> None:
-    # no CountOps here: gloo's threads would keep the mode, and dropping it deadlocks
-    ran: list[str] = []
-    for op in (recognition.spatial_gather, recognition.pixel_region_attention):
-        setattr(recognition, op.__name__, lambda *args, op=op: ran.append(op.__name__) or op(*args))
-    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    parallel = nn.parallel.DistributedDataParallel(copy.deepcopy(model))
-    for part in feats.chunk(2):
-        parallel(part[rank : rank + 1])[1].square().sum().backward()
-    if rank == 0:
-        queue.put(([p.grad.tolist() for p in parallel.module.parameters()], ran))
-    del parallel  # dropped after its process group, it can deadlock
-    torch.distributed.destroy_process_group()
-
-
-def test_distributed_data_parallel() -> None:
-    plain, swapped = (m.double().eval() for m in swapped_head())
-    feats = torch.randn(4, *HEAD_INPUT[1:], dtype=torch.float64)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    queue = torch.multiprocessing.get_context("spawn").SimpleQueue()
-    torch.multiprocessing.spawn(train_in_a_process, (port, swapped, feats, queue), nprocs=2)
-    gradients, ran = queue.get()
-    assert ran == ["spatial_gather", "pixel_region_attention"] * 2
-    (plain(feats)[1].square().sum() / 2).backward()
-    for found, parameter in zip(gradients, plain.parameters(), strict=True):
-        torch.testing.assert_close(torch.tensor(found, dtype=torch.float64), parameter.grad, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -17,7 +17,7 @@ from module_results import CountOps
 from torch import Tensor, nn
 
 from ocr_kernels import reference
-from ocr_kernels.recognition import Recognition, current, make_current
+from ocr_kernels.recognition import Recognition, current, place_of_current
 from ocr_kernels.replace import _is_direct, replace_ocr_modules
 from ocr_kernels.rewriting import rewritten_methods
 
@@ -32,8 +32,14 @@ class Gather(nn.Module):
 
 
 class Above(Gather):
-    def forward(self, *args: Tensor) -> Tensor:
-        return super().forward(*args)
+    def forward(self, *args: Tensor, **kwargs: float) -> Tensor:
+        return super().forward(*args, **kwargs)
+
+
+class AboveAll(Gather):
+    def forward(self, feats: Tensor, logits: Tensor) -> Tensor:
+        super().eval()
+        return super().forward(feats, logits)
 
 
 class InPlace(nn.Module):
@@ -105,12 +111,12 @@ def inputs() -> tuple[Tensor, Tensor]:
     return torch.randn(2, 6, 15), torch.randn(2, 4, 15)
 
 
-@pytest.mark.parametrize("module_class", [Gather, reference.SpatialGather, reference.ObjectAttentionBlock])
+@pytest.mark.parametrize("module_class", [Gather, Above, reference.SpatialGather, reference.ObjectAttentionBlock])
 def test_what_is_rewritten(module_class: type[nn.Module]) -> None:
     methods = rewritten_methods(module_class)
     assert methods is not None
     for name, method in methods.items():
-        original = getattr(module_class, name)
+        original = Gather.forward if name.startswith("_ocr_kernels_super") else getattr(module_class, name)
         assert method is not original
         assert inspect.signature(method) == inspect.signature(original)
         assert method.__globals__ is original.__globals__
@@ -120,7 +126,7 @@ def test_what_is_rewritten(module_class: type[nn.Module]) -> None:
 @pytest.mark.parametrize(
     "module",
     [
-        *(kind() for kind in (Above, InPlace, Augmented, Assigned, Out, Decorated, Static, Neighbour)),
+        *(kind() for kind in (AboveAll, InPlace, Augmented, Assigned, Out, Decorated, Static, Neighbour)),
         *(WithChild(child) for child in (nn.Softmax(2), nn.ReLU(inplace=True), nn.Sequential(Gather()))),
     ],
     ids=lambda module: type(getattr(module, "child", module)).__name__,
@@ -145,8 +151,87 @@ def test_a_file_that_changed_since_is_not_believed(monkeypatch: pytest.MonkeyPat
     rewritten_methods.cache_clear()
 
 
-def test_one_call_is_fused_and_leaves_nothing() -> None:
-    module, (feats, logits) = Gather(), inputs()
+class Attention(nn.Module):
+    def __init__(self, normed: bool = True) -> None:
+        super().__init__()
+        self.normed = normed
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        weights = torch.matmul(query, key)
+        if self.normed:
+            weights = weights * query.shape[2] ** -0.5
+        weights = F.softmax(weights, dim=-1)
+        context = torch.bmm(weights, value).permute(0, 2, 1)
+        return context.contiguous()
+
+
+class Unscaled(Attention):
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        weights = torch.matmul(query, key)
+        weights = torch.softmax(weights, -1)
+        return torch.matmul(weights, value)
+
+
+class OverPixels(Attention):
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        weights = torch.matmul(query, key)
+        weights = torch.softmax(weights, 1)
+        return torch.matmul(weights, value)
+
+
+class Tempered(Attention):
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        weights = torch.matmul(query, key)
+        weights = query[:1, :1, :1] * weights
+        weights = F.softmax(weights, dim=-1)
+        return torch.matmul(weights, value)
+
+
+class UsedAgain(Attention):
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        weights = torch.matmul(query, key)
+        weights = F.softmax(weights, dim=-1)
+        context = torch.matmul(weights, value)
+        return context + weights.sum()
+
+
+class InLoop(Attention):
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        for _ in range(2):
+            weights = torch.matmul(query, key)
+            weights = F.softmax(weights, dim=-1)
+            context = torch.matmul(weights, value)
+        return context
+
+
+@pytest.mark.parametrize(
+    ("module", "joined", "fused"),
+    [
+        (Attention(), True, 1),
+        (Attention(normed=False), True, 1),
+        (Unscaled(), True, 1),
+        (OverPixels(), True, 0),
+        (Tempered(), True, 0),
+        (UsedAgain(), False, 1),
+        (InLoop(), False, 2),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else None,
+)
+def test_statements_are_joined(module: nn.Module, joined: bool, fused: int) -> None:
+    arguments = torch.randn(2, 15, 4), torch.randn(2, 4, 3), torch.randn(2, 3, 6)
+    expected = module(*arguments)
+    replace_ocr_modules(module)
+    methods = rewritten_methods(type(module).__mro__[1])
+    assert methods is not None
+    assert ("_ocr_kernels_attended" in methods["forward"].__code__.co_names) == joined
+    with CountOps() as ops:
+        torch.testing.assert_close(module(*arguments), expected)
+    assert (ops.gather, ops.attention) == (0, fused)
+
+
+@pytest.mark.parametrize("module_class", [Gather, Above])
+def test_one_call_is_fused_and_leaves_nothing(module_class: type[nn.Module]) -> None:
+    module, (feats, logits) = module_class(), inputs()
     expected = module(feats, logits, scale=0.5)
     replace_ocr_modules(module)
     with CountOps() as ops:
@@ -168,11 +253,12 @@ def test_an_error_in_forward_leaves_nothing_and_points_to_its_line() -> None:
 
 def test_threads_do_not_share_a_recognition() -> None:
     seen = []
-    before = make_current(Recognition())
+    place = place_of_current()
+    place.recognition = Recognition()
     try:
         thread = threading.Thread(target=lambda: seen.append(current()))
         thread.start()
         thread.join()
     finally:
-        make_current(before)
+        place.recognition = None
     assert seen == [None]

@@ -12,6 +12,7 @@ from unittest import mock
 import pytest
 import torch
 from module_results import CountOps
+from test_readme import BLOCKS
 from torch import Tensor, nn
 
 from ocr_kernels.replace import replace_ocr_modules, restore_ocr_modules
@@ -153,3 +154,8 @@ def test_checkpoints_go_in_and_out(images: Tensor, tmp_path: pathlib.Path) -> No
         save_checkpoint({"state_dict": source.state_dict()}, file)
         load_checkpoint(target, file, strict=True, logger=None)
         torch.testing.assert_close(target(images), expected)
+
+
+def test_readme() -> None:
+    (block,) = (block for block in BLOCKS if "mmseg" in block)
+    exec(block, {})
