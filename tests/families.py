@@ -397,6 +397,7 @@ class Family:
 
 
 IMAGE, LABEL = (2, 3, 6, 4), (2, 6, 4)
+NO_PRODUCT = "the softmax is not followed by a product over its dimension"
 NOT_3D = "the softmax's input is not [B, K, N] or [B, N, K]"
 FAMILIES = [
     Family("regions [B, C, K], Conv1d, bmm", Head),
@@ -419,7 +420,7 @@ FAMILIES = [
     Family("hooks", hooked),
     Family("heads folded into the batch", FoldedHeads),
     Family("two heads", MultiHead, 1, 0, NOT_3D),
-    Family("weights of four dimensions", SpatialEinsum, 0, 1),
+    Family("weights of four dimensions", SpatialEinsum, 0, 1, NO_PRODUCT),
     Family("no scale", NoScale),
     Family("residual", Residual),
     Family("joined keys", lambda: TwoProxies(join_scores=False)),
@@ -427,7 +428,7 @@ FAMILIES = [
     Family("a number added to the scores", AddedScale, 1, 0),
     Family("a parameter added to the scores", ScoreResidual, 1, 0),
     Family("dropout on weights", DroppedWeights, 1, 0, "dropout is applied to the attention weights"),
-    Family("weights modified", ModifiedWeights, 1, 0),
+    Family("weights modified", ModifiedWeights, 1, 0, NO_PRODUCT),
     Family("scores assigned to", AssignedScores, 1, 0),
     Family("keys modified elsewhere", ModifiedKeys, 1, 0),
     Family("float32 weights", SinglePrecisionWeights, 1, 0, "the softmax converts its dtype"),

@@ -54,16 +54,17 @@ def test_scores_given_to_what_takes_tensors_alone() -> None:
     torch.testing.assert_close(head(feats), expected)
 
 
-@pytest.mark.parametrize("direct", [True, False])
-def test_compiling_an_operator(direct: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Under a mode, torch.compile exchanges the operands of `deferred @ tensor`."""
-    if not direct:
+@pytest.mark.parametrize("way", ["rewritten", "watched"])
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_compiled_family(family: Family, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if way == "watched":
         monkeypatch.setattr(replace, "_is_direct", lambda module: False)
-    plain, swapped = with_swapped_copy(RegionRows().double().eval())
-    feats = torch.rand(FEATS, dtype=torch.float64)
+    plain, swapped = with_swapped_copy(family.make().double().eval())
+    inputs = [torch.rand(shape, dtype=torch.float64) * 3 for shape in family.inputs]
     torch._dynamo.reset()
-    found = torch.compile(swapped, fullgraph=True, backend="eager")(feats)
-    torch.testing.assert_close(found, plain(feats), rtol=1e-10, atol=1e-10)
+    # Dynamo cannot trace what is neither tensor nor function
+    found = torch.compile(swapped, fullgraph=family.name != "einops", backend="eager")(*inputs)
+    torch.testing.assert_close(found, plain(*inputs), rtol=1e-10, atol=1e-10)
 
 
 # What is done to a model after the swap
