@@ -209,14 +209,17 @@ def _modifies(definition: ast.AST) -> bool:
     return False
 
 
-_BRANCHING = ast.For, ast.While, ast.Try, ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp
+_UNORDERED = (
+    *(ast.For, ast.While, ast.Try, ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp),
+    *(ast.Global, ast.Nonlocal),
+)
 
 
 def _join(definition: ast.FunctionDef, this: str) -> None:
     """Make one call of a softmax, the product that follows it and, if it is one, the product whose softmax it is."""
     nodes = list(ast.walk(definition))
     if any(
-        isinstance(node, _BRANCHING) or (isinstance(node, ast.FunctionDef) and node is not definition) for node in nodes
+        isinstance(node, _UNORDERED) or (isinstance(node, ast.FunctionDef) and node is not definition) for node in nodes
     ):
         return  # no order of lines tells what runs later
     variables = [node for node in nodes if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Store)]
