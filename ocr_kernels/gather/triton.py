@@ -350,7 +350,7 @@ def backward_blocks(channels: int, regions: int, itemsize: int, shared_memory: i
     """Tiles of the backward kernel: all regions up to 256, then pixels, then channels."""
     most_regions = 128 if itemsize == 8 and shared_memory < 81920 else 256
     blocks = blocks_from(BACKWARD_TILES, channels, regions, itemsize, most_regions)
-    return blocks._replace(pixels=64) if itemsize == 2 and shared_memory >= 200000 else blocks
+    return blocks._replace(pixels=64, num_stages=2) if itemsize == 2 and shared_memory >= 200000 else blocks
 
 
 def backward(
