@@ -1,5 +1,6 @@
 """The benchmarks' own arithmetic, gate and command lines."""
 
+import contextlib
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -26,24 +27,31 @@ def workload(subject: Subject, **changes: Any) -> Workload:
 
 
 @pytest.fixture
-def tiny_cases(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def tiny_cases() -> Iterator[None]:
+    with tiny():
+        yield
+
+
+@contextlib.contextmanager
+def tiny() -> Iterator[None]:
     """Every size tiny, nothing compiled, one backend: what the commands do with results is tested here."""
     small = {
         case.name: replace(TINY, name=case.name, regions=min(case.regions, 5), width=4 + i)
         for i, case in enumerate(CASES.values())
     }
-    monkeypatch.setattr(command, "CASES", small)
-    monkeypatch.setattr(Case, "quick", lambda case: case)
-    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda *_, **__: None)
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    for module in (cases, command, measure):
-        monkeypatch.setattr(module, "our_backends", lambda _: ["reference"])
-    monkeypatch.setattr(measure, "measure_limits", lambda *_: measure.Limits(1e10, 1e11))
-    monkeypatch.setattr(measure, "host_times", lambda _: [])
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # on a busy machine, waiting for a second one takes longest
-    yield
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(command, "CASES", small)
+        monkeypatch.setattr(Case, "quick", lambda case: case)
+        monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+        monkeypatch.setattr(torch.nn.Module, "compile", lambda *_, **__: None)
+        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+        for module in (cases, command, measure):
+            monkeypatch.setattr(module, "our_backends", lambda _: ["reference"])
+        monkeypatch.setattr(measure, "measure_limits", lambda *_: measure.Limits(1e10, 1e11))
+        monkeypatch.setattr(measure, "host_times", lambda _: [])
+        yield
     torch.set_num_threads(threads)
     torch.compiler.reset()
 
@@ -133,14 +141,15 @@ def test_a_wrong_kernel_of_ours_is_not_timed_and_fails_the_run(
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("results") / "machine.json"
+    """What a run wrote; beside it are its pictures and, as a text, what it printed."""
+    path = tmp_path_factory.mktemp("results") / "machine.json"
+    arguments = [*RUN, str(path), "--cases", "cityscapes-inference", "long-tail", "pixels", "regions"]
+    with path.with_suffix(".txt").open("w") as text, contextlib.redirect_stdout(text), tiny():
+        assert command.main([*arguments, "--plot", str(path.parent)]) == 0
+    return path
 
 
-def test_a_run_writes_prints_and_plots_its_results(
-    tiny_cases: None, file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    arguments = [*RUN, str(file), "--cases", "cityscapes-inference", "long-tail", "pixels", "regions"]
-    assert command.main([*arguments, "--plot", str(tmp_path)]) == 0
+def test_a_run_writes_prints_and_plots_its_results(file: Path) -> None:
     data = json.loads(file.read_text())
     assert (data["commit"], data["missing"], data["device"]) == ("abc", [], "cpu")
     assert {"backends", "devices", "versions", "date", "limits", "host", "load"} <= data.keys()
@@ -153,12 +162,12 @@ def test_a_run_writes_prints_and_plots_its_results(
     assert both["saved_bytes"]["eager"] == 4 * sizes["regions"] * sizes["height"] * sizes["width"]  # the weights
     assert both["peak_bytes"] == {"eager": None, "compile": None, "reference": None}
 
-    printed = capsys.readouterr().out
+    printed = file.with_suffix(".txt").read_text()
     assert max(map(len, printed.splitlines())) <= 120
     assert all(text in printed for text in ("long-tail", "slower than", "of floor", "lost", "Not reached: none"))
-    drawn = {path.name for path in tmp_path.glob("*.png")}
+    drawn = {path.name for path in file.parent.glob("*.png")}
     assert drawn == {f"{n}.png" for n in (*(f"bars-{s}" for s in SUBJECTS), "roofline", "memory", "scaling")}
-    for path in tmp_path.glob("*.png"):
+    for path in file.parent.glob("*.png"):
         with Image.open(path) as image:
             image.load()
             assert image.info[plot.SOURCE] == plot.digest(data)
