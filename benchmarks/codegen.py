@@ -35,6 +35,7 @@ from triton.runtime.jit import JITFunction
 
 import ocr_kernels.attention.triton
 import ocr_kernels.gather.triton
+import ocr_kernels.head.triton
 import ocr_kernels.tiles
 from benchmarks.cases import CASES, Case
 from ocr_kernels.tiles import DeviceFacts
@@ -48,6 +49,7 @@ MATRIX = {"mma": r"\bmma\.sync", "wgmma": r"\bwgmma\.mma_async", "tcgen05": r"\b
 COPIES = {"cp.async": r"\bcp\.async\.c[ag]\b", "TMA": r"\bcp\.async\.bulk\."}
 
 
+OPS = ocr_kernels.gather.triton, ocr_kernels.attention.triton, ocr_kernels.head.triton
 REGISTERS = 2048  # of a multiprocessor, for each lane of a warp
 
 
@@ -84,7 +86,7 @@ ARCHITECTURES = {
 
 @dataclass(frozen=True)
 class Shape:
-    """A case, and the dtypes and memory format in which both ops are launched at it."""
+    """A case, and the dtypes and memory format in which gather and attention are launched at it."""
 
     case: Case
     dtype: torch.dtype
@@ -97,7 +99,7 @@ class Shape:
         return f"{case}, {TYPES[self.dtype]}{logits}, {FORMATS[self.memory_format]}"
 
     def launch(self) -> None:
-        """Run both ops forward and backward on meta tensors."""
+        """Run gather and attention forward and backward on meta tensors."""
         from ocr_kernels.attention import registration as attention
         from ocr_kernels.gather import registration as gather
 
@@ -116,6 +118,37 @@ class Shape:
         attention._backward(context, query, key, key, None, True, True, True, "triton")
 
 
+class HeadShape(Shape):
+    """A case in which the inference head is launched, from feats to class logits, with as many classes as regions."""
+
+    def launch(self) -> None:
+        case = self.case
+        batch, channels, key_channels, classes = case.batch, case.channels, case.key_channels, case.regions
+        spatial = case.height, case.width
+
+        def empty(
+            *shape: int, dtype: torch.dtype = self.dtype, memory_format: torch.memory_format = torch.contiguous_format
+        ) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device="meta", memory_format=memory_format)
+
+        def convolution(outputs: int, inputs: int) -> list[Tensor]:
+            return [empty(outputs, inputs), empty(outputs, dtype=torch.float32)]
+
+        up_bias = empty(channels, dtype=torch.float32)
+        weights = [
+            *convolution(key_channels, channels),
+            *convolution(key_channels, key_channels),
+            up_bias,
+            empty(channels, channels),
+            *convolution(channels, channels),
+            *convolution(classes, channels),
+        ]
+        feats = empty(batch, channels, *spatial, memory_format=self.memory_format)
+        logits = empty(batch, classes, *spatial, memory_format=self.memory_format)
+        key, context_regions = empty(batch, key_channels, classes), empty(batch, channels, classes)
+        ocr_kernels.head.triton.forward(logits, feats, key, context_regions, weights, "logits")
+
+
 def shapes(quick: bool) -> list[Shape]:
     """Every case in every dtype and format; or a case for each row of the tile tables, and what else matters."""
     cityscapes, coco = CASES["cityscapes-inference"], CASES["coco-stuff"]
@@ -127,13 +160,18 @@ def shapes(quick: bool) -> list[Shape]:
     ]
     if not quick:
         dtypes = torch.bfloat16, torch.float16, torch.float32
-        return [Shape(*shape) for shape in itertools.product([*CASES.values(), even], dtypes, FORMATS)] + rarer
+        every = list(itertools.product([*CASES.values(), even], dtypes, FORMATS))
+        return [*(Shape(*shape) for shape in every), *rarer, *(HeadShape(*shape) for shape in every)]
     return [
         *(Shape(case, dtype) for dtype in (torch.bfloat16, torch.float32) for case in rows),
         Shape(even, torch.float16),
         *(Shape(case, torch.bfloat16, torch.channels_last) for case in (cityscapes, coco)),
         *(Shape(case, torch.bfloat16) for case in (CASES["lip"], CASES["pascal-context"], coco)),
         *rarer,
+        *(HeadShape(case, torch.bfloat16) for case in [*rows, CASES["regions-256"], CASES["lip"]]),
+        *(HeadShape(case, torch.bfloat16, torch.channels_last) for case in (cityscapes, even)),
+        *(HeadShape(case, dtype) for case, dtype in ((even, torch.float16), (coco, torch.bfloat16))),
+        *(HeadShape(case, torch.float32) for case in (cityscapes, even)),
     ]
 
 
@@ -194,7 +232,7 @@ def launches(architecture: str, run: Callable[[], None]) -> list[Launch]:
 
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(JITFunction, "run", record))
-        for module in (ocr_kernels.gather.triton, ocr_kernels.attention.triton, ocr_kernels.tiles):
+        for module in (*OPS, ocr_kernels.tiles):
             stack.enter_context(mock.patch.object(module, "device_facts", return_value=facts))
         run()
     return list(dict.fromkeys(recorded))

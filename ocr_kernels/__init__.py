@@ -5,21 +5,28 @@ The gather's softmax runs over pixels, once per region; the attention's runs ove
 
 from ocr_kernels.attention import pixel_region_attention
 from ocr_kernels.backends import available_backends, use_backend
+from ocr_kernels.folding import FoldingReport, fold_ocr_modules, unfold_ocr_modules
 from ocr_kernels.gather import spatial_gather
+from ocr_kernels.head import HeadWeights, ocr_head
 from ocr_kernels.maps import attention_maps, record_maps, region_maps
 from ocr_kernels.replace import ReplacementReport, replace_ocr_modules, restore_ocr_modules
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "FoldingReport",
+    "HeadWeights",
     "ReplacementReport",
     "attention_maps",
     "available_backends",
+    "fold_ocr_modules",
+    "ocr_head",
     "pixel_region_attention",
     "record_maps",
     "region_maps",
     "replace_ocr_modules",
     "restore_ocr_modules",
     "spatial_gather",
+    "unfold_ocr_modules",
     "use_backend",
 ]

@@ -41,11 +41,51 @@ def register_op(
 
     The schema has no defaults: the dispatcher would leave out arguments that equal them.
     """
+    op = _register(schema, kernel, fake, flops, vmap)
+    LIBRARY.impl(op._opname, _derivative(op, definition, setup_context, backward), "Autograd")
+    return op
+
+
+def register_inference_op(
+    schema: str,
+    *,
+    kernel: Callable[..., Any],
+    fake: Callable[..., Any],
+    flops: Callable[..., int],
+    vmap: Callable[..., Any],
+    instead: str,
+) -> torch._ops.OpOverload:
+    """Define `ocr_kernels::<schema>` as `register_op` does, without a derivative: where one is wanted it raises.
+
+    `instead` names what has a derivative.
+    """
+    op = _register(schema, kernel, fake, flops, vmap)
+
+    def refuse_derivatives(*args: Any) -> Any:
+        forward_mode = forward_ad._current_level >= 0 or (torch._C._are_functorch_transforms_active() and _in_jvp())
+        if forward_mode or (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
+            raise RuntimeError(
+                f"ocr_kernels::{op._opname} is for inference and has no derivative: call it under torch.no_grad() or "
+                f"torch.inference_mode(), or train with {instead}"
+            )
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+
+    LIBRARY.impl(op._opname, refuse_derivatives, "Autograd")
+    return op
+
+
+def _register(
+    schema: str,
+    kernel: Callable[..., Any],
+    fake: Callable[..., Any],
+    flops: Callable[..., int],
+    vmap: Callable[..., Any],
+) -> torch._ops.OpOverload:
     name = schema[: schema.index("(")]
     LIBRARY.define(schema)
     op: torch._ops.OpOverload = getattr(torch.ops.ocr_kernels, name).default
     LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
-    LIBRARY.impl(name, _derivative(op, definition, setup_context, backward), "Autograd")
     torch.library.register_fake(f"ocr_kernels::{name}", fake, lib=LIBRARY)
     torch.library.register_vmap(f"ocr_kernels::{name}", vmap, lib=LIBRARY)
     _FlopFormulas.add(op, flops)

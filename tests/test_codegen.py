@@ -28,7 +28,7 @@ def test_machine_code(architecture: str) -> None:
     assert process.returncode == 0, process.stdout + process.stderr
     lines = process.stdout.splitlines()
     assert max(map(len, lines)) <= 120
-    assert sum(line.startswith("    ") for line in lines) >= 80
+    assert sum(line.startswith("    ") for line in lines) >= 110
 
 
 @pytest.mark.parametrize(

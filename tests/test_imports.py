@@ -109,14 +109,15 @@ except RuntimeError as error:
 LEVELS = (
     {"layout", "backends"},
     {"library", "tiles", "native"},
-    {"gather.reference", "attention.reference", "gather.triton", "attention.triton"},
-    {"gather.registration", "attention.registration"},
-    {"gather.functional", "attention.functional"},
-    {"gather", "attention"},
+    {"gather.reference", "attention.reference", "head.reference", "gather.triton", "attention.triton", "head.triton"},
+    {"gather.registration", "attention.registration", "head.registration"},
+    {"gather.functional", "attention.functional", "head.functional"},
+    {"gather", "attention", "head"},
     {"maps", "plotting", "reference", "testing"},
     {"modules", "recognition"},
     {"rewriting"},
     {"replace"},
+    {"folding"},
     {""},
     {"info", "demo"},
     {"cli"},
@@ -155,7 +156,7 @@ def test_dependencies_run_one_way(path: Path) -> None:
         assert level[imported] < level[name_of(path)], f"{name_of(path)} imports {imported}"
 
 
-@pytest.mark.parametrize("op", ["gather", "attention"])
+@pytest.mark.parametrize("op", ["gather", "attention", "head"])
 def test_each_op_is_the_same_five_files(op: str) -> None:
     files = {path.name for path in (PACKAGE / op).glob("*.py")}
     assert files == {"__init__.py", "functional.py", "registration.py", "reference.py", "triton.py"}

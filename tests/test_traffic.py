@@ -16,10 +16,12 @@ from traffic import Launch, record_traffic
 
 import ocr_kernels.attention.triton
 import ocr_kernels.gather.triton
+import ocr_kernels.head.triton
 import ocr_kernels.tiles
 from ocr_kernels.attention import registration as attention
 from ocr_kernels.backends import interpreting
 from ocr_kernels.gather import registration as gather
+from ocr_kernels.head import registration as head
 
 pytestmark = pytest.mark.skipif(not interpreting(), reason="counts in Triton's interpreter; set TRITON_INTERPRET=1")
 
@@ -99,6 +101,40 @@ class TestPixelsPassOnce:
         assert_once(launches, read=[query, grad], written=gradients)
 
 
+def head_weights(channels: int, key_channels: int, outputs: int, dtype: torch.dtype) -> list[Tensor]:
+    """As the op takes them for z."""
+    matrices = [
+        draw(*shape, dtype=dtype)
+        for shape in ((key_channels, channels), (key_channels, key_channels), (outputs, channels), (outputs, channels))
+    ]
+    biases = [draw(length, dtype=torch.float32) for length in (key_channels, key_channels, channels, outputs)]
+    pixel_in, pixel_out, context, pixels = matrices
+    pixel_in_bias, pixel_out_bias, up_bias, bias = biases
+    return [pixel_in, pixel_in_bias, pixel_out, pixel_out_bias, up_bias, context, pixels, bias]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "channels_last"])
+@pytest.mark.parametrize("regions", [19, 59, 150, 171, 256])
+def test_pixels_of_head(regions: int, memory_format: torch.memory_format) -> None:
+    """The first kernel reads feats once, the second once for each tile of output channels; nothing else does."""
+    channels, key_channels, outputs = 140, 40, 300
+    feats = draw(1, channels, 9, 29, dtype=torch.bfloat16, memory_format=memory_format)
+    key, context_regions = (draw(1, size, regions, dtype=torch.bfloat16) for size in (key_channels, channels))
+    weights = head_weights(channels, key_channels, outputs, torch.bfloat16)
+    with record_traffic() as launches:
+        z = head._forward(feats, key, context_regions, weights, "features", "triton")
+    assert_once(launches, written=[z])
+    reads = {launch.name: launch.loads.counts(feats) for launch in launches if launch.loads.counts(feats).any()}
+    shared_memory = ocr_kernels.tiles.device_facts(feats.device).shared_memory
+    scattered = memory_format == torch.contiguous_format  # of an odd number of pixels
+    blocks = ocr_kernels.head.triton.fuse_blocks(channels, outputs, regions, 2, scattered, shared_memory)
+    output_tiles = triton.cdiv(outputs, blocks.outputs)
+    assert output_tiles > 1
+    expected = {"ocr_head_weights_kernel": 1, "ocr_head_fuse_kernel": output_tiles}
+    assert {name: counts.unique().tolist() for name, counts in reads.items()} == {n: [c] for n, c in expected.items()}
+
+
 @pytest.fixture
 def spatial_size(monkeypatch: pytest.MonkeyPatch) -> tuple[int, int]:
     """Makes the device 4 of an H200's 132 multiprocessors; their share of the pixels of an image of 256x512.
@@ -145,3 +181,20 @@ def test_total_of_attention_backward(spatial_size: tuple[int, int]) -> None:
     with record_traffic() as launches:
         dquery, *_ = attention._backward(grad, query, key, value, None, True, True, True, "triton")
     assert_total(launches, 1.15, [query, grad, dquery])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("regions", "limit", "pixels_limit"), [(19, 8.1, 2.6), (171, 14.6, 7.6)])
+def test_total_of_head(regions: int, limit: float, pixels_limit: float) -> None:
+    """In all, where matrices are re-read for each tile of pixels, from the second-level cache; and without them."""
+    feats = draw(1, 512, 16, 64, dtype=torch.bfloat16)
+    key, context_regions = (draw(1, size, regions, dtype=torch.bfloat16) for size in (256, 512))
+    weights = head_weights(512, 256, 512, torch.bfloat16)
+    with record_traffic() as launches:
+        z = head._forward(feats, key, context_regions, weights, "features", "triton")
+    assert_total(launches, limit, [feats, z])
+    matrices = sum(
+        int(launch.loads.counts(matrix).sum()) * matrix.itemsize for launch in launches for matrix in weights
+    )
+    total = sum(launch.bytes for launch in launches) - matrices
+    assert total <= pixels_limit * (feats.nbytes + z.nbytes), f"{total / (feats.nbytes + z.nbytes):.3f} times the floor"

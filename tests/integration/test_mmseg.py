@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import pathlib
-import sys
 from collections.abc import Iterator
-from unittest import mock
 
 import pytest
 import torch
@@ -20,8 +17,6 @@ from ocr_kernels.testing import assert_parity, judge
 
 pytestmark = pytest.mark.integration
 pytest.importorskip("mmcv", reason="`make integration` installs mmsegmentation")
-if importlib.util.find_spec("mmcv._ext") is None:
-    sys.modules["mmcv._ext"] = mock.MagicMock()  # mmcv-lite comes without the compiled ops, and OCRNet runs none
 
 CLASSES = 5
 ATTENTION, GATHER = "decode_head.1.object_context_block", "decode_head.1.spatial_gather_module"

@@ -1,0 +1,71 @@
+"""`ocr_kernels::ocr_head` as a PyTorch op."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ocr_kernels.layout import empty_in_format, pixels
+from ocr_kernels.library import batch_back, batch_first, register_inference_op
+
+# Arguments have been checked by the public call. `weights`: pixel_in [D, C], its bias [D], pixel_out [D, D], its bias
+# [D], up's bias [C], context [O, C], pixels [O, C], their bias [O], and for logits and classes classes [L, O] and its
+# bias [L].
+
+
+def _allocate(
+    feats: Tensor, key: Tensor, context_regions: Tensor, weights: Sequence[Tensor], output: str, backend: str
+) -> Tensor:
+    if output == "classes":
+        return feats.new_empty((feats.shape[0], *feats.shape[2:]), dtype=torch.int64)
+    return empty_in_format(feats, weights[-1].shape[0])
+
+
+def _forward(
+    feats: Tensor, key: Tensor, context_regions: Tensor, weights: Sequence[Tensor], output: str, backend: str
+) -> Tensor:
+    out = _allocate(feats, key, context_regions, weights, output, backend)
+    if out.numel():
+        _implementation(backend).forward(out, feats, key, context_regions, weights, output)
+    return out
+
+
+@functools.cache
+def _implementation(backend: str) -> Any:
+    return importlib.import_module(f"ocr_kernels.head.{backend}")
+
+
+def _flops(
+    feats: Sequence[int],
+    key: Sequence[int],
+    context_regions: Sequence[int],
+    weights: Sequence[Sequence[int]],
+    *_: Any,
+    **__: Any,
+) -> int:
+    matrices = sum(math.prod(weight) for weight in weights if len(weight) == 2)
+    return 2 * pixels(feats) * (feats[0] * matrices + math.prod(key) + math.prod(context_regions))
+
+
+def _vmap(info: Any, in_dims: Sequence[Any], *args: Any) -> Any:
+    if any(dim is not None for dim in in_dims[3]):
+        raise NotImplementedError("ocr_head cannot be vmapped over its weights")
+    tensors = batch_first(args[:3], in_dims[:3], info.batch_size)
+    (out,), (dim,) = batch_back([ocr_head_op(*tensors, *args[3:])], info.batch_size)
+    return out, dim
+
+
+ocr_head_op = register_inference_op(
+    "ocr_head(Tensor feats, Tensor key, Tensor context_regions, Tensor[] weights, str output, str backend) -> Tensor",
+    kernel=_forward,
+    fake=_allocate,
+    flops=_flops,
+    vmap=_vmap,
+    instead="ocr_kernels.modules.SpatialOCR",
+)

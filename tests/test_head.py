@@ -1,0 +1,372 @@
+"""The fused head against the reference module in eval mode: values, layouts, errors, what PyTorch sees, memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from ocr_kernels.head import HeadWeights, ocr_head
+from ocr_kernels.head.functional import DTYPES
+from ocr_kernels.reference import SpatialOCR
+from ocr_kernels.testing import LAYOUTS, Layout, attention_inputs, measure_parity, oracle, poisoned_memory
+
+all_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+all_outputs = pytest.mark.parametrize("output", ["features", "logits", "classes"])
+
+
+@pytest.fixture(autouse=True)
+def poison():
+    with poisoned_memory():
+        yield
+
+
+class Head(nn.Module):
+    """Steps 4 and 5 in plain PyTorch, in eval mode, with BatchNorms that do something."""
+
+    def __init__(
+        self, channels: int = 20, keys: int = 12, out_channels: int = 24, classes: int = 5, output: str = "features"
+    ) -> None:
+        super().__init__()
+        self.output = output
+        with torch.random.fork_rng([]):
+            torch.manual_seed(0)
+            self.block = SpatialOCR(channels, keys, out_channels)
+            self.cls_head = nn.Conv2d(out_channels, classes, kernel_size=1)
+            for module in self.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    nn.init.normal_(module.running_mean, std=0.3)
+                    nn.init.uniform_(module.running_var, 0.1, 0.5)
+                    nn.init.uniform_(module.weight, 0.5, 1.5)
+                    nn.init.normal_(module.bias, std=0.3)
+        self.eval().requires_grad_(False)
+
+    def forward(self, feats: Tensor, regions: Tensor) -> Tensor:
+        out = self.block(feats, regions.unsqueeze(3))
+        return out if self.output == "features" else self.cls_head(out)
+
+
+class FusedHead(Head):
+    backend = "reference"
+
+    def forward(self, feats: Tensor, regions: Tensor) -> Tensor:
+        return ocr_head(feats, regions, fold(self), self.output, backend=self.backend)
+
+
+def fold(head: Head) -> HeadWeights:
+    """The head's weights with its BatchNorms folded in, computed in float64."""
+    attention, dtype = head.block.object_context_block, head.cls_head.weight.dtype
+
+    def layers(sequence: nn.Sequential) -> list[Tensor]:
+        folded = []
+        convolutions = [layer for layer in sequence if isinstance(layer, nn.Conv2d)]
+        norms = [layer[0] for layer in sequence if isinstance(layer, nn.Sequential)]
+        for convolution, norm in zip(convolutions, norms, strict=True):
+            factor = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
+            folded.append(convolution.weight.double().flatten(1) * factor[:, None])
+            folded.append(norm.bias.double() - factor * norm.running_mean.double())
+        return folded
+
+    fusing, bias = layers(head.block.conv_bn_dropout)
+    parts = (attention.f_pixel, attention.f_object, attention.f_down, attention.f_up)
+    weights = [
+        *(tensor for part in parts for tensor in layers(part)),
+        *(half.contiguous() for half in fusing.chunk(2, dim=1)),
+        bias,
+        head.cls_head.weight.flatten(1),
+        head.cls_head.bias,
+    ]
+    return HeadWeights(*(w.to(dtype if w.dim() == 2 else torch.float32) for w in weights))
+
+
+def draw(
+    device: str = "cpu", dtype: torch.dtype = torch.float32, channels: int = 20, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """feats `[B, C, *S]` and regions `[B, C, K]`."""
+    feats, regions, _ = attention_inputs(channels=channels, dtype=dtype, device=device, **options)
+    return feats, regions
+
+
+def check(backend: str, inputs: tuple[Tensor, Tensor], **sizes: int) -> None:
+    """z, logits and classes of `inputs` on `backend`."""
+    feats = inputs[0]
+    for output in ("features", "logits"):
+        plain, fused = (kind(feats.shape[1], **sizes, output=output).to(feats) for kind in (Head, FusedHead))
+        fused.backend = backend
+        measured = measure_parity(fused, plain, inputs)
+        # Folding rounds 16-bit weights once more, alike for all pixels, so it does not average out of their bias.
+        slack = {"bias": 1 if feats.dtype == torch.float32 else 2}
+        failures = [str(m) for m in measured if m.error > slack.get(m.measure, 1) * m.bound]
+        assert not failures, f"{output} on {backend}: {failures}"
+
+    exact = oracle(plain, *inputs)
+    fused.output = "classes"
+    classes = fused(*inputs)
+    assert classes.dtype == torch.int64
+    assert classes.shape == (feats.shape[0], *feats.shape[2:])
+    if classes.numel():
+        budget = 2 * next(m.bound for m in measured if m.measure == "max error")  # two logits may move by one each
+        behind = exact.amax(1) - exact.gather(1, classes.unsqueeze(1)).squeeze(1)
+        assert behind.max() <= budget
+
+
+@all_dtypes
+@pytest.mark.parametrize("regions", [1, 2, 19, 150, 1203])
+def test_any_number_of_regions(target: tuple[str, str], dtype: torch.dtype, regions: int) -> None:
+    backend, device = target
+    check(backend, draw(device, dtype, batch=1, regions=regions, spatial=(5, 8)))
+
+
+# More images of few pixels: the mean of a few errors is luck.
+@all_dtypes
+@pytest.mark.parametrize(("batch", "spatial"), [(16, (1, 1)), (4, (1, 7)), (1, (3, 43)), (2, (127, 1)), (1, (31, 33))])
+def test_any_number_of_pixels(
+    target: tuple[str, str], dtype: torch.dtype, batch: int, spatial: tuple[int, ...]
+) -> None:
+    backend, device = target
+    check(backend, draw(device, dtype, batch=batch, spatial=spatial))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_many_tiles(layout: Layout) -> None:
+    check("reference", draw(spatial=(47, 53), layout=layout))
+
+
+@all_dtypes
+@pytest.mark.parametrize(
+    ("channels", "keys", "out_channels", "classes"),
+    [(1, 1, 1, 1), (17, 33, 9, 2), (64, 32, 64, 19), (40, 16, 130, 150)],
+)
+def test_any_number_of_channels(
+    target: tuple[str, str], dtype: torch.dtype, channels: int, keys: int, out_channels: int, classes: int
+) -> None:
+    backend, device = target
+    check(backend, draw(device, dtype, channels), keys=keys, out_channels=out_channels, classes=classes)
+
+
+@all_dtypes
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_any_layout(target: tuple[str, str], dtype: torch.dtype, layout: Layout) -> None:
+    backend, device = target
+    check(backend, draw(device, dtype, layout=layout))
+
+
+@all_outputs
+@pytest.mark.parametrize("shape", [(2, 20, 0, 5), (0, 20, 3, 4)])
+def test_empty(target: tuple[str, str], output: str, shape: tuple[int, ...]) -> None:
+    backend, device = target
+    weights = fold(Head().to(device))
+    out = ocr_head(
+        torch.zeros(shape, device=device), torch.zeros(shape[0], 20, 3, device=device), weights, output, backend=backend
+    )
+    channels = {"features": (24,), "logits": (5,), "classes": ()}[output]
+    assert out.shape == (shape[0], *channels, *shape[2:])
+
+
+@all_outputs
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("spatial", [(6,), (3, 4), (2, 3, 4), (1, 1)])
+def test_memory_formats(target: tuple[str, str], output: str, layout: Layout, spatial: tuple[int, ...]) -> None:
+    """The result follows the format of feats, any number of spatial dimensions, and fakes say the same."""
+    backend, device = target
+    feats, regions = draw(device, layout=layout, spatial=spatial)
+    weights = fold(Head().to(device))
+    out = ocr_head(feats, regions, weights, output, backend=backend)
+    flat = ocr_head(feats.flatten(2), regions, weights, output, backend=backend)
+    torch.testing.assert_close(out.flatten(1 if output == "classes" else 2), flat)
+    if output != "classes" and (layout == "channels_last" or (layout == "transposed" and len(spatial) == 1)):
+        assert out.movedim(1, -1).is_contiguous()
+    else:
+        assert out.is_contiguous()
+    with torch._subclasses.FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(t) for t in (feats, regions)]
+        fake = ocr_head(*fakes, HeadWeights(*map(mode.from_tensor, weights)), output, backend=backend)
+    assert (fake.stride(), fake.dtype) == (out.stride(), out.dtype)
+
+
+def operands(device: str, output: str, **options: Any) -> tuple[Any, ...]:
+    """Arguments of the registered op, but for the backend."""
+    feats, key = draw(device, **options)
+    w = fold(Head().to(device, feats.dtype))
+    weights = [w.pixel_in, w.pixel_in_bias, w.pixel_out, w.pixel_out_bias, w.up_bias, w.context, w.pixels, w.bias]
+    weights += [] if output == "features" else [w.classes, w.classes_bias]
+    return feats, key[:, :12], key, weights, output
+
+
+@all_outputs
+@all_dtypes
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
+def test_opcheck(target: tuple[str, str], dtype: torch.dtype, output: str, layout: Layout) -> None:
+    backend, device = target
+    arguments = operands(device, output, dtype=dtype, layout=layout, spatial=(2, 5), regions=3)
+    torch.library.opcheck(torch.ops.ocr_kernels.ocr_head.default, (*arguments, backend))
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_compile(target: tuple[str, str], compiler: str) -> None:
+    backend, device = target
+    torch._dynamo.reset()
+    weights = fold(Head().to(device))
+
+    def block(feats: Tensor, regions: Tensor) -> Tensor:
+        return ocr_head(feats * 2, regions, weights, "logits", backend=backend) + 1
+
+    compiled = torch.compile(block, fullgraph=True, backend=compiler)
+    for layout in ("contiguous", "channels_last"):
+        inputs = draw(device, layout=layout)
+        torch.testing.assert_close(compiled(*inputs), block(*inputs))
+
+
+@pytest.mark.parametrize("autocast_dtype", [torch.bfloat16, torch.float16])
+def test_autocast(target: tuple[str, str], autocast_dtype: torch.dtype) -> None:
+    backend, device = target
+    feats, regions = draw(device)
+    weights = fold(Head().to(device))
+    lower = HeadWeights(*(w.to(autocast_dtype) if w.dim() == 2 else w for w in weights))
+    with torch.autocast(device, autocast_dtype):
+        out = ocr_head(feats, regions, weights, backend=backend)
+    expected = ocr_head(feats.to(autocast_dtype), regions.to(autocast_dtype), lower, backend=backend)
+    assert out.dtype == autocast_dtype
+    assert torch.equal(out, expected)
+
+
+def test_vmap(target: tuple[str, str]) -> None:
+    backend, device = target
+    feats, regions = draw(device)
+    call = partial(ocr_head, weights=fold(Head().to(device)), backend=backend)
+    stacked = torch.stack([feats, feats.flip(1)], dim=1)
+    batched = torch.vmap(call, in_dims=(1, None))(stacked, regions)
+    for i in range(2):
+        torch.testing.assert_close(batched[i], call(stacked[:, i], regions))
+
+
+def test_bitwise_reproducible(target: tuple[str, str]) -> None:
+    backend, device = target
+    inputs, weights = draw(device), fold(Head().to(device))
+    runs = [ocr_head(*inputs, weights, backend=backend) for _ in range(2)]
+    assert torch.equal(*runs)
+
+
+@pytest.mark.parametrize("position", [0, 1])
+def test_no_derivatives(target: tuple[str, str], position: int) -> None:
+    backend, device = target
+    inputs = [*draw(device), fold(Head().to(device))]
+    expected = ocr_head(*inputs, backend=backend)
+    inputs[position].requires_grad_()
+    message = r"no derivative.*ocr_kernels\.modules\.SpatialOCR"
+    with pytest.raises(RuntimeError, match=message):
+        ocr_head(*inputs, backend=backend)
+    with pytest.raises(RuntimeError, match=message):
+        torch.func.grad(lambda x: ocr_head(x, *inputs[1:], backend=backend).sum())(inputs[0].detach())
+    with pytest.raises(RuntimeError, match=message):
+        torch.func.jvp(
+            lambda x: ocr_head(x, *inputs[1:], backend=backend), (inputs[0].detach(),), (inputs[0].detach(),)
+        )
+    for without_grad in (torch.no_grad(), torch.inference_mode()):
+        with without_grad:
+            assert torch.equal(ocr_head(*inputs, backend=backend), expected)
+
+
+def test_weights_that_require_grad() -> None:
+    weights = fold(Head())
+    weights.pixels.requires_grad_()
+    with pytest.raises(RuntimeError, match="train with"):
+        ocr_head(*draw(), weights)
+
+
+def test_flops() -> None:
+    """2 (DC + D^2 + 2 OC + LO + DK + CK) operations per pixel."""
+    with FlopCounterMode(display=False) as counter:
+        torch.ops.ocr_kernels.ocr_head(*operands("cpu", "logits", batch=2, regions=7, spatial=(3, 5)), "reference")
+    expected = 2 * 30 * (12 * 20 + 12 * 12 + 2 * 24 * 20 + 5 * 24 + 12 * 7 + 20 * 7)
+    assert counter.get_total_flops() == expected
+
+
+def test_memory() -> None:
+    """The reference itself needs a quarter of what the module does, and less."""
+    feats, regions = draw(channels=64, batch=1, spatial=(128, 128), layout="channels_last")
+    module = Head(64, 32, 64)
+    weights = fold(module)
+    fused = peak_bytes(lambda: ocr_head(feats, regions, weights, backend="reference"))
+    assert fused <= peak_bytes(lambda: module(feats, regions)) / 4
+
+
+def peak_bytes(call: Callable[[], Tensor]) -> int:
+    """The most memory that `call` holds at a time, beyond its result's."""
+    call()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        out = call()
+    held = largest = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            largest = max(largest, held)
+    return largest - out.nbytes
+
+
+# Errors
+
+feats, regions = draw()
+weights = fold(Head())
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: ocr_head([1.0], regions, weights), TypeError, "feats must be a tensor, but is list"),
+        (lambda: ocr_head(feats, None, weights), TypeError, "regions must be a tensor, but is NoneType"),
+        (lambda: ocr_head(feats.double(), regions, weights), TypeError, "feats must be float32, .* torch.float64"),
+        (lambda: ocr_head(feats, regions.half(), weights), TypeError, "regions must have the dtype of feats"),
+        (lambda: ocr_head(feats[0, 0], regions, weights), ValueError, r"feats must have shape \[B, C, \*S\]"),
+        (lambda: ocr_head(feats[:, :0], regions, weights), ValueError, "feats must have shape .*C >= 1"),
+        (lambda: ocr_head(feats, regions[:1], weights), ValueError, r"regions .* beside feats \(2, 20, 9, 11\)"),
+        (lambda: ocr_head(feats, regions[..., :0], weights), ValueError, "regions .*K >= 1"),
+        (lambda: ocr_head(feats, regions.to("meta"), weights), ValueError, "regions must be on the device of feats"),
+        (lambda: ocr_head(feats, regions, weights, "z"), ValueError, "output must be 'features', .* but is 'z'"),
+        (lambda: ocr_head(feats, regions, weights, backend="cuda"), ValueError, "backend must be one of"),
+        (lambda: ocr_head(feats, regions, weights._replace(up=None)), TypeError, "weights.up must be a tensor"),
+        (
+            lambda: ocr_head(feats, regions, weights._replace(classes=None), "logits"),
+            ValueError,
+            "output 'logits' needs weights.classes",
+        ),
+        (
+            lambda: ocr_head(feats[:, :19], regions[:, :19], weights),
+            ValueError,
+            r"weights.pixel_in must have shape \[D, C\].*\[12, 19\], but has \(12, 20\)",
+        ),
+        (
+            lambda: ocr_head(feats, regions, weights._replace(bias=weights.bias[1:])),
+            ValueError,
+            r"weights.bias must have shape \[O\].*\[24\], but has \(23,\)",
+        ),
+        (
+            lambda: ocr_head(feats, regions, weights._replace(down=weights.down.half())),
+            TypeError,
+            "weights.down must be torch.float32 .*but is torch.float16",
+        ),
+        (
+            lambda: ocr_head(feats, regions, weights._replace(up_bias=weights.up_bias.half())),
+            TypeError,
+            "weights.up_bias must be torch.float32",
+        ),
+        (
+            lambda: ocr_head(feats, regions, weights._replace(pixel_out=weights.pixel_out.t())),
+            ValueError,
+            "weights.pixel_out must be contiguous",
+        ),
+        (
+            lambda: ocr_head(feats, regions, weights._replace(context=weights.context.to("meta"))),
+            ValueError,
+            "weights.context must be on the device of feats",
+        ),
+    ],
+)
+def test_errors_name_the_argument(call: Callable[[], Tensor], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        call()
