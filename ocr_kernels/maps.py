@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ocr_kernels.attention.registration import pixel_region_attention_op
+from ocr_kernels.attention.registration import check_query_and_key, pixel_region_attention_op
 from ocr_kernels.gather.registration import spatial_gather_op
 from ocr_kernels.layout import statistics_dtype
-from ocr_kernels.library import check_device, check_dtype, check_shape, check_tensors
+from ocr_kernels.library import check_dtype, check_shape, check_tensors
 
 
 def region_maps(logits: Tensor, scale: float = 1.0) -> Tensor:
@@ -57,17 +57,7 @@ def attention_maps(query: Tensor, key: Tensor, scale: float | None = None) -> Te
         ValueError: shapes or devices do not match.
     """
     check_tensors(query=query, key=key)
-    check_dtype("query", query)
-    check_shape("query", query, "[B, D, *S] with D >= 1", query.dim() >= 3 and query.shape[1] >= 1)
-    check_shape(
-        "key",
-        key,
-        f"[B, D, K] with K >= 1 beside query {tuple(query.shape)}",
-        key.dim() == 3 and key.shape[:2] == query.shape[:2] and key.shape[2] >= 1,
-    )
-    if key.dtype != query.dtype:
-        raise TypeError(f"key must have the dtype of query, {query.dtype}, but has {key.dtype}")
-    check_device("key", key, "query", query)
+    check_query_and_key(query, key)
     dtype = statistics_dtype(query)
     scale = query.shape[1] ** -0.5 if scale is None else scale
     with torch.autocast(query.device.type, enabled=False):

@@ -245,6 +245,16 @@ def test_vmap(target: tuple[str, str]) -> None:
         torch.testing.assert_close(batched[i], call(stacked[:, i], regions))
 
 
+def test_vmap_over_weights(target: tuple[str, str]) -> None:
+    backend, device = target
+    feats, regions = draw(device)
+    heads = [fold(Head().to(device)) for _ in range(2)]
+    stacked = HeadWeights(*map(torch.stack, zip(*heads, strict=True)))
+    batched = torch.vmap(partial(ocr_head, backend=backend), in_dims=(None, None, 0))(feats, regions, stacked)
+    for result, weights in zip(batched, heads, strict=True):
+        torch.testing.assert_close(result, ocr_head(feats, regions, weights, backend=backend))
+
+
 def test_bitwise_reproducible(target: tuple[str, str]) -> None:
     backend, device = target
     inputs, weights = draw(device), fold(Head().to(device))

@@ -26,7 +26,7 @@ from ocr_kernels.library import (
 )
 
 
-def _check(query: Tensor, key: Tensor, value: Tensor) -> None:
+def check_query_and_key(query: Tensor, key: Tensor) -> None:
     check_dtype("query", query)
     check_shape("query", query, "[B, D, *S] with D >= 1", query.dim() >= 3 and query.shape[1] >= 1)
     check_shape(
@@ -35,16 +35,24 @@ def _check(query: Tensor, key: Tensor, value: Tensor) -> None:
         f"[B, D, K] with K >= 1 beside query {tuple(query.shape)}",
         key.dim() == 3 and key.shape[:2] == query.shape[:2] and key.shape[2] >= 1,
     )
+    _check_same("key", key, query)
+
+
+def _check(query: Tensor, key: Tensor, value: Tensor) -> None:
+    check_query_and_key(query, key)
     check_shape(
         "value",
         value,
         f"[B, Dv, K] with Dv >= 1 beside key {tuple(key.shape)}",
         value.dim() == 3 and value.shape[::2] == key.shape[::2] and value.shape[1] >= 1,
     )
-    for name, tensor in (("key", key), ("value", value)):
-        if tensor.dtype != query.dtype:
-            raise TypeError(f"{name} must have the dtype of query, {query.dtype}, but has {tensor.dtype}")
-        check_device(name, tensor, "query", query)
+    _check_same("value", value, query)
+
+
+def _check_same(name: str, tensor: Tensor, query: Tensor) -> None:
+    if tensor.dtype != query.dtype:
+        raise TypeError(f"{name} must have the dtype of query, {query.dtype}, but has {tensor.dtype}")
+    check_device(name, tensor, "query", query)
 
 
 def _allocate(query: Tensor, key: Tensor, value: Tensor, scale: float | None, backend: str) -> Tensor:

@@ -54,8 +54,15 @@ def _flops(
 
 
 def _vmap(info: Any, in_dims: Sequence[Any], *args: Any) -> Any:
-    if any(dim is not None for dim in in_dims[3]):
-        raise NotImplementedError("ocr_head cannot be vmapped over its weights")
+    if any(dim is not None for dim in in_dims[3]):  # weights of several heads: one after the other
+        heads = []
+        for i in range(info.batch_size):
+            tensors, weights = (
+                [t if dim is None else t.select(dim, i).contiguous() for t, dim in zip(group, dims, strict=True)]
+                for group, dims in ((args[:3], in_dims[:3]), (args[3], in_dims[3]))
+            )
+            heads.append(ocr_head_op(*tensors, weights, *args[4:]))
+        return torch.stack(heads), 0
     tensors = batch_first(args[:3], in_dims[:3], info.batch_size)
     (out,), (dim,) = batch_back([ocr_head_op(*tensors, *args[3:])], info.batch_size)
     return out, dim
