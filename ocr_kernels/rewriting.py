@@ -53,11 +53,12 @@ def _operator(function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
     return operate
 
 
-def _weighted(scores: Any, scale: Any, softmax: Any, dim: Any, product: Any, values: Any) -> Any:
+def _weighted(scores: Any, scale: Any, softmax: Any, dim: Any, by_name: bool, product: Any, values: Any) -> Any:
     """`product(softmax(scale * scores, dim=dim), values)`, with no factor where `scale` is None"""
     recognition = current()
     if (
         recognition is not None
+        and type(dim) is int
         and dim in (2, -1)
         and HANDLERS.get(product) is PRODUCT
         and HANDLERS.get(softmax) is SOFTMAX
@@ -65,15 +66,17 @@ def _weighted(scores: Any, scale: Any, softmax: Any, dim: Any, product: Any, val
         result = recognition.weighted(scores, 1.0 if scale is None else scale, values)
         if result is not None:
             return result
-    scores = scores if scale is None else _multiply(scale, scores)
-    return _apply(product, _apply(softmax, scores, dim=dim), values)
+    return _one_by_one(scores, scale, softmax, dim, by_name, product, values)
 
 
-def _attended(first: Any, query: Any, key: Any, scale: Any, softmax: Any, dim: Any, product: Any, values: Any) -> Any:
+def _attended(
+    first: Any, query: Any, key: Any, scale: Any, softmax: Any, dim: Any, by_name: bool, product: Any, values: Any
+) -> Any:
     """`product(softmax(scale * first(query, key), dim=dim), values)`"""
     recognition = current()
     if (
         recognition is not None
+        and type(dim) is int
         and dim in (2, -1)
         and HANDLERS.get(first) is HANDLERS.get(product) is PRODUCT
         and HANDLERS.get(softmax) is SOFTMAX
@@ -81,9 +84,13 @@ def _attended(first: Any, query: Any, key: Any, scale: Any, softmax: Any, dim: A
         result = recognition.attended(query, key, 1.0 if scale is None else scale, values)
         if result is not None:
             return result
-    scores = _apply(first, query, key)
+    return _one_by_one(_apply(first, query, key), scale, softmax, dim, by_name, product, values)
+
+
+def _one_by_one(scores: Any, scale: Any, softmax: Any, dim: Any, by_name: bool, product: Any, values: Any) -> Any:
     scores = scores if scale is None else _multiply(scale, scores)
-    return _apply(product, _apply(softmax, scores, dim=dim), values)
+    weights = _apply(softmax, scores, dim=dim) if by_name else _apply(softmax, scores, dim)
+    return _apply(product, weights, values)
 
 
 _multiply = _operator(operator.mul)
@@ -234,6 +241,7 @@ def _join(definition: ast.FunctionDef, this: str) -> None:
             dim = softmax.args[1:] + [keyword.value for keyword in softmax.keywords if keyword.arg == "dim"]
             if len(dim) != 1 or len(softmax.args) + len(softmax.keywords) != 2:
                 continue
+            by_name = ast.Constant(bool(softmax.keywords))
             scores, scale = _factors(softmax.args[0], name)
             start, first = i, None
             if _is(scores, name) and i > 0:
@@ -245,7 +253,7 @@ def _join(definition: ast.FunctionDef, this: str) -> None:
             if first is None:
                 start, (scores, scale) = i, _factors(softmax.args[0], name)
             arguments = [*([first.func, *first.args] if first else [scores]), scale or ast.Constant(None)]
-            product.args = [*arguments, softmax.func, dim[0], product.func, product.args[1]]
+            product.args = [*arguments, softmax.func, dim[0], by_name, product.func, product.args[1]]
             attribute = "_ocr_kernels_attended" if first else "_ocr_kernels_weighted"
             product.func = ast.copy_location(ast.Attribute(ast.Name(this, ast.Load()), attribute, ast.Load()), product)
             del body[start - 1 if first else i : i + 1]

@@ -204,9 +204,28 @@ class InLoop(Attention):
         return context
 
 
+class Converted(Attention):
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        scores = torch.matmul(query, key)
+        weights = scores.softmax(-1, torch.float64)
+        return torch.matmul(weights, value.double())
+
+
+class OwnSoftmax(Attention):
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        weights = torch.matmul(query, key)
+        weights = self.softmax(weights, -1)
+        return torch.matmul(weights, value)
+
+    def softmax(self, scores: Tensor, axis: int) -> Tensor:
+        return 2 * scores.softmax(axis)
+
+
 @pytest.mark.parametrize(
     ("module", "joined", "fused"),
     [
+        (Converted(), False, 0),
+        (OwnSoftmax(), True, 0),
         (Attention(), True, 1),
         (Attention(normed=False), True, 1),
         (Unscaled(), True, 1),
