@@ -361,7 +361,8 @@ class _Thread(threading.local):
 class _Trace:
     """For torch.compile, which traces no thread-local attributes. Outside a trace it is never set."""
 
-    recognition: Recognition | None = None
+    def __init__(self) -> None:
+        self.recognition: Recognition | None = None  # there from the start: its appearing would be compiled again
 
 
 _thread, _trace = _Thread(), _Trace()
