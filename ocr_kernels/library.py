@@ -88,7 +88,7 @@ def _register(
     LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"ocr_kernels::{name}", fake, lib=LIBRARY)
     torch.library.register_vmap(f"ocr_kernels::{name}", vmap, lib=LIBRARY)
-    _FlopFormulas.add(op, flops)
+    _Imports.then("torch.utils.flop_counter", lambda module: module.register_flop_formula(op.overloadpacket)(flops))
     return op
 
 
@@ -138,45 +138,40 @@ def _in_jvp() -> bool:
     return any(transform.key() == TransformType.Jvp for transform in get_interpreter_stack() or ())
 
 
-class _FlopFormulas:
-    """Tells `torch.utils.flop_counter` how to count our ops, once something imports it: that takes 0.3 s, with Triton.
+class _Imports:
+    """Modules of PyTorch that are told about our ops once something imports them: some take seconds to import.
 
     This is a finder on `sys.meta_path`, where every import of a new module looks.
     """
 
-    module = "torch.utils.flop_counter"
-    formulas: ClassVar[dict[torch._ops.OpOverloadPacket, Callable[..., int]]] = {}
+    waiting: ClassVar[dict[str, list[Callable[[ModuleType], object]]]] = {}
 
     @classmethod
-    def add(cls, op: torch._ops.OpOverload, formula: Callable[..., int]) -> None:
-        cls.formulas[op.overloadpacket] = formula
-        if cls.module in sys.modules:
-            cls.register({op.overloadpacket: formula})
-
-    @staticmethod
-    def register(formulas: dict[torch._ops.OpOverloadPacket, Callable[..., int]]) -> None:
-        from torch.utils.flop_counter import register_flop_formula
-
-        for op, formula in formulas.items():
-            register_flop_formula(op)(formula)
+    def then(cls, name: str, action: Callable[[ModuleType], object]) -> None:
+        """Call `action` with the module `name`: now if it is imported, else once it is."""
+        if name in sys.modules:
+            action(sys.modules[name])
+        else:
+            cls.waiting.setdefault(name, []).append(action)
 
     @classmethod
     def find_spec(cls, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> Any:
-        if name != cls.module:
+        if name not in cls.waiting:
             return None
         spec = PathFinder.find_spec(name, path, target)
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
-            def execute_and_register(module: ModuleType) -> None:
+            def execute_and_act(module: ModuleType) -> None:
                 execute(module)
-                cls.register(cls.formulas)
+                for action in cls.waiting.pop(name, ()):
+                    action(module)
 
-            spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
+            spec.loader.exec_module = execute_and_act  # type: ignore[method-assign]
         return spec
 
 
-sys.meta_path.insert(0, _FlopFormulas)
+sys.meta_path.insert(0, _Imports)
 
 
 def register_autocast(op: torch._ops.OpOverload, leading: int) -> None:
@@ -199,6 +194,14 @@ def register_decomposition(op: torch._ops.OpOverload, decomposition: Callable[..
     """Let programs that cannot hold `op`, as those of ONNX, compute `decomposition`, in the same memory format."""
     torch._decomp.decomposition_table[op] = decomposition
     torch._decomp.meta_table[op] = decomposition  # only looked up: symbolic sizes go to the op's fake, as all others do
+    _Imports.then("torch._inductor.lowering", lambda module: _keep_in_inductor(op, module))
+
+
+def _keep_in_inductor(op: torch._ops.OpOverload, lowering: ModuleType) -> None:
+    """What Inductor does when it meets an op that it does not know, which it refuses where `CI` is set in the
+    environment and the op has a decomposition."""
+    constraint = lowering.tag_to_layout_constraint(torch._library.utils.get_layout_constraint_tag(op))
+    lowering.make_fallback(op, layout_constraint=constraint, warn=False)
 
 
 def _autocast(tensor: Tensor, device_type: str) -> Tensor:

@@ -36,6 +36,18 @@ def run(code: str, **environment: str) -> str:
     return process.stdout
 
 
+def test_compiles_where_CI_is_set() -> None:
+    """Where it is, Inductor refuses ops that it does not know and that have a decomposition."""
+    code = """
+import torch
+from ocr_kernels import pixel_region_attention, spatial_gather
+x = torch.randn(1, 2, 3)
+block = lambda x: (spatial_gather(x, x), pixel_region_attention(x, x, x))
+torch.testing.assert_close(torch.compile(block, fullgraph=True)(x), block(x))
+"""
+    run(code, CI="1", TORCHINDUCTOR_FORCE_DISABLE_CACHES="1")
+
+
 def test_works_with_torch_alone() -> None:
     """No Triton, no compiled library, no NumPy, nothing of the extras."""
     names = ["triton", "numpy", "rich", "matplotlib", "sklearn", "PIL", "pytest", "hypothesis"]
