@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import sys
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ from benchmarks.cases import (
     EAGER,
     MEMORY_FORMATS,
     NAMED,
+    NETWORKS,
     OPS,
     PEERS,
     QUICK_CASES,
@@ -120,11 +122,13 @@ def _jobs(args: argparse.Namespace, device: torch.device) -> list[Job]:
     combinations = list(product(args.dtype, args.memory_format))
     fast = tuple(peer for peer in args.peers if peer != AUTOTUNED)
     for combination, name, subject in product(combinations, args.cases, args.subjects):
+        if name not in (SUBJECTS[subject].cases or args.cases):
+            continue
         dtype, memory_format = combination
         case = CASES[name].quick() if args.quick else CASES[name]
         work = Workload(SUBJECTS[subject], case, getattr(torch, dtype), device, memory_format, fast)
         is_op, sweep, first = subject in OPS, sweep_of(name), name == args.cases[0]
-        rank = 0 if first else 3 if sweep else 1 if is_op else 4
+        rank = 4 if subject in NETWORKS else 0 if first else 3 if sweep else 1 if is_op else 4
         if combination != combinations[0]:
             rank = 2 if first and is_op else rank + 10
         if not sweep:
@@ -186,7 +190,15 @@ def _parse(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
         metavar="CASE",
         help=f"{', '.join(case.name for case in NAMED)}; sweeps: {', '.join(SWEEPS)}; default: all",
     )
-    parser.add_argument("--subjects", nargs="+", choices=SUBJECTS, default=list(SUBJECTS), help="default: all")
+    measurable = [name for name in SUBJECTS if name not in NETWORKS or importlib.util.find_spec("timm")]
+    parser.add_argument(
+        "--subjects",
+        nargs="+",
+        choices=measurable,
+        default=measurable,
+        metavar="SUBJECT",
+        help=f"{', '.join(SUBJECTS)}; default: all, the networks ({', '.join(NETWORKS)}) where timm is installed",
+    )
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS), help="default: all")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="default: bfloat16 on cuda, float32 on cpu")

@@ -1,4 +1,4 @@
-"""What is measured: shapes named after real networks, four subjects, and the least that each must move and compute.
+"""What is measured: shapes named after real networks, subjects, and the least that each must move and compute.
 
 One `Workload` holds the inputs and the variants of a subject in a case; correctness, speed and memory are runs of it.
 """
@@ -6,6 +6,7 @@ One `Workload` holds the inputs and the variants of a subject in a case; correct
 from __future__ import annotations
 
 import functools
+import importlib
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -18,9 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import ocr_kernels
-from ocr_kernels import available_backends, modules, reference, use_backend
+from ocr_kernels import available_backends, fold_ocr_modules, modules, reference, use_backend
 from ocr_kernels.attention import reference as attention_reference
 from ocr_kernels.gather import reference as gather_reference
 
@@ -28,6 +30,7 @@ Pass = Literal["forward", "backward", "forward+backward"]
 PASSES: tuple[Pass, ...] = ("forward", "backward", "forward+backward")
 
 EAGER, COMPILED, AUTOTUNED, SDPA = "eager", "compile", "max-autotune", "sdpa"
+BACKBONE = "backbone"  # eager's, of which a network's time is the rest the head's
 PEERS = (EAGER, COMPILED, AUTOTUNED, SDPA)
 SDPA_BACKENDS: dict[str, Any] = {
     "sdpa-flash": SDPBackend.FLASH_ATTENTION,
@@ -63,7 +66,9 @@ class Case:
 
 NAMED = (
     Case("cityscapes-inference", 1, 512, 256, 19, 256, 512),
+    Case("cityscapes-half", 1, 512, 256, 19, 128, 256),
     Case("cityscapes-training", 2, 512, 256, 19, 128, 256),
+    Case("ade20k-inference", 1, 512, 256, 150, 128, 256),
     Case("ade20k", 4, 512, 256, 150, 130, 130),
     Case("coco-stuff", 4, 512, 256, 171, 130, 130),
     Case("pascal-context", 4, 512, 256, 59, 130, 130),
@@ -110,6 +115,10 @@ class Subject:
     backward_products: Callable[[Case], int]
     plain: Callable[[Case], Function]
     ours: Callable[[Case, str], Function]
+    passes: tuple[Pass, ...] = PASSES
+    cases: tuple[str, ...] | None = None  # None: all
+    finish: Callable[[nn.Module], object] = lambda module: None  # what is done to ours once it has its weights
+    parts: Callable[[Any], dict[str, Function]] = lambda eager: {}  # of eager, timed beside the variants
 
     def work(self, case: Case, what: Pass) -> list[Work]:
         inputs, outputs = (sum(map(prod, shapes(case))) for shapes in (self.input_shapes, self.output_shapes))
@@ -198,6 +207,47 @@ class Head(nn.Module):
         return out
 
 
+class Network(nn.Module):
+    """An HRNet of timm's with an OCR head: images `[B, 3, 4H, 4W]` to auxiliary logits and logits `[B, K, H, W]`."""
+
+    def __init__(self, library: ModuleType, backbone: str, case: Case) -> None:
+        super().__init__()
+        branches = {"features_only": True, "feature_location": "", "out_indices": (1, 2, 3, 4)}
+        self.backbone = importlib.import_module("timm").create_model(backbone, **branches)
+        in_channels = sum(self.backbone.feature_info.channels())
+        self.head = library.OCRHead(
+            in_channels, case.regions, case.channels, case.key_channels, dropout=0.0, norm_layer=batch_norm
+        )
+
+    def features(self, image: Tensor) -> Tensor:
+        """The four branches in the size of the largest, one after another."""
+        first, *others = self.backbone(image)
+        scaled = [F.interpolate(t, first.shape[2:], mode="bilinear", align_corners=True) for t in others]
+        return torch.cat((first, *scaled), 1)
+
+    def forward(self, image: Tensor) -> list[Tensor]:
+        out: list[Tensor] = self.head(self.features(image))
+        return out
+
+
+@functools.cache
+def _network_work(backbone: str, case: Case) -> list[Work]:
+    """The backbone's convolutions, as PyTorch counts them, before what the head does."""
+    with torch.device("meta"):
+        network, image = Network(reference, backbone, case), torch.empty(_image(case))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        features = network.features(image)
+    before, after = _head_work(replace(case, in_channels=features.shape[1]))
+    return [
+        Work(image.numel() + before.numbers - features.numel(), counter.get_total_flops() // 2 + before.multiply_adds),
+        after,
+    ]
+
+
+def _image(case: Case) -> Shape:
+    return case.batch, 3, 4 * case.height, 4 * case.width
+
+
 # Momentum 0 keeps the running statistics as they are, however often each variant is called.
 batch_norm = functools.partial(nn.BatchNorm2d, momentum=0.0)
 
@@ -217,47 +267,67 @@ def scaled_dot_product(query: Tensor, key: Tensor, value: Tensor, *, backend: An
     return out
 
 
-SUBJECTS = {
-    subject.name: subject
-    for subject in (
-        Subject(
-            "gather",
-            lambda c: [_pixels(c, c.channels), _pixels(c, c.regions)],
-            lambda c: [(c.batch, c.channels, c.regions)],
-            lambda c: [_gather_work(c)],
-            lambda c: 2 * _gather_work(c).multiply_adds,  # dX and dP
-            lambda c: gather_reference.spatial_gather,
-            lambda c, backend: functools.partial(ocr_kernels.spatial_gather, backend=backend),
-        ),
-        Subject(
-            "attention",
-            lambda c: [_pixels(c, c.key_channels), *[(c.batch, c.key_channels, c.regions)] * 2],
-            lambda c: [_pixels(c, c.key_channels)],
-            lambda c: [_attention_work(c)],
-            lambda c: 5 * _attention_work(c).multiply_adds // 2,  # the scores again, dV, dw, dQ, dK
-            lambda c: attention_reference.pixel_region_attention,
-            lambda c, backend: functools.partial(ocr_kernels.pixel_region_attention, backend=backend),
-        ),
-        Subject(
-            "module",
-            lambda c: [_pixels(c, c.channels), _pixels(c, c.regions)],
-            lambda c: [_pixels(c, c.channels)],
-            _block_work,
-            lambda c: 2 * _products(_block_work(c)),
-            lambda c: Block(reference, c),
-            lambda c, backend: Block(modules, c, backend),
-        ),
-        Subject(
-            "head",
-            lambda c: [_pixels(c, c.in_channels)],
-            lambda c: [_pixels(c, c.regions)] * 2,
-            _head_work,
-            lambda c: 2 * _products(_head_work(c)),
-            lambda c: Head(reference, c),
-            lambda c, backend: Head(modules, c, backend),
-        ),
+def _inference(subject: Subject) -> Subject:
+    """The same in inference alone, with the head folded."""
+    return replace(subject, name=f"folded-{subject.name}", passes=("forward",), finish=fold_ocr_modules)
+
+
+def _network(backbone: str) -> Subject:
+    return Subject(
+        backbone,
+        lambda c: [_image(c)],
+        lambda c: [_pixels(c, c.regions)] * 2,
+        lambda c: _network_work(backbone, c),
+        lambda c: 2 * _products(_network_work(backbone, c)),
+        lambda c: Network(reference, backbone, c),
+        lambda c, _: Network(modules, backbone, c),
+        passes=("forward",),
+        cases=("cityscapes-inference", "cityscapes-half"),
+        finish=fold_ocr_modules,
+        parts=lambda eager: {BACKBONE: eager.features},
     )
-}
+
+
+_LAYERS = (
+    Subject(
+        "gather",
+        lambda c: [_pixels(c, c.channels), _pixels(c, c.regions)],
+        lambda c: [(c.batch, c.channels, c.regions)],
+        lambda c: [_gather_work(c)],
+        lambda c: 2 * _gather_work(c).multiply_adds,  # dX and dP
+        lambda c: gather_reference.spatial_gather,
+        lambda c, backend: functools.partial(ocr_kernels.spatial_gather, backend=backend),
+    ),
+    Subject(
+        "attention",
+        lambda c: [_pixels(c, c.key_channels), *[(c.batch, c.key_channels, c.regions)] * 2],
+        lambda c: [_pixels(c, c.key_channels)],
+        lambda c: [_attention_work(c)],
+        lambda c: 5 * _attention_work(c).multiply_adds // 2,  # the scores again, dV, dw, dQ, dK
+        lambda c: attention_reference.pixel_region_attention,
+        lambda c, backend: functools.partial(ocr_kernels.pixel_region_attention, backend=backend),
+    ),
+    Subject(
+        "module",
+        lambda c: [_pixels(c, c.channels), _pixels(c, c.regions)],
+        lambda c: [_pixels(c, c.channels)],
+        _block_work,
+        lambda c: 2 * _products(_block_work(c)),
+        lambda c: Block(reference, c),
+        lambda c, backend: Block(modules, c, backend),
+    ),
+    Subject(
+        "head",
+        lambda c: [_pixels(c, c.in_channels)],
+        lambda c: [_pixels(c, c.regions)] * 2,
+        _head_work,
+        lambda c: 2 * _products(_head_work(c)),
+        lambda c: Head(reference, c),
+        lambda c, backend: Head(modules, c, backend),
+    ),
+)
+NETWORKS = ("hrnet_w18", "hrnet_w48")  # of timm, with a folded head
+SUBJECTS = {subject.name: subject for subject in (*_LAYERS, *map(_inference, _LAYERS[2:]), *map(_network, NETWORKS))}
 
 
 def our_backends(device: torch.device) -> list[str]:
@@ -309,6 +379,7 @@ class Workload:
                     functions[name] = functools.partial(scaled_dot_product, backend=kernel)
         for backend in our_backends(self.device):
             functions[backend] = self._ready(self.subject.ours(self.case, backend))
+            self.subject.finish(functions[backend])  # type: ignore[arg-type]
         return functions
 
     def _accepts(self, backend: Any) -> bool:

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 
 import ocr_kernels.attention.reference
 import ocr_kernels.gather.reference
-from benchmarks.cases import AUTOTUNED, OPS, SUBJECTS, TINY, Function, Pass, Work, Workload, our_backends
+from benchmarks.cases import AUTOTUNED, EAGER, OPS, SUBJECTS, TINY, Function, Pass, Work, Workload, our_backends
 from ocr_kernels import info
-from ocr_kernels.testing import judge, saved_bytes
+from ocr_kernels.testing import judge, peak_bytes, saved_bytes
 
 # Of the eager definition's own error, for every dtype, since other people's code is judged as well. A module is long
 # enough for a compiler to add up in another order at many places.
@@ -103,10 +103,13 @@ def measure(workload: Workload, limits: Limits, seconds: float) -> Iterator[dict
     inputs = workload.inputs()
     for passes in (("forward",), ("backward", "forward+backward")):
         whole: Pass = passes[-1]
+        if whole not in subject.passes:
+            continue
         problems, first = gate(workload, functions, inputs, whole)
         right = {name: function for name, function in functions.items() if name not in problems}
         peak = {name: _peak_bytes(f, inputs, whole) for name, f in right.items()}
         saved = {} if whole == "forward" else {name: _saved_bytes(f, inputs) for name, f in right.items()}
+        right |= subject.parts(functions[EAGER]) if EAGER in right else {}
         what: Pass
         for what in passes:  # type: ignore[assignment]
             calls = {name: functools.partial(prepare, what, function) for name, function in right.items()}
@@ -244,16 +247,9 @@ def _copies(inputs: Inputs, device: torch.device) -> list[Inputs]:
     return [inputs, *(_changed(inputs, torch.clone) for _ in range(count))]
 
 
-def _peak_bytes(function: Function, inputs: Inputs, what: Pass) -> int | None:
-    """What a call allocates at most at a time, its results included; None where no allocator tells."""
-    if inputs[0][0].device.type != "cuda":
-        return None
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    run(what, function, inputs)
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
+def _peak_bytes(function: Function, inputs: Inputs, what: Pass) -> int:
+    """What a call allocates at most at a time besides its results."""
+    return peak_bytes(lambda *_: run(what, function, inputs), *inputs[0])
 
 
 def _saved_bytes(function: Function, inputs: Inputs) -> int:

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
-from benchmarks.cases import AUTOTUNED, COMPILED, EAGER, OPS, SDPA, SUBJECTS, sweep_of
+from benchmarks.cases import AUTOTUNED, BACKBONE, COMPILED, EAGER, NETWORKS, OPS, SDPA, SUBJECTS, sweep_of
 from benchmarks.report import Result, device_name, grouped
 
 # Okabe and Ito's colours, which colour-blind people tell apart
@@ -25,7 +25,7 @@ COLOURS = {
     "triton": "#D55E00",
     "native": "#009E73",
 }
-MARKERS = dict(zip(SUBJECTS, "osD^", strict=True))
+MARKERS = dict(zip(SUBJECTS, "osD^dvP*", strict=True))
 PEAK, SAVED = "peak_bytes", "saved_bytes"
 SOURCE = "Source"  # the PNG's text with the digest of the results that it shows
 
@@ -44,7 +44,9 @@ def draw(data: Mapping[str, Any], directory: Path, prefix: str = "") -> list[Pat
     lines = [r for r in results if (r["dtype"], r["memory_format"]) == first and r["times"]]
     setting = f"{device_name(data)}, {first[0]}, {first[1]}{', reduced sizes' if data['quick'] else ''}"
     named = [line for line in lines if not sweep_of(line["case"])]
-    figures = {f"bars-{s}": _bars(s, [r for r in named if r["subject"] == s], setting) for s in SUBJECTS}
+    layers = [subject for subject in SUBJECTS if subject not in NETWORKS]
+    figures = {f"bars-{s}": _bars(s, [r for r in named if r["subject"] == s], setting) for s in layers}
+    figures["networks"] = _networks([line for line in named if BACKBONE in line["times"]], setting)
     figures["roofline"] = _roofline(named, data["limits"][first[0]], setting)
     figures["memory"] = _memory([r for r in named if r["pass"] == "forward+backward"], setting)
     figures["scaling"] = _scaling([line for line in lines if sweep_of(line["case"])], setting)
@@ -96,12 +98,13 @@ def _grouped_bars(ax: Axes, values: dict[str, dict[str, float]], variants: list[
 
 
 def _bars(subject: str, lines: list[Result], setting: str) -> Figure | None:
-    """Time as a multiple of the floor, a panel for the forward and one for the backward pass."""
+    """Time as a multiple of the floor, a panel for the forward and one for the backward pass where there is one."""
     if not lines:
         return None
-    figure = Figure(figsize=(10, 6.2), layout="constrained")
+    passes = [what for what in ("forward", "backward") if any(line["pass"] == what for line in lines)]
+    figure = Figure(figsize=(10, 1 + 2.6 * len(passes)), layout="constrained")
     figure.suptitle(f"{subject}: time as a multiple of the floor, lower is better\n{setting}")
-    for ax, what in zip(_axes(figure, 2, 1), ("forward", "backward"), strict=True):
+    for ax, what in zip(_axes(figure, len(passes), 1), passes, strict=True):
         values = {
             part[0]["case"]: {name: time / part[0]["floor"] for name, time in _times(part).items()}
             for part in grouped([line for line in lines if line["pass"] == what]).values()
@@ -118,8 +121,30 @@ def _bars(subject: str, lines: list[Result], setting: str) -> Figure | None:
         ax.yaxis.set_minor_locator(NullLocator())
         ax.set_ylim(bottom=0.7)
         ax.set_ylabel(what)
-    figure.axes[0].tick_params(labelbottom=False)
+    for ax in figure.axes[:-1]:
+        ax.tick_params(labelbottom=False)
     figure.axes[0].legend(ncols=5, frameon=False, loc="lower left", bbox_to_anchor=(0, 1))
+    return figure
+
+
+def _networks(lines: list[Result], setting: str) -> Figure | None:
+    """Time of whole networks, eager and ours, the backbone's part below the head's."""
+    if not lines:
+        return None
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure.suptitle(f"Whole networks: backbone below (pale), OCR head above, lower is better\n{setting}")
+    (ax,) = _axes(figure, 1, 1)
+    labels: list[str] = []
+    for line in lines:
+        backbone = line["times"][BACKBONE]["median"] * 1e3
+        for name, seconds in _times([line]).items():
+            colour, place = COLOURS[name], len(labels)
+            ax.bar(place, backbone, 0.8, color=colour, alpha=0.35)
+            ax.bar(place, max(0.0, seconds * 1e3 - backbone), 0.8, bottom=backbone, color=colour)
+            size = f"{4 * line['shape']['height']}x{4 * line['shape']['width']}"
+            labels.append(f"{line['subject']}\n{size}\n{_ours(name, line)}")
+    ax.set_xticks(range(len(labels)), labels, fontsize=8)
+    ax.set_ylabel("ms")
     return figure
 
 

@@ -72,7 +72,7 @@ def _section(machine: str, data: dict[str, Any]) -> str:
             f"{_threads(data)}; load average {load or 'unknown'} before and after.",
             "",
         ]
-    for grid in report.summary(data["results"]):
+    for grid in (*report.summary(data["results"]), *report.networks(data["results"])):
         lines += [f"{grid.title}.", "", grid.markdown(), ""]
     for dtype, limit in data["limits"].items():
         copy, rate = limit["bytes_per_second"] / 1e9, limit["flops_per_second"] / 1e12
@@ -81,7 +81,8 @@ def _section(machine: str, data: dict[str, Any]) -> str:
     if not_measured:
         lines += [f"Not measured, for lack of time or because they failed: {not_measured} workloads."]
     names = [picture.stem.removeprefix(f"{machine}-") for picture in sorted(RESULTS.glob(f"{machine}-*.png"))]
-    shown = [name for name in names if name == "memory" or (kernels and name in ("bars-gather", "bars-attention"))]
+    always, with_kernels = ("memory", "bars-folded-module", "networks"), ("bars-gather", "bars-attention")
+    shown = [name for name in names if name in always or (kernels and name in with_kernels)]
     if shown:
         lines += ["", *(f"![{name.replace('-', ' ')}](benchmarks/results/{machine}-{name}.png)" for name in shown)]
     linked = [f"[{name}](benchmarks/results/{machine}-{name}.png)" for name in names if name not in shown]

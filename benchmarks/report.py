@@ -11,7 +11,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.cases import COMPILED, EAGER, PEERS, SDPA, sweep_of
+from benchmarks.cases import BACKBONE, COMPILED, EAGER, PEERS, SDPA, sweep_of
 from benchmarks.measure import EMPTY
 
 SHORT = {"forward": "fwd", "backward": "bwd", "forward+backward": "both"}
@@ -126,7 +126,7 @@ def ours_failed(results: Results) -> bool:
 
 def tables(data: Mapping[str, Any]) -> list[Grid]:
     results: Results = data["results"]
-    return [*speed(results), *memory(results), *host(data.get("host", [])), *summary(results)]
+    return [*speed(results), *memory(results), *host(data.get("host", [])), *networks(results), *summary(results)]
 
 
 def speed(results: Results) -> list[Grid]:
@@ -166,12 +166,33 @@ def _speed_row(lines: Results, ours: str) -> list[str]:
     ]
 
 
+def networks(results: Results) -> list[Grid]:
+    """Whole networks: eager and ours, each with the head's share of its time."""
+    header = ["network", "image", "dtype", "format", "eager [ms]", "head", "ours [ms]", "head", "times faster"]
+    grid = Grid("whole networks, and the OCR head's share of their time", header, 4)
+    for lines in grouped([result for result in results if BACKBONE in result["times"]]).values():
+        line, shape = lines[0], lines[0]["shape"]
+        ours = line["ours"][0]
+        if not {EAGER, ours} <= line["times"].keys():
+            continue
+        backbone, eager, folded = (line["times"][name]["median"] for name in (BACKBONE, EAGER, ours))
+        image = f"{4 * shape['height']}x{4 * shape['width']}"
+        cells = [c for t in (eager, folded) for c in (_number(t, 1e-3), _percent(1 - backbone / t))]
+        place = [line["subject"], image, _short_dtype(line["dtype"]), _short_format(line["memory_format"])]
+        grid.rows.append([*place, *cells, _times(eager / folded)])
+    return [grid] if grid.rows else []
+
+
 def memory(results: Results) -> list[Grid]:
     """Saved for the backward pass, peak and first call, of ours beside eager and torch.compile."""
     header = ["subject", "case", "pass", "saved [MB]", "peak [MB]", "first call [s]"]
     timed = {name for result in results for name in result["times"]}
     peers = [name for name in (EAGER, COMPILED) if name in timed]
-    grid = Grid(f"{' / '.join(['ours', *peers])}: saved for backward besides the inputs, peak, first call", header, 3)
+    grid = Grid(
+        f"{' / '.join(['ours', *peers])}: saved for backward besides the inputs, peak besides results, first call",
+        header,
+        3,
+    )
     for lines in grouped(results).values():
         line = lines[0]
         if line["pass"] == "backward" or sweep_of(line["case"]):

@@ -14,6 +14,7 @@ from benchmarks.cases import (
     CASES,
     COMPILED,
     EAGER,
+    NETWORKS,
     PASSES,
     QUICK_CASES,
     SDPA,
@@ -44,10 +45,12 @@ def workload(subject: str, name: str) -> Workload:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("subject", SUBJECTS)
+@pytest.mark.parametrize("subject", [name for name in SUBJECTS if name not in NETWORKS])
 @pytest.mark.parametrize("what", PASSES)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_speed(benchmark: Any, variant: str, what: Pass, subject: str, name: str) -> None:
+    if what not in SUBJECTS[subject].passes:
+        pytest.skip("for inference alone")
     if variant in SDPA_BACKENDS and subject != "attention":
         pytest.skip("it is an attention")
     work = workload(subject, name)

@@ -11,6 +11,7 @@ with the factors of `FACTORS` and the floor that rounding the exact result to th
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -449,6 +450,31 @@ def saved_bytes(function: Callable[..., Any], *inputs: Any, exclude: Iterable[Te
         function(*inputs)
     known = {tensor.untyped_storage().data_ptr() for tensor in exclude}
     return sum(tensor.untyped_storage().nbytes() for address, tensor in saved.items() if address not in known)
+
+
+def peak_bytes(function: Callable[..., Any], *inputs: Any) -> int:
+    """Bytes that `function(*inputs)` allocates at most at a time, its results not counted.
+
+    On a GPU it is what PyTorch's allocator hands out; on a CPU, what the profiler sees, in this thread and its helpers.
+    """
+    on_gpu = any(isinstance(value, Tensor) and value.is_cuda for value in inputs)
+    if on_gpu:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        results = function(*inputs)
+        torch.cuda.synchronize()
+        largest = torch.cuda.max_memory_allocated() - before
+    else:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            results = function(*inputs)
+        kineto = profile.profiler.kineto_results if profile.profiler else None
+        changes = [event.nbytes() for event in (kineto.events() if kineto else ()) if event.name() == "[memory]"]
+        largest = max(itertools.accumulate(changes), default=0)
+    tensors = [results] if isinstance(results, Tensor) else results
+    known = {value.untyped_storage().data_ptr() for value in inputs if isinstance(value, Tensor)}
+    owned = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if isinstance(t, Tensor)}
+    return max(0, int(largest) - sum(size for address, size in owned.items() if address not in known))
 
 
 @contextmanager

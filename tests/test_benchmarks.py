@@ -1,8 +1,12 @@
 """The benchmarks' own arithmetic, gate and command lines."""
 
 import contextlib
+import importlib.machinery
+import importlib.util
 import json
+import sys
 import time
+import types
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,10 +18,11 @@ from PIL import Image
 
 from benchmarks import __main__ as command
 from benchmarks import cases, gpu_round, measure, plot, readme, report
-from benchmarks.cases import CASES, OPS, PASSES, SUBJECTS, Case, Pass, Subject, Workload
-from ocr_kernels import cli
+from benchmarks.cases import BACKBONE, CASES, NETWORKS, OPS, SUBJECTS, Case, Pass, Subject, Workload
+from ocr_kernels import cli, fold_ocr_modules
 
-GATHER, ATTENTION, MODULE, HEAD = SUBJECTS.values()
+LAYERS = {name: subject for name, subject in SUBJECTS.items() if name not in NETWORKS}  # the networks need timm
+GATHER, ATTENTION, MODULE, HEAD, FOLDED_MODULE, FOLDED_HEAD = LAYERS.values()
 TINY = Case("tiny", 1, 8, 4, 3, 6, 7, in_channels=12)
 CPU = torch.device("cpu")
 
@@ -69,6 +74,7 @@ RUN = ["--device", "cpu", "--seconds", "0.001", "--commit", "abc", "--json"]
         (ATTENTION, "backward", 201, 6.4),
         (ATTENTION, "forward+backward", 134 + 201, 2.5 + 6.4),
         (MODULE, "forward", 139 + 268, 2.5 + 193),
+        (FOLDED_MODULE, "forward", 139 + 268, 2.5 + 193),
     ],
 )
 def test_floors_of_cityscapes_inference(subject: Subject, what: Pass, megabytes: float, gigaflops: float) -> None:
@@ -84,7 +90,7 @@ def test_floor_is_the_slower_of_memory_and_arithmetic_in_each_pass_over_the_data
     assert [t * 1e6 for t in times] == pytest.approx([32, 31, 32 + 244], abs=1)
 
 
-@pytest.mark.parametrize("subject", SUBJECTS.values(), ids=list(SUBJECTS))
+@pytest.mark.parametrize("subject", LAYERS.values(), ids=list(LAYERS))
 @pytest.mark.parametrize("memory_format", cases.MEMORY_FORMATS)
 def test_inputs_fit_the_subject(subject: Subject, memory_format: str) -> None:
     work = workload(subject, memory_format=memory_format)
@@ -96,7 +102,7 @@ def test_inputs_fit_the_subject(subject: Subject, memory_format: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(inputs, again, strict=True))
 
 
-@pytest.mark.parametrize("subject", SUBJECTS.values(), ids=list(SUBJECTS))
+@pytest.mark.parametrize("subject", LAYERS.values(), ids=list(LAYERS))
 @pytest.mark.parametrize("what", ["forward", "forward+backward"])
 def test_wrong_and_failing_variants_are_not_timed(subject: Subject, what: Pass) -> None:
     def altered(change: Callable[[Any], Any]) -> torch.nn.Module | Callable[..., Any]:
@@ -139,6 +145,62 @@ def test_a_wrong_kernel_of_ours_is_not_timed_and_fails_the_run(
     assert "reference wrong: output 0: max error" in capsys.readouterr().out
 
 
+class Backbone(torch.nn.Module):
+    """What `timm.create_model` gives for an HRNet, with two branches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.branches = torch.nn.ModuleList(torch.nn.Conv2d(3, 6, 3, stride, 1) for stride in (4, 8))
+        self.feature_info = types.SimpleNamespace(channels=lambda: [6, 6])
+
+    def forward(self, image: torch.Tensor) -> list[torch.Tensor]:
+        return [branch(image) for branch in self.branches]
+
+
+@pytest.fixture
+def timm(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = types.ModuleType("timm")
+    module.__spec__ = importlib.machinery.ModuleSpec("timm", None)
+    module.create_model = lambda name, **options: Backbone()  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "timm", module)
+    cases._network_work.cache_clear()
+
+
+def test_networks_are_folded_and_shared_out(
+    timm: None, tiny_cases: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    work = workload(SUBJECTS["hrnet_w18"])
+    ours, eager = (work.variants()[name].eval() for name in ("reference", "eager"))  # type: ignore[attr-defined]
+    assert [module.name for module in fold_ocr_modules(ours).left_alone] == ["head.ocr_distri_head"]  # it was before
+    image = work.inputs()[0][0]
+    assert tuple(image.shape) == (1, 3, 24, 28)
+    torch.testing.assert_close(ours(image), eager(image))
+    backbone = 42 * 27 * 6 + 3 * 4 * 27 * 6
+    assert work.subject.flops(TINY, "forward") == HEAD.flops(TINY, "forward") + 2 * backbone
+
+    file = tmp_path / "a.json"
+    arguments = [*RUN, str(file), "--subjects", "hrnet_w18", "--plot", str(tmp_path), "--peers", "eager", "--cases"]
+    assert command.main([*arguments, "cityscapes-inference", "cityscapes-half", "lip"]) == 0
+    results = json.loads(file.read_text())["results"]
+    assert [(r["case"], r["pass"]) for r in results] == [(c, "forward") for c in work.subject.cases or ()]
+    assert all(set(result["times"]) == {"eager", BACKBONE, "reference"} for result in results)
+    (grid,) = report.networks(results)
+    times = {name: timing["median"] for name, timing in results[0]["times"].items()}
+    share = f"{1 - times[BACKBONE] / times['eager']:.0%}"
+    assert grid.rows[0][:6] == ["hrnet_w18", "24x16", "fp32", "NCHW", report._number(times["eager"], 1e-3), share]
+    assert "whole networks" in capsys.readouterr().out
+    assert (tmp_path / "networks.png").exists()
+
+
+def test_networks_are_not_offered_without_timm(capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert command._parse(["--device", "cpu"], "").subjects == list(LAYERS)
+    with pytest.raises(SystemExit):
+        command._parse(["--subjects", "hrnet_w48"], "")
+    assert "invalid choice: 'hrnet_w48'" in capsys.readouterr().err
+
+
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What a run wrote; beside it are its pictures and, as a text, what it printed."""
@@ -154,19 +216,19 @@ def test_a_run_writes_prints_and_plots_its_results(file: Path) -> None:
     assert (data["commit"], data["missing"], data["device"]) == ("abc", [], "cpu")
     assert {"backends", "devices", "versions", "date", "limits", "host", "load"} <= data.keys()
     first = [(r["subject"], r["pass"]) for r in data["results"] if r["case"] == "cityscapes-inference"]
-    assert first == [(subject, what) for subject in SUBJECTS for what in PASSES]
+    assert first == [(name, what) for name, subject in LAYERS.items() for what in subject.passes]
     attention = next(r for r in data["results"] if r["subject"] == "attention")
     assert {"eager", "compile", "sdpa-math", "reference"} <= attention["times"].keys()
     both = next(r for r in data["results"] if r["pass"] == "forward+backward")
     sizes = both["shape"]
     assert both["saved_bytes"]["eager"] == 4 * sizes["regions"] * sizes["height"] * sizes["width"]  # the weights
-    assert both["peak_bytes"] == {"eager": None, "compile": None, "reference": None}
+    assert all(both["peak_bytes"][name] >= both["saved_bytes"][name] for name in ("eager", "compile", "reference"))
 
     printed = file.with_suffix(".txt").read_text()
     assert max(map(len, printed.splitlines())) <= 120
     assert all(text in printed for text in ("long-tail", "slower than", "of floor", "lost", "Not reached: none"))
     drawn = {path.name for path in file.parent.glob("*.png")}
-    assert drawn == {f"{n}.png" for n in (*(f"bars-{s}" for s in SUBJECTS), "roofline", "memory", "scaling")}
+    assert drawn == {f"{n}.png" for n in (*(f"bars-{s}" for s in LAYERS), "roofline", "memory", "scaling")}
     for path in file.parent.glob("*.png"):
         with Image.open(path) as image:
             image.load()
@@ -233,8 +295,8 @@ def test_the_most_telling_jobs_come_first(tiny_cases: None) -> None:
     args = command._parse(["--device", "cpu", "--no-quick", "--memory-format", "contiguous", "channels_last"], "")
     jobs = command._jobs(args, torch.device("cuda"))  # nothing runs
     names = [str(job) for job in jobs]
-    assert names[:4] == [f"{subject} cityscapes-inference float32 contiguous" for subject in SUBJECTS]
-    assert {job.workload.subject.name for job in jobs[4 : 4 + 2 * (len(cases.NAMED) - 1)]} == set(OPS)
+    assert names[:6] == [f"{subject} cityscapes-inference float32 contiguous" for subject in LAYERS]
+    assert {job.workload.subject.name for job in jobs[6 : 6 + 2 * (len(cases.NAMED) - 1)]} == set(OPS)
     assert len(set(names)) == len(names)
     first_slow = next(i for i, name in enumerate(names) if "max-autotune" in name)
     assert all("contiguous" in name or "cityscapes-inference" in name for name in names[:first_slow])
@@ -346,7 +408,7 @@ def test_readme_section_is_replaced(
     assert text.endswith("\nafter\n")
     assert "| gather | fwd |" in text
     assert "machine-memory.png" in text
-    assert "old" not in text
+    assert "\nold\n" not in text
     assert readme.main(["--check"]) == 0
     data = json.loads((tmp_path / "machine.json").read_text())
     (tmp_path / "machine.json").write_text(json.dumps({**data, "date": "another"}))

@@ -14,7 +14,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from ocr_kernels.head import HeadWeights, ocr_head
 from ocr_kernels.head.functional import DTYPES
 from ocr_kernels.reference import SpatialOCR
-from ocr_kernels.testing import LAYOUTS, Layout, attention_inputs, measure_parity, oracle, poisoned_memory
+from ocr_kernels.testing import (
+    LAYOUTS,
+    Layout,
+    attention_inputs,
+    measure_parity,
+    oracle,
+    peak_bytes,
+    poisoned_memory,
+)
 
 all_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 all_outputs = pytest.mark.parametrize("output", ["features", "logits", "classes"])
@@ -302,21 +310,10 @@ def test_memory() -> None:
     feats, regions = draw(channels=64, batch=1, spatial=(128, 128), layout="channels_last")
     module = Head(64, 32, 64)
     weights = fold(module)
-    fused = peak_bytes(lambda: ocr_head(feats, regions, weights, backend="reference"))
-    assert fused <= peak_bytes(lambda: module(feats, regions)) / 4
-
-
-def peak_bytes(call: Callable[[], Tensor]) -> int:
-    """The most memory that `call` holds at a time, beyond its result's."""
-    call()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        out = call()
-    held = largest = 0
-    for event in profile.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            largest = max(largest, held)
-    return largest - out.nbytes
+    fused, eager = partial(ocr_head, weights=weights, backend="reference"), module
+    for call in (fused, eager):
+        call(feats, regions)
+    assert peak_bytes(fused, feats, regions) <= peak_bytes(eager, feats, regions) / 4
 
 
 # Errors

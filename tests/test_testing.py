@@ -27,6 +27,7 @@ from ocr_kernels.testing import (
     judge,
     lay_out,
     oracle,
+    peak_bytes,
     poisoned_memory,
     saved_bytes,
 )
@@ -401,6 +402,19 @@ def test_saved_bytes_counts_each_storage_once() -> None:
     assert saved_bytes(lambda t: t[:3] * t[3:6] * t[6:9], x) == 40 + 12
     assert saved_bytes(lambda t: t[:3] * t[3:6] * t[6:9], x, exclude=(x,)) == 12
     assert saved_bytes(torch.exp, x.detach()) == 0
+
+
+def test_peak_bytes_counts_what_is_held_at_a_time() -> None:
+    x = torch.ones(1000)
+
+    def function(x: Tensor) -> Tensor:
+        y = x + 1  # 4000 bytes, and 4000 for the next line until y is gone
+        y = y * 2
+        return (y + 1)[:10].clone()  # y and its sum together
+
+    assert 8000 <= peak_bytes(function, x) <= 8064  # scalars are there as well
+    assert peak_bytes(lambda x: x, x) == 0
+    assert peak_bytes(lambda x: (x.view(-1), x + 1), x) <= 64
 
 
 def test_saved_bytes_of_the_ops() -> None:
