@@ -366,27 +366,32 @@ def softmax_blocks(channels: int, regions: int, itemsize: int) -> HeadBlocks:
     return HeadBlocks(padded(channels, 32), 16, padded(regions, 128), 64, 8, 2)
 
 
-PIXELS_AT_ONCE = 32768  # in the products that run one by one
+PIXELS_AT_ONCE = 32768  # where there are intermediate results of many channels
 
 
 def forward(
     out: Tensor, feats: Tensor, key: Tensor, context_regions: Tensor, weights: Sequence[Tensor], output: str
 ) -> None:
     """Fill `out`, in its own strides: z [B, O, *S], logits [B, L, *S], or the classes [B, *S]."""
-    x = feats.flatten(2)
-    with torch.cuda.device_of(x):
-        if output == "features":
-            _fused_pixels(out.flatten(2), x, key, context_regions, weights[:8])
-            return
-        classes, classes_bias = weights[8:]
-        z = _empty_pixels(x, len(weights[7]), feats.dtype, x.stride(1) == 1)
-        _fused_pixels(z, x, key, context_regions, weights[:8])
-        if output == "logits":
-            _linear(out.flatten(2), z, classes, classes_bias, relu=False)
-        else:  # of logits that are not rounded to 16 bits
-            logits = _empty_pixels(x, len(classes), torch.float32, x.stride(1) == 1)
-            _linear(logits, z, classes, classes_bias, relu=False)
-            torch.argmax(logits, 1, out=out.flatten(1))
+    whole, result = feats.flatten(2), out.flatten(1 if output == "classes" else 2)
+    batch, _, pixels = whole.shape
+    _, key_channels, regions = key.shape
+    key_rows, context_rows = (_with_aligned_rows(t) for t in (key, context_regions))
+    at_once = output == "features" and in_two_kernels(key_channels, regions, dot_dtype(feats).itemsize)
+    step = pixels if at_once else max(1024, PIXELS_AT_ONCE // batch)
+    with torch.cuda.device_of(feats):
+        for start in range(0, pixels, step):
+            x, part = whole[..., start : start + step], result[..., start : start + step]
+            z = part
+            if output != "features":
+                z = _empty_pixels(x, len(weights[7]), x.dtype, x.stride(1) == 1)
+            _fused_pixels(z, x, key_rows, context_rows, regions, weights[:8])
+            if output == "logits":
+                _linear(part, z, *weights[8:], relu=False)
+            if output == "classes":  # of logits that are not rounded to 16 bits
+                logits = _empty_pixels(x, len(weights[8]), torch.float32, x.stride(1) == 1)
+                _linear(logits, z, *weights[8:], relu=False)
+                part.copy_(logits.argmax(1))
 
 
 def _empty_pixels(like: Tensor, channels: int, dtype: torch.dtype, channels_last: bool) -> Tensor:
@@ -396,26 +401,24 @@ def _empty_pixels(like: Tensor, channels: int, dtype: torch.dtype, channels_last
     return like.new_empty((batch, channels, pixels), dtype=dtype)
 
 
-def _fused_pixels(out: Tensor, feats: Tensor, key: Tensor, context_regions: Tensor, weights: Sequence[Tensor]) -> None:
-    """z [B, O, N]."""
-    key_channels, regions = key.shape[1:]
-    key_rows, context_rows = (_with_aligned_rows(t) for t in (key, context_regions))
+def _fused_pixels(
+    out: Tensor, feats: Tensor, key: Tensor, context_regions: Tensor, regions: int, weights: Sequence[Tensor]
+) -> None:
+    """z [B, O, N], in two kernels or product by product."""
+    channels, key_channels = feats.shape[1], key.shape[1]
     if in_two_kernels(key_channels, regions, dot_dtype(feats).itemsize):
-        region_weights = _region_weights(feats, key_rows, regions, *weights[:4])
-        _fuse(out, feats, region_weights, context_rows, regions, *weights[4:])
+        region_weights = _region_weights(feats, key, regions, *weights[:4])
+        _fuse(out, feats, region_weights, context_regions, regions, *weights[4:])
         return
     pixel_in, pixel_in_bias, pixel_out, pixel_out_bias, up_bias, *fusing = weights
-    batch, channels, pixels = feats.shape
-    for start in range(0, pixels, step := max(1024, PIXELS_AT_ONCE // batch)):
-        x, z = (t[:, :, start : start + step] for t in (feats, out))
-        hidden = _empty_pixels(x, key_channels, x.dtype, True)
-        query = torch.empty_like(hidden)
-        y = _empty_pixels(x, channels, x.dtype, True)
-        _linear(hidden, x, pixel_in, pixel_in_bias)
-        _linear(query, hidden, pixel_out, pixel_out_bias)
-        region_weights = _softmax(query, key_rows, regions)
-        _linear(y, region_weights, context_rows, up_bias, factor=lift(x.dtype))
-        _fuse(z, x, y, context_rows, 0, up_bias, *fusing)
+    hidden = _empty_pixels(feats, key_channels, feats.dtype, True)
+    query = torch.empty_like(hidden)
+    y = _empty_pixels(feats, channels, feats.dtype, True)
+    _linear(hidden, feats, pixel_in, pixel_in_bias)
+    _linear(query, hidden, pixel_out, pixel_out_bias)
+    region_weights = _softmax(query, key, regions)
+    _linear(y, region_weights, context_regions, up_bias, factor=lift(feats.dtype))
+    _fuse(out, feats, y, context_regions, 0, up_bias, *fusing)
 
 
 def _with_aligned_rows(regions: Tensor) -> Tensor:
