@@ -8,7 +8,7 @@ STAMP := .venv/stamp
 PYTHON_GIVEN := $(filter-out file,$(origin PYTHON))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test integration lint format bench report gpu clean
+.PHONY: help demo test sanitize integration lint format bench report gpu clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -18,6 +18,19 @@ demo: $(STAMP) ## train a small OCR network on a photo, with and without the ker
 
 test: $(STAMP) ## every test that this machine can run
 	$(BIN)/python -m pytest
+
+SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
+CXX ?= c++
+
+# Python itself is not built with AddressSanitizer, so its library comes first by force, and libstdc++ with it, whose
+# exceptions it watches. Python and PyTorch leave memory to the end of the process, which is not what is looked for.
+sanitize: $(STAMP) ## the compiled library's tests under AddressSanitizer and UBSan
+	CFLAGS="$(SANITIZE)" LDFLAGS="$(SANITIZE)" OCR_KERNELS_BUILD=cpu $(BIN)/python setup.py -q build_ext --debug \
+		--build-lib build/sanitize --build-temp build/sanitize-objects
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
+		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+		OCR_KERNELS_LIBRARY="$(CURDIR)/build/sanitize/ocr_kernels/libocr_kernels_cpu.so" \
+		$(BIN)/python -m pytest tests/test_native.py tests/test_parity.py tests/test_values.py -k native
 
 integration: $(STAMP) ## tests with mmsegmentation, which it installs
 	$(BIN)/pip install --no-deps -r tests/integration/requirements.txt

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
 
+from ocr_kernels import native
+
 BACKENDS = ("reference", "triton", "native")
+_FASTEST = {"cpu": "native", "cuda": "triton"}  # of those that no one asked for, what to try before the reference
 
 _selected = os.environ.get("OCR_KERNELS_BACKEND") or None  # process-wide, like torch.backends' flags
 _problems: dict[str, str | None] = {"reference": None}
@@ -50,20 +53,26 @@ def use_backend(backend: str | None) -> Iterator[None]:
         _selected = previous
 
 
-def resolve_backend(device: torch.device, backend: str | None = None) -> str:
+def resolve_backend(device: torch.device, backend: str | None = None, implemented: Sequence[str] = BACKENDS) -> str:
     """The backend for tensors on `device`: the caller's, else the selected one, else the fastest there.
 
-    A backend that somebody named runs or raises; only the automatic choice looks further.
+    `implemented` are those that have the op in question. A backend that somebody named runs or raises; only the
+    automatic choice looks further.
     """
     name = backend if backend is not None else _selected
     if name is None:
-        return "triton" if device.type == "cuda" and _problem("triton") is None else "reference"
+        name = _FASTEST.get(device.type, "reference")
+        return name if name in implemented and _problem(name) is None else "reference"
     _require(name)
+    if name not in implemented:
+        raise RuntimeError(f"backend {name!r} has no kernels for this op; {' and '.join(implemented)} have")
     if name == "triton" and device.type != "cuda" and not interpreting():
         raise RuntimeError(
             f"backend 'triton' cannot run on a {device.type} tensor: it needs a GPU tensor, or "
             "TRITON_INTERPRET=1 set before Python starts"
         )
+    if name == "native" and device.type != "cpu":
+        raise RuntimeError(f"backend 'native' cannot run on a {device.type} tensor: its kernels are for CPUs")
     return name
 
 
@@ -84,7 +93,7 @@ def _require(name: str) -> None:
 def _problem(name: str) -> str | None:
     """Why a backend cannot run on this machine, found out once; None where it can."""
     if name not in _problems:
-        _problems[name] = _triton_problem() if name == "triton" else _native_problem()
+        _problems[name] = _triton_problem() if name == "triton" else native.problem()
     return _problems[name]
 
 
@@ -96,7 +105,3 @@ def _triton_problem() -> str | None:
     if interpreting() or torch.cuda.is_available():
         return None
     return "no GPU is visible to PyTorch; TRITON_INTERPRET=1 runs the kernels on the CPU, for tests"
-
-
-def _native_problem() -> str | None:
-    return "this version of ocr_kernels contains no compiled library"

@@ -9,15 +9,18 @@ import os
 import platform
 import shutil
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import ocr_kernels
-from ocr_kernels.backends import available_backends, resolve_backend
+from ocr_kernels import native
+from ocr_kernels.backends import BACKENDS, available_backends, resolve_backend
+from ocr_kernels.head.functional import IMPLEMENTED
 
-ENVIRONMENT = ("OCR_KERNELS_BACKEND", "TRITON_INTERPRET")
+ENVIRONMENT = ("OCR_KERNELS_BACKEND", "OCR_KERNELS_ISA", "OCR_KERNELS_LIBRARY", "TRITON_INTERPRET")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,11 +34,16 @@ def main(args: argparse.Namespace) -> int:
 
 
 def collect() -> dict[str, Any]:
-    """Backends, the backend chosen on each device, versions, devices, environment variables; all of it JSON."""
+    """Backends, those chosen on each device, the compiled library, versions, devices, environment; all of it JSON."""
     gpus = range(torch.cuda.device_count()) if torch.cuda.is_available() else range(0)
     return {
         "backends": available_backends(),
-        "chosen": {kind: _chosen(kind) for kind in ("cpu", "cuda")[: 2 if gpus else 1]},
+        "chosen": {
+            kind + suffix: _chosen(kind, implemented)
+            for kind in ("cpu", "cuda")[: 2 if gpus else 1]
+            for suffix, implemented in (("", BACKENDS), (", ocr_head", IMPLEMENTED))
+        },
+        "library": {"file": str(native.library()), **native.facts()} if native.problem() is None else None,
         "versions": {
             "ocr_kernels": ocr_kernels.__version__,
             "python": platform.python_version(),
@@ -49,9 +57,9 @@ def collect() -> dict[str, Any]:
     }
 
 
-def _chosen(device_type: str) -> str:
+def _chosen(device_type: str, implemented: Sequence[str]) -> str:
     try:
-        return resolve_backend(torch.device(device_type))
+        return resolve_backend(torch.device(device_type), None, implemented)
     except (ValueError, RuntimeError) as error:  # OCR_KERNELS_BACKEND names one that cannot run
         return f"none: {error}"
 
@@ -104,9 +112,11 @@ def _format(report: dict[str, Any]) -> str:
     environment = {name: "not set" if value is None else value for name, value in report["environment"].items()}
     devices = {device["device"]: _describe(device) for device in report["devices"]}
     chosen = {f"on {kind}": backend for kind, backend in report["chosen"].items()}
+    library = {name.replace("_", " "): fact for name, fact in (report["library"] or {"file": "none"}).items()}
     sections = {
         "Backends": backends,
         "Chosen backend": chosen,
+        "Compiled library": library,
         "Versions": versions,
         "Devices": devices,
         "Environment": environment,

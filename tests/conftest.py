@@ -7,6 +7,8 @@ import os
 import pytest
 import torch
 
+from ocr_kernels.native import problem
+
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is first imported
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs to be reproducible
@@ -15,16 +17,24 @@ GPU = [
     pytest.param(("triton", "cuda"), marks=pytest.mark.gpu),
     pytest.param(("reference", "cuda"), marks=pytest.mark.gpu),
 ]
-TARGETS = [("reference", "cpu"), *(GPU if torch.cuda.is_available() else [("triton", "cpu")])]
+NATIVE = pytest.param(("native", "cpu"), marks=pytest.mark.skipif(problem() is not None, reason=str(problem())))
+HEAD_TARGETS = [("reference", "cpu"), *(GPU if torch.cuda.is_available() else [("triton", "cpu")])]
+TARGETS = [*HEAD_TARGETS, NATIVE]
 
 
-@pytest.fixture(params=TARGETS, ids=lambda target: "-".join(target))
+@pytest.fixture(params=TARGETS, ids="-".join)
 def target(request: pytest.FixtureRequest) -> tuple[str, str]:
     """(backend, device)"""
     return request.param
 
 
-@pytest.fixture(params=TARGETS[1:], ids=lambda target: "-".join(target))
+@pytest.fixture(params=TARGETS[1:], ids="-".join)
 def kernels(request: pytest.FixtureRequest) -> tuple[str, str]:
     """(backend, device) of the compiled backends, the plain reference on a CPU left out."""
+    return request.param
+
+
+@pytest.fixture(params=HEAD_TARGETS, ids="-".join)
+def head_target(request: pytest.FixtureRequest) -> tuple[str, str]:
+    """(backend, device) of the inference head, which has no compiled kernels."""
     return request.param

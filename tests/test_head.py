@@ -36,6 +36,11 @@ def poison():
         yield
 
 
+@pytest.fixture
+def target(head_target: tuple[str, str]) -> tuple[str, str]:
+    return head_target
+
+
 class Head(nn.Module):
     """Steps 4 and 5 in plain PyTorch, in eval mode, with BatchNorms that do something."""
 

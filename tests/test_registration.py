@@ -14,6 +14,8 @@ from ops import ATTENTION, DTYPES, GATHER, Op, all_dtypes, both_ops
 
 import ocr_kernels
 from ocr_kernels import available_backends, pixel_region_attention, spatial_gather, use_backend
+from ocr_kernels.backends import resolve_backend
+from ocr_kernels.head.functional import IMPLEMENTED as HEAD_BACKENDS
 from ocr_kernels.modules import SpatialOCR
 from ocr_kernels.testing import LAYOUTS, Layout
 
@@ -236,6 +238,7 @@ def test_use_backend_is_nested_and_restored(monkeypatch: pytest.MonkeyPatch) -> 
         "ocr_kernels.gather.functional.spatial_gather_op", lambda *args: used.append(args[-1]) or (args[0],)
     )
     monkeypatch.setitem(ocr_kernels.backends._problems, "triton", None)
+    monkeypatch.setitem(ocr_kernels.backends._problems, "native", "not here")
     x = torch.randn(1, 2, 3)
     with use_backend("triton"):
         spatial_gather(x, x, backend="reference")
@@ -272,7 +275,8 @@ def test_backward_runs_on_the_forwards_backend(kernels: tuple[str, str], monkeyp
     assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
-def test_unknown_and_impossible_backends() -> None:
+def test_unknown_and_impossible_backends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ocr_kernels.backends._problems, "native", "there is no compiled library")
     x = torch.randn(1, 2, 3)
     with pytest.raises(ValueError, match="backend must be one of reference, triton, native, but is 'cuda'"):
         spatial_gather(x, x, backend="cuda")
@@ -282,6 +286,27 @@ def test_unknown_and_impossible_backends() -> None:
         spatial_gather(x, x, backend="native")
     with pytest.raises(RuntimeError, match="backend 'native' cannot run"), use_backend("native"):
         raise AssertionError("the block must not run")
+
+
+@pytest.mark.parametrize(("device", "problem", "chosen"), [
+    ("cpu", None, "native"),
+    ("cpu", "not here", "reference"),
+    ("cuda", None, "triton"),
+    ("cuda", "not here", "reference"),
+    ("meta", None, "reference"),
+])  # fmt: skip
+def test_automatic_choice(device: str, problem: str | None, chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("triton", "native"):
+        monkeypatch.setitem(ocr_kernels.backends._problems, name, problem)
+    assert resolve_backend(torch.device(device)) == chosen
+
+
+def test_native_needs_cpu_tensors_and_an_op_that_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ocr_kernels.backends._problems, "native", None)
+    with pytest.raises(RuntimeError, match="backend 'native' cannot run on a meta tensor"):
+        spatial_gather(x3.to("meta"), x3.to("meta"), backend="native")
+    with pytest.raises(RuntimeError, match="backend 'native' has no kernels for this op; reference and triton have"):
+        resolve_backend(x3.device, "native", HEAD_BACKENDS)
 
 
 # Errors

@@ -1,13 +1,16 @@
-"""What is installed: pins, and what the wheel contains."""
+"""What is installed: pins, what the wheel contains, what is built, and the example that uses it from C++."""
 
 import itertools
+import os
 import shutil
 import subprocess
 import sys
+import venv
 import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 from packaging.requirements import Requirement
 
 if sys.version_info >= (3, 11):
@@ -16,6 +19,7 @@ else:
     import tomli as tomllib
 
 import ocr_kernels
+from ocr_kernels.native import library, problem
 
 ROOT = Path(__file__).parent.parent
 
@@ -43,18 +47,131 @@ def test_every_requirement_has_one_pin_that_satisfies_it(python: str) -> None:
     assert sorted({r.name for r in wanted}) == sorted(pins), "a pin that nothing requires"
 
 
-def test_wheel_contains_the_package_and_nothing_else(tmp_path: Path) -> None:
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A copy of what is needed to build, with nothing built in it."""
     pytest.importorskip("setuptools", minversion="77")
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path)
-    for name in ("ocr_kernels", "benchmarks", "tests"):
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
-    build = "from setuptools import build_meta; build_meta.build_wheel('.')"
-    subprocess.run([sys.executable, "-c", build], cwd=tmp_path, check=True, capture_output=True)
+    for name in ("benchmarks", "csrc", "ocr_kernels", "tests"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    return tmp_path
 
-    (wheel,) = tmp_path.glob("*.whl")
-    assert wheel.name.startswith(f"ocr_kernels-{ocr_kernels.__version__}-")
+
+def build_wheel(checkout: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """What `pip wheel --no-build-isolation` does."""
+    build = "from setuptools import build_meta; build_meta.build_wheel('.')"
+    environment = os.environ | environment
+    return subprocess.run([sys.executable, "-c", build], cwd=checkout, env=environment, capture_output=True, text=True)
+
+
+PURE = f"ocr_kernels-{ocr_kernels.__version__}-py3-none-any.whl"
+
+
+def test_wheel_contains_the_package_and_nothing_else(checkout: Path) -> None:
+    result = build_wheel(checkout, OCR_KERNELS_BUILD="none")
+    assert result.returncode == 0, result.stderr
+    (wheel,) = checkout.glob("*.whl")
+    assert wheel.name == PURE
     names = zipfile.ZipFile(wheel).namelist()
     sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "ocr_kernels").rglob("*.py")}
     assert {"ocr_kernels/py.typed", *sources} == {name for name in names if ".dist-info/" not in name}
     assert any(name.endswith("/licenses/LICENSE") for name in names)
+
+
+@pytest.mark.parametrize(
+    ("mode", "message"),
+    [
+        ("cpu", "OCR_KERNELS_BUILD=cpu: the compiled library cannot be built"),
+        ("cuda", "OCR_KERNELS_BUILD=cuda: there are no compiled kernels for GPUs yet"),
+        ("abacus", "OCR_KERNELS_BUILD must be auto, none, cpu or cuda, but is 'abacus'"),
+    ],
+)
+def test_what_was_asked_for_is_built_or_fails(checkout: Path, mode: str, message: str) -> None:
+    result = build_wheel(checkout, OCR_KERNELS_BUILD=mode, CXX="absent-compiler")
+    assert result.returncode != 0
+    assert message in result.stderr
+    assert not list(checkout.glob("*.whl"))
+
+
+@pytest.mark.parametrize("missing", ["compiler", "PyTorch"])
+def test_installing_needs_neither_compiler_nor_pytorch(checkout: Path, missing: str) -> None:
+    """It says what is left out and why."""
+    if missing == "compiler":
+        result = build_wheel(checkout, CXX="absent-compiler")
+        reason = "No such file or directory: 'absent-compiler'"
+    else:
+        (checkout / "hidden" / "torch").mkdir(parents=True)
+        (checkout / "hidden" / "torch" / "__init__.py").write_text("raise ImportError('no torch here')")
+        result = build_wheel(checkout, PYTHONPATH=str(checkout / "hidden"))
+        reason = "PyTorch does not import (ImportError: no torch here)"
+    assert result.returncode == 0, result.stderr
+    assert "ocr_kernels: the compiled library is left out: " in result.stderr
+    assert reason in result.stderr
+    assert [wheel.name for wheel in checkout.glob("*.whl")] == [PURE]
+
+
+def test_a_compiler_that_fails_later_leaves_the_library_out(checkout: Path) -> None:
+    (checkout / "csrc" / "gather" / "cpu.cpp").write_text("#error\n")
+    for source in checkout.glob("csrc/*/cpu_kernels.cpp"):
+        source.write_text("")
+    result = build_wheel(checkout)
+    assert result.returncode == 0, result.stderr
+    (wheel,) = checkout.glob("*.whl")
+    assert not [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".so")]
+    assert build_wheel(checkout, OCR_KERNELS_BUILD="cpu").returncode != 0
+
+
+needs_compiler = pytest.mark.skipif(
+    sys.platform != "linux" or shutil.which(os.environ.get("CXX", "c++")) is None,
+    reason="needs Linux and a C++ compiler",
+)
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_wheel_in_an_empty_environment(checkout: Path) -> None:
+    """One wheel for all Pythons, with the library in it; it runs where there is PyTorch and no checkout."""
+    result = build_wheel(checkout, OCR_KERNELS_BUILD="cpu")
+    assert result.returncode == 0, result.stderr
+    (wheel,) = checkout.glob("*.whl")
+    assert wheel.name.startswith(f"ocr_kernels-{ocr_kernels.__version__}-cp310-abi3-linux_")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert [name for name in names if name.endswith(".so")] == ["ocr_kernels/libocr_kernels_cpu.so"]
+    assert not [name for name in names if name.startswith(("csrc", "tests"))]
+
+    environment = checkout / "environment"
+    venv.create(environment)
+    (packages,) = environment.glob("lib/python*/site-packages")
+    install = [sys.executable, "-m", "pip", "--python", str(environment), "install", "--no-deps", str(wheel)]
+    subprocess.run(install, check=True, capture_output=True)
+    (packages / "torch.pth").write_text(str(Path(torch.__file__).parent.parent))  # after what is installed there
+    code = """
+import torch, ocr_kernels
+print(ocr_kernels.__file__)
+x = torch.randn(2, 3, 4, requires_grad=True)
+ocr_kernels.spatial_gather(x, x, backend="native").sum().backward()
+ocr_kernels.pixel_region_attention(x, x, x, backend="native").sum().backward()
+print(ocr_kernels.native.library())
+"""
+    clean = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "OCR_KERNELS_LIBRARY")}
+    run = [str(environment / "bin" / "python"), "-c", code]
+    printed = subprocess.run(run, cwd=environment, env=clean, check=True, capture_output=True, text=True).stdout
+    assert printed.split() == [
+        str(packages / "ocr_kernels" / name) for name in ("__init__.py", "libocr_kernels_cpu.so")
+    ]
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.skipif(problem() is not None, reason=str(problem()))
+@pytest.mark.skipif(shutil.which("cmake") is None, reason="needs CMake")
+def test_cpp_example(tmp_path: Path) -> None:
+    for command in (
+        ["cmake", "-S", ROOT / "examples/cpp", "-B", tmp_path, f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}"],
+        ["cmake", "--build", tmp_path],
+        [tmp_path / "example", library()],
+    ):
+        result = subprocess.run(command, capture_output=True, text=True)
+        assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout == "regions [2, 64, 19], context [2, 32, 16, 32]: as the formulas have them\n"

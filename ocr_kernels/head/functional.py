@@ -14,6 +14,7 @@ from ocr_kernels.library import check_device, check_shape, check_tensors
 
 Output = Literal["features", "logits", "classes"]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+IMPLEMENTED = ("reference", "triton")
 
 
 class HeadWeights(NamedTuple):
@@ -62,7 +63,7 @@ def ocr_head(
         regions: region representations f, `[B, C, K]`, as `spatial_gather` returns them; any K >= 1.
         weights: the folded weights, on the device of `feats`.
         output: `"features"` for z, `"logits"` for the classifier's result, `"classes"` for its argmax.
-        backend: `"reference"`, `"triton"` or `"native"`; `None` chooses (see `ocr_kernels.use_backend`).
+        backend: `"reference"` or `"triton"`; `None` chooses (see `ocr_kernels.use_backend`).
 
     Returns:
         z, `[B, O, *S]`, or logits, `[B, L, *S]`, in the dtype and the memory format (contiguous or channels last) of
@@ -108,7 +109,7 @@ def ocr_head(
         context_regions.transpose(1, 2),
         arguments,
         output,
-        resolve_backend(feats.device, backend),
+        resolve_backend(feats.device, backend, IMPLEMENTED),
     )
     return out
 

@@ -1,0 +1,40 @@
+// Which of the compiled variants this processor runs. For files that are compiled without instruction set flags.
+#pragma once
+
+#include <cstdlib>
+#include <cstring>
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#define OCR_X86_VARIANTS 1
+#endif
+
+namespace ocr_kernels {
+
+enum class Isa { Portable, Avx2, Avx512, Avx512Bf16 };
+
+inline Isa processor_isa() {
+#if defined(OCR_X86_VARIANTS)
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return Isa::Portable;
+  if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
+      !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl"))
+    return Isa::Avx2;
+  return __builtin_cpu_supports("avx512bf16") ? Isa::Avx512Bf16 : Isa::Avx512;
+#else
+  return Isa::Portable;
+#endif
+}
+
+// The environment variable OCR_KERNELS_ISA lowers it.
+inline Isa chosen_isa() {
+  static const Isa isa = [] {
+    const char* names[] = {"portable", "avx2", "avx512", "avx512bf16"};
+    const char* wanted = std::getenv("OCR_KERNELS_ISA");
+    const int best = int(processor_isa());
+    for (int i = 0; wanted && i < best; ++i)
+      if (std::strcmp(wanted, names[i]) == 0) return Isa(i);
+    return Isa(best);
+  }();
+  return isa;
+}
+
+}  // namespace ocr_kernels

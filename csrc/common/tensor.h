@@ -1,0 +1,21 @@
+// What the kernels know of a tensor, with nothing of PyTorch in it.
+#pragma once
+
+#include <cstdint>
+
+namespace ocr_kernels {
+
+enum class Dtype { Float64, Float32, BFloat16, Float16 };
+
+// A tensor [batch, rows, columns] with element strides of any kind. Where there are pixels, they are the columns.
+struct Tensor {
+  void* data;
+  Dtype dtype;
+  int64_t batch, rows, columns;
+  int64_t stride_batch, stride_row, stride_column;
+};
+
+// Runs body(state, 0) to body(state, tasks - 1), each once, in any order, on any number of threads.
+using Parallel = void (*)(int64_t tasks, void (*body)(const void* state, int64_t task), const void* state);
+
+}  // namespace ocr_kernels

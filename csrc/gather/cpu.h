@@ -1,0 +1,17 @@
+// f_k = sum_i softmax_i(scale * M_ki) x_i: the softmax runs over pixels.
+#pragma once
+
+#include "../common/tensor.h"
+
+namespace ocr_kernels::cpu {
+
+// out [B, C, K] and stats [B, 2, K] (the softmax's maxima of scale * logits, and sums) from feats [B, C, N], logits [B, K, N].
+// stats are float64 where feats or logits are, else float32; out has the dtype of feats. N >= 1.
+void gather_forward(const Tensor& out, const Tensor& stats, const Tensor& feats, const Tensor& logits, double scale,
+                    Parallel parallel);
+
+// dfeats [B, C, N] and dlogits [B, K, N] from grad [B, C, K]; a gradient whose data is null is not wanted.
+void gather_backward(const Tensor& dfeats, const Tensor& dlogits, const Tensor& grad, const Tensor& feats,
+                     const Tensor& logits, const Tensor& out, const Tensor& stats, double scale, Parallel parallel);
+
+}  // namespace ocr_kernels::cpu

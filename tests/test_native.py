@@ -1,0 +1,260 @@
+"""The compiled library: threads, processes, instruction sets, anything that may be drawn; and its absence."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ops import DTYPES, Op, all_dtypes, both_ops
+from torch import Tensor
+
+from ocr_kernels import native
+from ocr_kernels.native import problem
+
+ROOT = Path(__file__).parent.parent
+built = pytest.mark.skipif(problem() is not None, reason=str(problem()))
+
+
+def run(code: str, **environment: str) -> str:
+    """The output of `code` in a fresh Python, beside the tests."""
+    clean = {k: v for k, v in os.environ.items() if k not in ("OCR_KERNELS_BACKEND", "OCR_KERNELS_ISA")}
+    paths = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
+    process = subprocess.run(
+        [sys.executable, "-c", code],
+        env=clean | {"PYTHONPATH": paths} | environment,
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 0, process.stderr
+    return process.stdout
+
+
+def values_and_gradients(op: Op, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    out = op.on("native")(*inputs)
+    return out, *torch.autograd.grad(out, inputs, torch.cos(out))
+
+
+# Threads and processes
+
+
+@built
+@both_ops
+@all_dtypes
+@pytest.mark.parametrize("regions", [3, 40])
+def test_number_of_threads_changes_no_bit(op: Op, dtype: torch.dtype, regions: int) -> None:
+    inputs = op.inputs(channels=33, regions=regions, spatial=(61, 67), dtype=dtype, requires_grad=True)
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 4):
+            torch.set_num_threads(threads)
+            results.append(values_and_gradients(op, inputs))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@built
+@both_ops
+def test_several_python_threads_at_once(op: Op) -> None:
+    cases = [op.inputs(channels=8 + i, regions=5, spatial=(40, 50), seed=i, requires_grad=True) for i in range(4)]
+    expected = [values_and_gradients(op, inputs) for inputs in cases]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(8):
+            for found, alone in zip(pool.map(lambda x: values_and_gradients(op, x), cases), expected, strict=True):
+                assert all(torch.equal(a, b) for a, b in zip(found, alone, strict=True))
+
+
+class Calls(torch.utils.data.Dataset):
+    """Each item is a result of `op`."""
+
+    def __init__(self, op: Op) -> None:
+        self.op = op
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, i: int) -> Tensor:
+        return self.op.on("native")(*self.op.inputs(spatial=(40, 50), seed=i))
+
+
+@built
+@both_ops
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_after_fork(op: Op) -> None:
+    """In the workers of a DataLoader, which run one thread each: with more, PyTorch's own operations hang as well."""
+    items = Calls(op)
+    expected = [items[i] for i in range(4)]  # the parent's threads are there before it forks
+    loader = torch.utils.data.DataLoader(
+        items, batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=60
+    )
+    assert all(torch.equal(a, b) for a, b in zip(loader, expected, strict=True))
+
+
+# Instruction sets
+
+PARITY = """
+import torch
+from ops import ATTENTION, DTYPES, GATHER
+from ocr_kernels import native
+print(native.facts()["instruction_set"])
+for op in (GATHER, ATTENTION):
+    for dtype in DTYPES:
+        for seed, (channels, regions, spatial) in enumerate(((1, 1, (1,)), (19, 19, (7, 9)), (70, 33, (131,)))):
+            for layout in ("contiguous", "channels_last", "strided"):
+                inputs = op.inputs(channels=channels, regions=regions, spatial=spatial, dtype=dtype, layout=layout,
+                                   seed=seed, requires_grad=True)
+                op.assert_parity("native", inputs)
+"""
+
+
+@built
+@pytest.mark.parametrize("name", ["portable", "avx2", "avx512", "avx512bf16"])
+def test_each_instruction_set(name: str) -> None:
+    facts = native.facts()
+    if name not in facts["instruction_sets"].split():
+        pytest.skip(f"the library was built for {facts['instruction_sets']}")
+    found = run(PARITY, OCR_KERNELS_ISA=name).strip()
+    if found != name and name not in ("portable", facts["instruction_set"]):
+        pytest.skip(f"this processor has {found} at most")
+    assert found == name
+
+
+# Anything at all
+
+
+def lay_out(tensor: Tensor, order: Sequence[int], steps: Sequence[int]) -> Tensor:
+    """The same values with dimensions in the memory order `order`, and gaps where a step is not 1."""
+    storage = tensor.new_full([tensor.shape[d] * steps[d] for d in order], math.nan)
+    view = storage[tuple(slice(None, None, steps[d]) for d in order)]
+    view = view.permute([list(order).index(d) for d in range(tensor.dim())])
+    return view.copy_(tensor)
+
+
+@st.composite
+def strides(draw: st.DrawFn, dims: int) -> tuple[Sequence[int], Sequence[int]]:
+    steps = st.lists(st.sampled_from([1, 1, 1, 2, 3]), min_size=dims, max_size=dims)
+    return draw(st.permutations(range(dims))), draw(steps)
+
+
+@built
+@both_ops
+@settings(max_examples=80, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_anything(op: Op, data: st.DataObject) -> None:
+    """Shapes, strides of inputs and of the incoming gradient, dtypes, scales and magnitudes."""
+    spatial = data.draw(st.lists(st.integers(1, 12), min_size=1, max_size=3), label="spatial")
+    inputs = op.inputs(
+        batch=data.draw(st.integers(1, 3), label="batch"),
+        channels=data.draw(st.integers(1, 70), label="channels"),
+        regions=data.draw(st.integers(1, 70), label="regions"),
+        spatial=tuple(spatial),
+        dtype=data.draw(st.sampled_from(DTYPES), label="dtype"),
+        seed=data.draw(st.integers(0, 2**31), label="seed"),
+    )
+    factor = data.draw(st.sampled_from([1e-3, 0.1, 1.0, 1.0, 4.0]), label="factor")
+    inputs = [lay_out(t * factor, *data.draw(strides(t.dim()), label="strides")).requires_grad_() for t in inputs]
+    scale = data.draw(st.sampled_from([0.0, 0.3, 1.0, -1.5]), label="scale")
+    out = op.on("native")(*inputs, scale).detach()
+    grad = torch.randn(out.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(out.dtype)
+    grad_output = lay_out(grad, *data.draw(strides(out.dim()), label="strides of the gradient"))
+    op.assert_parity("native", (*inputs, scale), grad_output=grad_output)
+
+
+# The library's own checks stand behind those of the public call, for C++
+
+
+@built
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda ops, x: ops.spatial_gather(x[0], x[0]), "feats must have 3 dimensions or more, but has 2"),
+        (lambda ops, x: ops.spatial_gather(x, x[:1]), r"logits must have shape \[2, 3, 5\], .*but has \[1, 3, 5\]"),
+        (lambda ops, x: ops.spatial_gather(x.int(), x), "feats must be float64, float32, bfloat16 or float16"),
+        (lambda ops, x: ops.spatial_gather(x[..., :0], x[..., :0]), "feats must have a pixel"),
+        (lambda ops, x: ops.pixel_region_attention(x, x.double(), x), "key has not the dtype"),
+        (lambda ops, x: ops.pixel_region_attention(x, x, x[..., 1:]), r"value must have shape \[2, 3, 5\]"),
+        (lambda ops, x: ops.attention_forward(x[:, :2], x, x, x, 1.0), r"out must have shape \[2, 3, 5\]"),
+        (lambda ops, x: ops.gather_backward(x[:1], None, x, x, x, x, x, 1.0), "grad must have shape"),
+    ],
+)
+def test_wrong_arguments_are_refused(call, message: str) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        call(native.ops(), torch.zeros(2, 3, 5))
+
+
+@built
+def test_what_cpp_calls() -> None:
+    feats, logits = torch.randn(2, 6, 4, 5), torch.randn(2, 3, 4, 5)
+    key, value = torch.randn(2, 6, 3), torch.randn(2, 7, 3)
+    ops = torch.ops.ocr_kernels
+    torch.testing.assert_close(
+        native.ops().spatial_gather(feats, logits, 2.0), ops.spatial_gather(feats, logits, 2.0, "reference")[0]
+    )
+    torch.testing.assert_close(
+        native.ops().pixel_region_attention(feats, key, value),
+        ops.pixel_region_attention(feats, key, value, None, "reference"),
+    )
+
+
+# Its absence
+
+CALL_TWICE = """
+import warnings, torch, ocr_kernels
+x = torch.randn(1, 2, 3)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    for _ in range(2):
+        ocr_kernels.spatial_gather(x, x)
+        ocr_kernels.pixel_region_attention(x, x, x)
+print(len(caught), *(w.message for w in caught))
+print(ocr_kernels.backends.resolve_backend(x.device))
+try:
+    ocr_kernels.spatial_gather(x, x, backend="native")
+except RuntimeError as error:
+    print(error)
+"""
+
+
+def test_no_library() -> None:
+    caught, chosen, error = run(CALL_TWICE, OCR_KERNELS_LIBRARY="absent.so").splitlines()
+    assert (caught, chosen) == ("0", "reference")
+    assert error.startswith("backend 'native' cannot run: this installation contains no compiled library (absent.so)")
+    assert "OCR_KERNELS_BUILD=cpu pip install --no-build-isolation" in error
+
+
+@pytest.mark.parametrize("kind", ["a symbol that PyTorch lacks", "no library at all"])
+def test_a_library_of_another_abi(kind: str, tmp_path: Path) -> None:
+    """One warning, then the other backends."""
+    library = tmp_path / "libother.so"
+    if kind == "no library at all":
+        library.write_text("bytes of another system")
+    else:
+        if shutil.which("c++") is None:
+            pytest.skip("needs a C++ compiler")
+        source = tmp_path / "other.cpp"
+        source.write_text('extern "C" int torch_of_the_year_3000();\nint call() { return torch_of_the_year_3000(); }\n')
+        environment = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}
+        command = ["c++", "-shared", "-fPIC", str(source), "-o", str(library)]
+        subprocess.run(command, env=environment, check=True)
+    caught, chosen, error = run(CALL_TWICE, OCR_KERNELS_LIBRARY=str(library)).splitlines()
+    assert caught.startswith("1 ocr_kernels: the compiled library was built for another PyTorch or another system (")
+    assert caught.endswith("Until then the other backends run")
+    assert chosen == "reference"
+    assert error.startswith("backend 'native' cannot run: the compiled library was built for another PyTorch")
+
+
+def test_importing_does_not_load_it() -> None:
+    code = "import torch, ocr_kernels; print(ocr_kernels.native.problem.cache_info().misses)"
+    assert run(code).strip() == "0"
