@@ -36,14 +36,18 @@ integration: $(STAMP) ## tests with mmsegmentation, which it installs
 	$(BIN)/pip install --no-deps -r tests/integration/requirements.txt
 	$(BIN)/python -m pytest -m integration
 
-lint: $(STAMP) ## ruff and mypy
+CPP := $(shell find csrc examples -name '*.h' -o -name '*.cpp')
+
+lint: $(STAMP) ## ruff, clang-format and mypy
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
 	$(BIN)/mypy
 
 format: $(STAMP) ## rewrite the code as `make lint` wants it
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+	$(BIN)/clang-format -i $(CPP)
 
 bench: $(STAMP) ## times against eager PyTorch and torch.compile
 	$(BIN)/python -m benchmarks

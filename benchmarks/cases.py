@@ -267,9 +267,15 @@ def scaled_dot_product(query: Tensor, key: Tensor, value: Tensor, *, backend: An
     return out
 
 
-def _inference(subject: Subject) -> Subject:
-    """The same in inference alone, with the head folded."""
-    return replace(subject, name=f"folded-{subject.name}", passes=("forward",), finish=fold_ocr_modules)
+def _inference(subject: Subject, network: Callable[..., nn.Module]) -> Subject:
+    """The same in inference alone, with the head folded; backends are chosen automatically, since not all have one."""
+    return replace(
+        subject,
+        name=f"folded-{subject.name}",
+        ours=lambda c, _: network(modules, c),
+        passes=("forward",),
+        finish=fold_ocr_modules,
+    )
 
 
 def _network(backbone: str) -> Subject:
@@ -327,7 +333,8 @@ _LAYERS = (
     ),
 )
 NETWORKS = ("hrnet_w18", "hrnet_w48")  # of timm, with a folded head
-SUBJECTS = {subject.name: subject for subject in (*_LAYERS, *map(_inference, _LAYERS[2:]), *map(_network, NETWORKS))}
+_FOLDED = _inference(_LAYERS[2], Block), _inference(_LAYERS[3], Head)
+SUBJECTS = {subject.name: subject for subject in (*_LAYERS, *_FOLDED, *map(_network, NETWORKS))}
 
 
 def our_backends(device: torch.device) -> list[str]:

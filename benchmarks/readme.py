@@ -65,11 +65,11 @@ def render(readme: str) -> str:
 def _section(machine: str, data: dict[str, Any]) -> str:
     lines = [f"**{report.origin(data)}**", ""]
     kernels = any(name != "reference" for result in data["results"] for name in result["ours"])
-    if not kernels:
+    if data["device"] == "cpu":
         load = " and ".join(f"{value:.1f}" for value in data["load"] if value is not None)
+        ours = "Only the `reference` backend, plain PyTorch, runs on this machine: what it costs, not the kernels. "
         lines += [
-            "Only the `reference` backend, plain PyTorch, runs on this machine: what it costs, not the kernels. "
-            f"{_threads(data)}; load average {load or 'unknown'} before and after.",
+            f"{'' if kernels else ours}{_threads(data)}; load average {load or 'unknown'} before and after.",
             "",
         ]
     for grid in (*report.summary(data["results"]), *report.networks(data["results"])):

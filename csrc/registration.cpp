@@ -1,5 +1,5 @@
-// The kernels as PyTorch ops: schemas, and what becomes of their arguments. This is PyTorch's stable ABI: one binary serves
-// every PyTorch since 2.11 and, having nothing of Python in it, every Python and none.
+// The kernels as PyTorch ops: schemas, and what becomes of their arguments. This is PyTorch's stable ABI: one binary
+// serves every PyTorch since 2.11 and, having nothing of Python in it, every Python and none.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -22,11 +22,16 @@ using torch::headeronly::ScalarType;
 
 Dtype dtype_of(const Argument& tensor, const char* name) {
   switch (tensor.scalar_type()) {
-    case ScalarType::Double: return Dtype::Float64;
-    case ScalarType::Float: return Dtype::Float32;
-    case ScalarType::BFloat16: return Dtype::BFloat16;
-    case ScalarType::Half: return Dtype::Float16;
-    default: STD_TORCH_CHECK(false, name, " must be float64, float32, bfloat16 or float16");
+    case ScalarType::Double:
+      return Dtype::Float64;
+    case ScalarType::Float:
+      return Dtype::Float32;
+    case ScalarType::BFloat16:
+      return Dtype::BFloat16;
+    case ScalarType::Half:
+      return Dtype::Float16;
+    default:
+      STD_TORCH_CHECK(false, name, " must be float64, float32, bfloat16 or float16");
   }
 }
 
@@ -57,8 +62,8 @@ Tensor shape_of(const Argument& tensor, const char* name) {
 }
 
 void expect(const Tensor& t, const char* name, int64_t batch, int64_t rows, int64_t columns, Dtype dtype) {
-  STD_TORCH_CHECK(t.batch == batch && t.rows == rows && t.columns == columns, name, " must have shape [", batch, ", ", rows,
-                  ", ", columns, "], its pixels counted as one dimension, but has [", t.batch, ", ", t.rows, ", ",
+  STD_TORCH_CHECK(t.batch == batch && t.rows == rows && t.columns == columns, name, " must have shape [", batch, ", ",
+                  rows, ", ", columns, "], its pixels counted as one dimension, but has [", t.batch, ", ", t.rows, ", ",
                   t.columns, "]");
   STD_TORCH_CHECK(t.dtype == dtype, name, " has not the dtype that the other arguments call for");
 }
@@ -114,9 +119,9 @@ void gather_forward(const Argument& out, const Argument& stats, const Argument& 
                       output(stats, "stats", x->batch, 2, m->rows, statistics_dtype(x, m)), x, m, scale, parallel);
 }
 
-void gather_backward(const std::optional<Argument>& dfeats, const std::optional<Argument>& dlogits, const Argument& grad,
-                     const Argument& feats, const Argument& logits, const Argument& out, const Argument& stats,
-                     double scale) {
+void gather_backward(const std::optional<Argument>& dfeats, const std::optional<Argument>& dlogits,
+                     const Argument& grad, const Argument& feats, const Argument& logits, const Argument& out,
+                     const Argument& stats, double scale) {
   const Input x(feats, "feats"), m(logits, "logits");
   expect(m, "logits", x->batch, m->rows, x->columns, m->dtype);
   STD_TORCH_CHECK(x->columns >= 1, "feats must have a pixel");
@@ -143,8 +148,8 @@ void attention_backward(const std::optional<Argument>& dquery, const std::option
   expect(v, "value", q->batch, v->rows, k->columns, q->dtype);
   STD_TORCH_CHECK(q->columns >= 1, "query must have a pixel");
   const Input g(grad, "grad", q->batch, v->rows, q->columns, q->dtype);
-  cpu::attention_backward(gradient(dquery, "dquery", q), gradient(dkey, "dkey", k), gradient(dvalue, "dvalue", v), g, q, k,
-                          v, scale, parallel);
+  cpu::attention_backward(gradient(dquery, "dquery", q), gradient(dkey, "dkey", k), gradient(dvalue, "dvalue", v), g, q,
+                          k, v, scale, parallel);
 }
 
 // For C++, where nothing stands before the kernels: results are allocated here.
@@ -179,8 +184,9 @@ std::string build_facts() {
   const std::string compiler = "GCC " __VERSION__;
 #endif
   const char* const sets[] = {"portable", "avx2", "avx512", "avx512bf16"};
-  return "version=" OCR_KERNELS_VERSION "\ncompiler=" + compiler + "\ntorch=" TORCH_VERSION
-         "\ninstruction_sets=" OCR_INSTRUCTION_SETS "\ninstruction_set=" + sets[int(chosen_isa())];
+  return "version=" OCR_KERNELS_VERSION "\ncompiler=" + compiler +
+         "\ntorch=" TORCH_VERSION "\ninstruction_sets=" OCR_INSTRUCTION_SETS "\ninstruction_set=" +
+         sets[int(chosen_isa())];
 }
 
 }  // namespace
@@ -193,7 +199,8 @@ STABLE_TORCH_LIBRARY(ocr_kernels_native, m) {
       " Tensor stats, float scale) -> ()");
   m.def("attention_forward(Tensor(a!) out, Tensor query, Tensor key, Tensor value, float scale) -> ()");
   m.def(
-      "attention_backward(Tensor(a!)? dquery, Tensor(b!)? dkey, Tensor(c!)? dvalue, Tensor grad, Tensor query, Tensor key,"
+      "attention_backward(Tensor(a!)? dquery, Tensor(b!)? dkey, Tensor(c!)? dvalue, Tensor grad, Tensor query, Tensor "
+      "key,"
       " Tensor value, float scale) -> ()");
   m.def("spatial_gather(Tensor feats, Tensor logits, float scale=1.0) -> Tensor");
   m.def("pixel_region_attention(Tensor query, Tensor key, Tensor value, float? scale=None) -> Tensor");

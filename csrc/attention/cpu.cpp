@@ -3,13 +3,13 @@
 
 #include "../common/isa.h"
 
-#define OCR_DECLARE(isa)                                                                                             \
-  namespace ocr_kernels::isa {                                                                                       \
-  void attention_forward(const Tensor& out, const Tensor& query, const Tensor& key, const Tensor& value,             \
-                         double scale, Parallel parallel);                                                           \
-  void attention_backward(const Tensor& dquery, const Tensor& dkey, const Tensor& dvalue, const Tensor& grad,        \
-                          const Tensor& query, const Tensor& key, const Tensor& value, double scale,                 \
-                          Parallel parallel);                                                                        \
+#define OCR_DECLARE(isa)                                                                                               \
+  namespace ocr_kernels::isa {                                                                                         \
+  void attention_forward(const Tensor& out, const Tensor& query, const Tensor& key, const Tensor& value, double scale, \
+                         Parallel parallel);                                                                           \
+  void attention_backward(const Tensor& dquery, const Tensor& dkey, const Tensor& dvalue, const Tensor& grad,          \
+                          const Tensor& query, const Tensor& key, const Tensor& value, double scale,                   \
+                          Parallel parallel);                                                                          \
   }
 
 OCR_DECLARE(portable)

@@ -66,8 +66,7 @@ template <class Number>
 void scale_pixels(Number* matrix, int64_t regions, const Number* factors, int64_t pixels) {
   constexpr int size = Vec<Number>::size;
   for (int64_t k = 0; k < regions; ++k, matrix += kPixels) {
-    for (int64_t i = 0; i < kPixels; i += size)
-      store(matrix + i, load<Number>(matrix + i) * load<Number>(factors + i));
+    for (int64_t i = 0; i < kPixels; i += size) store(matrix + i, load<Number>(matrix + i) * load<Number>(factors + i));
     for (int64_t i = pixels; i < kPixels; ++i) matrix[i] = 0;
   }
 }
@@ -98,11 +97,6 @@ void softmax_backward(Number* dweights, const Number* weights, int64_t regions, 
   }
   for (int64_t k = 0; k < regions; ++k)
     for (int64_t i = pixels; i < kPixels; ++i) dweights[k * kPixels + i] = 0;
-}
-
-template <class Number>
-void fill(Number* p, int64_t count, Number x) {
-  for (int64_t i = 0; i < count; ++i) p[i] = x;
 }
 
 // [K, kPixels] scores, exponentials, weights or dscores, with the units that the products take of them.
@@ -226,9 +220,7 @@ void backward(const Tensor& dquery, const Tensor& dkey, const Tensor& dvalue, co
 
 void attention_forward(const Tensor& out, const Tensor& query, const Tensor& key, const Tensor& value, double scale,
                        Parallel parallel) {
-  with_element_type(query.dtype, [&](auto type) {
-    forward<decltype(type)>(out, query, key, value, scale, parallel);
-  });
+  with_element_type(query.dtype, [&](auto type) { forward<decltype(type)>(out, query, key, value, scale, parallel); });
 }
 
 void attention_backward(const Tensor& dquery, const Tensor& dkey, const Tensor& dvalue, const Tensor& grad,

@@ -10,9 +10,6 @@ constexpr int64_t kWidth = 32;  // rows of channels are padded to a multiple of 
 constexpr int64_t kStrip = 48;  // rows of a product that stay in the first-level cache until they are stored
 static_assert(kStrip % kPanel == 0, "a strip is made of whole panels");
 
-// As in channels_last.
-OCR_INLINE bool channels_are_dense(const Tensor& t) { return t.stride_row == 1 && t.stride_column != 1; }
-
 template <class To, class From>
 OCR_INLINE void copy_dense(To* to, const From* from, int64_t count) {
   using A = typename Arithmetic<To>::Number;
@@ -84,11 +81,6 @@ void transpose(A* to, int64_t to_pitch, const A* from, int64_t from_pitch, int64
     }
 }
 
-template <class Body>
-void run_tasks(Parallel parallel, int64_t tasks, const Body& body) {
-  parallel(tasks, [](const void* state, int64_t task) { (*static_cast<const Body*>(state))(task); }, &body);
-}
-
 // The rows of a [rows, columns] matrix as panels, for every image: [batch][row panels][inner units][kPanel].
 template <class T>
 class PackedMatrix {
@@ -139,7 +131,7 @@ class PixelTile {
  public:
   explicit PixelTile(const Tensor& pixels)
       : tensor_(pixels),
-        lines_are_pixels_(channels_are_dense(pixels)),
+        lines_are_pixels_(neighbours_are_rows(pixels)),
         width_(round_up(pixels.rows, kWidth)),
         lines_(width_ * kPixels),
         paired_(Op::group == 1 ? 0 : width_ * kPixels / Op::group),
@@ -203,7 +195,7 @@ class StripWriter {
 
  private:
   void store_strip(T* to, int64_t rows, int64_t pixels) {
-    if (channels_are_dense(out_)) {
+    if (neighbours_are_rows(out_)) {
       transpose(turned_.data(), kStrip, strip_.data(), kPixels, kStrip, kPixels);
       for (int64_t i = 0; i < pixels; ++i) copy_dense(to + i * out_.stride_column, turned_.data() + i * kStrip, rows);
     } else {

@@ -61,12 +61,12 @@ struct Lanes {
   T& operator[](int i) { return lane[i]; }
   T operator[](int i) const { return lane[i]; }
 };
-#define OCR_LANEWISE(op)                                                                \
-  template <class T>                                                                    \
-  OCR_INLINE Lanes<T> operator op(const Lanes<T>& a, const Lanes<T>& b) {               \
-    Lanes<T> r;                                                                         \
-    for (int i = 0; i < int(kVectorBytes / sizeof(T)); ++i) r[i] = a[i] op b[i];        \
-    return r;                                                                           \
+#define OCR_LANEWISE(op)                                                                                               \
+  template <class T>                                                                                                   \
+  OCR_INLINE Lanes<T> operator op(const Lanes<T>& a, const Lanes<T>& b) {                                              \
+    Lanes<T> r;                                                                                                        \
+    for (int i = 0; i < int(kVectorBytes / sizeof(T)); ++i) r[i] = a[i] op b[i];                                       \
+    return r;                                                                                                          \
   }
 OCR_LANEWISE(+)
 OCR_LANEWISE(-)
@@ -349,7 +349,7 @@ template <>
 struct Exp<float> {
   using Int = int32_t;
   static constexpr int degree = 7, mantissa = 23, bias = 127;
-  static constexpr float lowest = -104.f, highest = 89.f;  // beyond: exp is 0, or infinite
+  static constexpr float lowest = -104.f, highest = 89.f;                     // beyond: exp is 0, or infinite
   static constexpr float ln2_high = 0x1.62e4p-1f, ln2_low = 0x1.7f7d1cp-20f;  // n * ln2_high is exact
   static constexpr float round = 0x1.8p23f;  // adding it leaves the nearest integer in the low bits
 };
@@ -367,8 +367,20 @@ OCR_INLINE Vec<A> exp(Vec<A> x) {
 #if defined(__GNUC__)
   using E = Exp<A>;
   using Int = Lanes<typename E::Int>;
-  constexpr A reciprocal[] = {1, 1, A(1) / 2, A(1) / 6, A(1) / 24, A(1) / 120, A(1) / 720, A(1) / 5040, A(1) / 40320,
-                              A(1) / 362880, A(1) / 3628800, A(1) / 39916800, A(1) / 479001600, A(1) / 6227020800.};
+  constexpr A reciprocal[] = {1,
+                              1,
+                              A(1) / 2,
+                              A(1) / 6,
+                              A(1) / 24,
+                              A(1) / 120,
+                              A(1) / 720,
+                              A(1) / 5040,
+                              A(1) / 40320,
+                              A(1) / 362880,
+                              A(1) / 3628800,
+                              A(1) / 39916800,
+                              A(1) / 479001600,
+                              A(1) / 6227020800.};
   x = min(max(x, broadcast<A>(E::lowest)), broadcast<A>(E::highest));  // NaN stays
   const Vec<A> shifted = fma(x, broadcast<A>(A(1.4426950408889634074)), broadcast<A>(E::round));
   const Vec<A> n = shifted - broadcast<A>(E::round);

@@ -14,6 +14,17 @@ inline int64_t larger(int64_t a, int64_t b) { return a < b ? b : a; }
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
 
+template <class T>
+OCR_INLINE void fill(T* data, int64_t count, T value) {
+  for (int64_t i = 0; i < count; ++i) data[i] = value;
+}
+
+// body(0) to body(tasks - 1), on the threads of `parallel`
+template <class Body>
+void run_tasks(Parallel parallel, int64_t tasks, const Body& body) {
+  parallel(tasks, [](const void* state, int64_t task) { (*static_cast<const Body*>(state))(task); }, &body);
+}
+
 // Memory aligned to a cache line.
 template <class T>
 class Buffer {
@@ -59,10 +70,14 @@ OCR_INLINE T* element(const Tensor& t, int64_t batch, int64_t row, int64_t colum
 template <class F>
 OCR_INLINE void with_element_type(Dtype dtype, F call) {
   switch (dtype) {
-    case Dtype::Float64: return call(double());
-    case Dtype::Float32: return call(float());
-    case Dtype::BFloat16: return call(BFloat16());
-    case Dtype::Float16: return call(Float16());
+    case Dtype::Float64:
+      return call(double());
+    case Dtype::Float32:
+      return call(float());
+    case Dtype::BFloat16:
+      return call(BFloat16());
+    case Dtype::Float16:
+      return call(Float16());
   }
 }
 
@@ -114,8 +129,7 @@ OCR_INLINE void write_transposed(const Tensor& tensor, Window w, Tile<A> tile) {
       const int64_t rows = smaller(size, w.rows - r), columns = smaller(size, w.columns - i);
       const A* from = tile.at(r, i);
       Vec<A> block[size];
-      for (int64_t j = 0; j < size; ++j)
-        block[j] = j < rows ? load<A>(from + j * tile.row_stride) : broadcast(A(0));
+      for (int64_t j = 0; j < size; ++j) block[j] = j < rows ? load<A>(from + j * tile.row_stride) : broadcast(A(0));
       transpose(block);
       for (int64_t j = 0; j < columns; ++j) {
         T* to = element<T>(tensor, w.batch, w.row + r, w.column + i + j);
@@ -147,8 +161,8 @@ void write_tile(const Tensor& tensor, Window w, Tile<A> tile) {
     using T = decltype(type);
     if (neighbours_are_rows(tensor)) return write_transposed<A, T>(tensor, w, tile);
     for (int64_t r = 0; r < w.rows; ++r)
-      write_run(element<T>(tensor, w.batch, w.row + r, w.column), tile.data + r * tile.row_stride,
-                tensor.stride_column, w.columns);
+      write_run(element<T>(tensor, w.batch, w.row + r, w.column), tile.data + r * tile.row_stride, tensor.stride_column,
+                w.columns);
   });
 }
 

@@ -3,13 +3,12 @@
 
 #include "../common/isa.h"
 
-#define OCR_DECLARE(isa)                                                                                            \
-  namespace ocr_kernels::isa {                                                                                      \
-  void gather_forward(const Tensor& out, const Tensor& stats, const Tensor& feats, const Tensor& logits,            \
-                      double scale, Parallel parallel);                                                             \
-  void gather_backward(const Tensor& dfeats, const Tensor& dlogits, const Tensor& grad, const Tensor& feats,        \
-                       const Tensor& logits, const Tensor& out, const Tensor& stats, double scale,                  \
-                       Parallel parallel);                                                                          \
+#define OCR_DECLARE(isa)                                                                                               \
+  namespace ocr_kernels::isa {                                                                                         \
+  void gather_forward(const Tensor& out, const Tensor& stats, const Tensor& feats, const Tensor& logits, double scale, \
+                      Parallel parallel);                                                                              \
+  void gather_backward(const Tensor& dfeats, const Tensor& dlogits, const Tensor& grad, const Tensor& feats,           \
+                       const Tensor& logits, const Tensor& out, const Tensor& stats, double scale, Parallel parallel); \
   }
 
 OCR_DECLARE(portable)

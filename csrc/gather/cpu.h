@@ -5,8 +5,8 @@
 
 namespace ocr_kernels::cpu {
 
-// out [B, C, K] and stats [B, 2, K] (the softmax's maxima of scale * logits, and sums) from feats [B, C, N], logits [B, K, N].
-// stats are float64 where feats or logits are, else float32; out has the dtype of feats. N >= 1.
+// out [B, C, K] and stats [B, 2, K] (the softmax's maxima of scale * logits, and sums) from feats [B, C, N], logits [B,
+// K, N]. stats are float64 where feats or logits are, else float32; out has the dtype of feats. N >= 1.
 void gather_forward(const Tensor& out, const Tensor& stats, const Tensor& feats, const Tensor& logits, double scale,
                     Parallel parallel);
 

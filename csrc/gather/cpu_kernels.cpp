@@ -16,16 +16,6 @@ struct Chunks {
   }
 };
 
-template <class Body>
-void run(Parallel parallel, int64_t tasks, const Body& body) {
-  parallel(tasks, [](const void* state, int64_t task) { (*static_cast<const Body*>(state))(task); }, &body);
-}
-
-template <class T>
-void fill(T* data, int64_t count, T value) {
-  for (int64_t i = 0; i < count; ++i) data[i] = value;
-}
-
 template <class A>
 A exp_of(A x) {
   A lane[Vec<A>::size];
@@ -77,7 +67,8 @@ void read_along(Pair* to, int64_t stride, int64_t padded, const Tensor& tensor, 
     const BFloat16* from = element<BFloat16>(tensor, w.batch, w.row + r, w.column);
     BFloat16* row = reinterpret_cast<BFloat16*>(to + r * stride);
     if (tensor.stride_column == 1) memcpy(row, from, size_t(w.columns) * sizeof *row);
-    else for (int64_t i = 0; i < w.columns; ++i) row[i] = from[i * tensor.stride_column];
+    else
+      for (int64_t i = 0; i < w.columns; ++i) row[i] = from[i * tensor.stride_column];
     fill(row + w.columns, padded - w.columns, BFloat16{0});
   }
 }
@@ -148,7 +139,7 @@ struct Forward {
   // Where channels are contiguous all of a tile's are copied, 128 KiB, so that memory is read in order.
   const int64_t tile_of_all_channels = (131072 * kElements / int64_t(sizeof(Lane)) / C) / 64 * 64;
   const int64_t tile = channels_last ? larger(64, smaller(512, tile_of_all_channels)) : K <= 32 ? 1024 : 512;
-  const int64_t stride = tile / kElements;                               // of a row of weights, in lanes
+  const int64_t stride = tile / kElements;                                            // of a row of weights, in lanes
   const int64_t group = round_up(divide_up(K, divide_up(K, 192)), kRegionsMultiple);  // regions weighed at a time
   // A chunk's sums are [C, K] where pixels are contiguous, [K, C] where channels are; padded to whole blocks.
   const int64_t sums_rows = channels_last ? round_up(K, kRegionsMultiple) : round_up(C, kDotRows);
@@ -168,8 +159,12 @@ struct Forward {
     const int64_t b = task / chunks.per_image, first = task % chunks.per_image * chunks.pixels;
     const int64_t last = smaller(first + chunks.pixels, N);
     A* maximum = all_stats.data() + task * 2 * K;
-    const Scratch s{maximum, maximum + K, all_sums.data() + task * sums_size, Buffer<A>(kSlab * tile),
-                    Buffer<A>(group), Buffer<Lane>(group * stride),
+    const Scratch s{maximum,
+                    maximum + K,
+                    all_sums.data() + task * sums_size,
+                    Buffer<A>(kSlab * tile),
+                    Buffer<A>(group),
+                    Buffer<Lane>(group * stride),
                     Buffer<Lane>(stride * (channels_last ? sums_columns : kDotRows))};
     fill(s.maximum, K, A(-INFINITY));
     fill(s.total, K, A(0));
@@ -252,8 +247,8 @@ struct Forward {
                 {w.batch, w.column, w.columns, 0, C});
     for (int64_t c = 0; c < C; c += kPanel)
       for (int64_t k = 0; k < w.rows; k += kOuterRows)
-        outer_block(true, s.sums + (w.row + k) * sums_columns + c, sums_columns, s.weights.data() + k * stride,
-                    stride, 1, s.feats.data() + c * stride, kPanel, divide_up(w.columns, kElements));
+        outer_block(true, s.sums + (w.row + k) * sums_columns + c, sums_columns, s.weights.data() + k * stride, stride,
+                    1, s.feats.data() + c * stride, kPanel, divide_up(w.columns, kElements));
   }
 
   // The image's maxima and sums of weights, and in place of each chunk's maxima what its sums are multiplied by.
@@ -285,16 +280,18 @@ struct Forward {
         const A* sums = all_sums.data() + chunk * sums_size + (first + r) * sums_columns;
         const A* factors = all_stats.data() + chunk * 2 * K;
         A* to = merged.data() + r * sums_columns;
-        if (channels_last) for (int64_t c = 0; c < C; ++c) to[c] += sums[c] * factors[first + r];
-        else for (int64_t k = 0; k < K; ++k) to[k] += sums[k] * factors[k];
+        if (channels_last)
+          for (int64_t c = 0; c < C; ++c) to[c] += sums[c] * factors[first + r];
+        else
+          for (int64_t k = 0; k < K; ++k) to[k] += sums[k] * factors[k];
       }
     if (rows > 0) write_tile(target, {b, first, rows, 0, target.columns}, plain_tile(merged.data(), sums_columns));
   }
 
   void operator()(Parallel parallel) const {
-    run(parallel, B * chunks.per_image, [this](int64_t task) { sum_chunk(task); });
-    run(parallel, B, [this](int64_t b) { merge_stats(b); });
-    run(parallel, B * divide_up(sums_rows, kSlab), [this](int64_t task) { merge_sums(task); });
+    run_tasks(parallel, B * chunks.per_image, [this](int64_t task) { sum_chunk(task); });
+    run_tasks(parallel, B, [this](int64_t b) { merge_stats(b); });
+    run_tasks(parallel, B * divide_up(sums_rows, kSlab), [this](int64_t task) { merge_sums(task); });
   }
 };
 
@@ -408,8 +405,7 @@ struct Backward {
         dot_block(block, rows, by_region.data() + w.batch * regions_size + k * grad_stride, grad_stride,
                   length / kElements);
         for (int64_t q = 0; q < kDotColumns; ++q)
-          for (int64_t r = 0; r < kDotRows; ++r)
-            s.dweights.data()[(k + q) * tile + i + r] = block[r * kDotColumns + q];
+          for (int64_t r = 0; r < kDotRows; ++r) s.dweights.data()[(k + q) * tile + i + r] = block[r * kDotColumns + q];
       }
     }
   }
@@ -438,8 +434,8 @@ struct Backward {
   }
 
   void operator()(Parallel parallel) const {
-    run(parallel, B, [this](int64_t b) { prepare(b); });
-    run(parallel, B * chunks.per_image, [this](int64_t task) { differentiate_chunk(task); });
+    run_tasks(parallel, B, [this](int64_t b) { prepare(b); });
+    run_tasks(parallel, B * chunks.per_image, [this](int64_t task) { differentiate_chunk(task); });
   }
 };
 

@@ -108,9 +108,8 @@ OCR_INLINE void outer_block(bool add, A* out, int64_t out_stride, const Lane* a,
                             const Lane* b, int64_t b_stride, int64_t length) {
   Vec<A> acc[kOuterRows][kOuterVectors];
   OCR_UNROLL
-  for (int r = 0; r < kOuterRows; ++r)
-    OCR_UNROLL
-    for (int v = 0; v < kOuterVectors; ++v) acc[r][v] = broadcast(A(0));
+  for (int r = 0; r < kOuterRows; ++r) OCR_UNROLL
+  for (int v = 0; v < kOuterVectors; ++v) acc[r][v] = broadcast(A(0));
   for (int64_t j = 0; j < length; ++j, a += a_step, b += b_stride) {
     Vec<Lane> y[kOuterVectors];
     OCR_UNROLL
@@ -123,12 +122,11 @@ OCR_INLINE void outer_block(bool add, A* out, int64_t out_stride, const Lane* a,
     }
   }
   OCR_UNROLL
-  for (int r = 0; r < kOuterRows; ++r)
-    OCR_UNROLL
-    for (int v = 0; v < kOuterVectors; ++v) {
-      A* p = out + r * out_stride + v * Vec<A>::size;
-      store(p, add ? load<A>(p) + acc[r][v] : acc[r][v]);
-    }
+  for (int r = 0; r < kOuterRows; ++r) OCR_UNROLL
+  for (int v = 0; v < kOuterVectors; ++v) {
+    A* p = out + r * out_stride + v * Vec<A>::size;
+    store(p, add ? load<A>(p) + acc[r][v] : acc[r][v]);
+  }
 }
 
 }  // namespace OCR_ISA

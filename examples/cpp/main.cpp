@@ -20,9 +20,8 @@ int main(int argc, char** argv) {
   auto& dispatcher = c10::Dispatcher::singleton();
   const auto gather = dispatcher.findSchemaOrThrow("ocr_kernels_native::spatial_gather", "")
                           .typed<Tensor(const Tensor&, const Tensor&, double)>();
-  const auto attention =
-      dispatcher.findSchemaOrThrow("ocr_kernels_native::pixel_region_attention", "")
-          .typed<Tensor(const Tensor&, const Tensor&, const Tensor&, std::optional<double>)>();
+  const auto attention = dispatcher.findSchemaOrThrow("ocr_kernels_native::pixel_region_attention", "")
+                             .typed<Tensor(const Tensor&, const Tensor&, const Tensor&, std::optional<double>)>();
 
   c10::InferenceMode inference;
   at::manual_seed(0);
