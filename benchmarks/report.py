@@ -189,7 +189,7 @@ def memory(results: Results) -> list[Grid]:
     timed = {name for result in results for name in result["times"]}
     peers = [name for name in (EAGER, COMPILED) if name in timed]
     grid = Grid(
-        f"{' / '.join(['ours', *peers])}: saved for backward besides the inputs, peak besides results, first call",
+        f"{' / '.join(['ours', *peers])}: saved for backward besides the inputs, the allocator's peak, first call",
         header,
         3,
     )

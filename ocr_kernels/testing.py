@@ -455,7 +455,8 @@ def saved_bytes(function: Callable[..., Any], *inputs: Any, exclude: Iterable[Te
 def peak_bytes(function: Callable[..., Any], *inputs: Any) -> int:
     """Bytes that `function(*inputs)` allocates at most at a time, its results not counted.
 
-    On a GPU it is what PyTorch's allocator hands out; on a CPU, what the profiler sees, in this thread and its helpers.
+    It is what PyTorch's allocators hand out; what kernels allocate themselves, as the compiled library's do for partial
+    sums and tiles, is not seen.
     """
     on_gpu = any(isinstance(value, Tensor) and value.is_cuda for value in inputs)
     if on_gpu:
