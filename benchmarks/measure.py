@@ -66,7 +66,10 @@ class Limits:
 
 def record(commit: str | None) -> dict[str, Any]:
     date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    return {"commit": commit or _commit(), "date": date, "load": [load()], **info.collect()}
+    machine = info.collect()
+    if machine["library"]:
+        del machine["library"]["file"]  # a path of this machine's is nobody else's business
+    return {"commit": commit or _commit(), "date": date, "load": [load()], **machine}
 
 
 def load() -> float | None:

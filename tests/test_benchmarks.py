@@ -215,6 +215,7 @@ def test_a_run_writes_prints_and_plots_its_results(file: Path) -> None:
     data = json.loads(file.read_text())
     assert (data["commit"], data["missing"], data["device"]) == ("abc", [], "cpu")
     assert {"backends", "devices", "versions", "date", "limits", "host", "load"} <= data.keys()
+    assert str(Path.cwd()) not in file.read_text()
     first = [(r["subject"], r["pass"]) for r in data["results"] if r["case"] == "cityscapes-inference"]
     assert first == [(name, what) for name, subject in LAYERS.items() for what in subject.passes]
     attention = next(r for r in data["results"] if r["subject"] == "attention")
