@@ -12,15 +12,7 @@
                           Parallel parallel);                                                                          \
   }
 
-OCR_DECLARE(portable)
-#if defined(OCR_X86_VARIANTS)
-OCR_DECLARE(avx2)
-OCR_DECLARE(avx512)
-OCR_DECLARE(avx512bf16)
-#define OCR_VARIANTS(f) {portable::f, avx2::f, avx512::f, avx512bf16::f}
-#else
-#define OCR_VARIANTS(f) {portable::f}
-#endif
+OCR_FOR_EACH_ISA(OCR_DECLARE)
 
 namespace ocr_kernels::cpu {
 

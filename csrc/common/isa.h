@@ -6,6 +6,11 @@
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #define OCR_X86_VARIANTS 1
+#define OCR_FOR_EACH_ISA(f) f(portable) f(avx2) f(avx512) f(avx512bf16)
+#define OCR_VARIANTS(f) {portable::f, avx2::f, avx512::f, avx512bf16::f}  // in the order of Isa
+#else
+#define OCR_FOR_EACH_ISA(f) f(portable)
+#define OCR_VARIANTS(f) {portable::f}
 #endif
 
 namespace ocr_kernels {
