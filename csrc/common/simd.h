@@ -9,6 +9,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "tensor.h"
+
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
@@ -39,13 +41,6 @@ constexpr int kVectorBytes = 32;
 #else
 constexpr int kVectorBytes = 16;
 #endif
-
-struct BFloat16 {
-  uint16_t bits;
-};
-struct Float16 {
-  uint16_t bits;
-};
 
 #if defined(__GNUC__)
 template <class T, int bytes = kVectorBytes>

@@ -6,6 +6,12 @@
 namespace ocr_kernels {
 
 enum class Dtype { Float64, Float32, BFloat16, Float16 };
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
 
 // A tensor [batch, rows, columns] with element strides of any kind. Where there are pixels, they are the columns.
 struct Tensor {
@@ -17,5 +23,17 @@ struct Tensor {
 
 // Runs body(state, 0) to body(state, tasks - 1), each once, in any order, on any number of threads.
 using Parallel = void (*)(int64_t tasks, void (*body)(const void* state, int64_t task), const void* state);
+
+// The stream that kernels run on, and memory for intermediate results, which lives as long as the call.
+struct Queue {
+  void* stream;
+  void* (*allocate)(void* state, int64_t bytes);
+  void* state;
+
+  template <class T>
+  T* scratch(int64_t count) const {
+    return static_cast<T*>(allocate(state, count * int64_t(sizeof(T))));
+  }
+};
 
 }  // namespace ocr_kernels

@@ -1,0 +1,322 @@
+// The attention's kernels for GPUs. In every one a block has 256 threads and a tile of the result.
+#pragma once
+
+#include "../common/gpu_sums.h"
+
+namespace ocr_kernels::gpu {
+
+// The threads that share a pixel in what is done along regions: neighbours in a warp, with every kPixelThreads-th
+// region.
+template <class T>
+constexpr int kPixelThreads = kThreads / kPixels<T>;
+
+template <class T, class Number>
+OCR_DEVICE Number sum_over_pixel(Number x) {
+  OCR_UNROLL
+  for (int mask = kPixelThreads<T> / 2; mask > 0; mask /= 2) x += shuffle_xor(x, mask);
+  return x;
+}
+template <class T, class Number>
+OCR_DEVICE Number largest_over_pixel(Number x) {
+  OCR_UNROLL
+  for (int mask = kPixelThreads<T> / 2; mask > 0; mask /= 2) x = larger(x, shuffle_xor(x, mask));
+  return x;
+}
+
+template <class Number>
+struct AttentionForward {
+  Tensor out, query, key, value;
+  Number scale;
+};
+
+// Shared memory of the forward: factors of the products, scores, the weights made of them (in their place, where they
+// are as large), and a number for every pixel.
+template <class T, int REGIONS>
+struct AttentionForwardMemory {
+  static constexpr int kColumns = 64;  // of value, in a product with the weights
+  static constexpr bool kInPlace = sizeof(T) == sizeof(NumberOf<T>);
+  static constexpr int kFactors =
+      most(kSumOverChannels<T, REGIONS, kPixels<T>>, Transfer<T, kColumns, REGIONS>::kBytes);
+  static constexpr int kScores = tile_bytes<NumberOf<T>>(REGIONS, kPixels<T>);
+  static constexpr int kWeights = kInPlace ? 0 : tile_bytes<T>(REGIONS, kPixels<T>);
+  static constexpr int kBytes = most(kFactors + kScores + kWeights, Result<NumberOf<T>, kColumns, kPixels<T>>::kBytes) +
+                                kPixels<T> * int(sizeof(NumberOf<T>));
+};
+
+constexpr int kColumnTiles = 4;  // of value, whose sums a block has
+
+// A block has a tile of pixels and up to 256 channels of their context. Regions come in tiles; what was summed of the
+// ones before is rescaled whenever a tile raises a pixel's maximum.
+template <class T, int REGIONS>
+OCR_KERNEL attention_forward_kernel(AttentionForward<NumberOf<T>> a) {
+  using Number = NumberOf<T>;
+  using Memory = AttentionForwardMemory<T, REGIONS>;
+  constexpr int PIXELS = kPixels<T>, COLUMNS = Memory::kColumns, kEach = REGIONS / kPixelThreads<T>;
+  const int64_t regions = a.key.columns, channels = a.out.rows;
+  // channel tiles vary fastest: blocks that share pixels run together
+  const int64_t channel_tiles = tiles(channels, COLUMNS * kColumnTiles), pixel_tiles = tiles(a.out.columns, PIXELS);
+  const int64_t channel = block_index() % channel_tiles * (COLUMNS * kColumnTiles);
+  const int64_t pixel = block_index() / channel_tiles % pixel_tiles * PIXELS;
+  const int64_t image = block_index() / channel_tiles / pixel_tiles;
+  unsigned char* const shared = shared_memory();
+  const Tile<Number, REGIONS, PIXELS> scores{reinterpret_cast<Number*>(shared + Memory::kFactors), false};
+  const Tile<T, REGIONS, PIXELS> weights{
+      reinterpret_cast<T*>(shared + Memory::kFactors + (Memory::kInPlace ? 0 : Memory::kScores)), false};
+  Number* const of_pixel = reinterpret_cast<Number*>(shared + Memory::kBytes) - PIXELS;
+  const int i = thread_index() / kPixelThreads<T>, first = thread_index() % kPixelThreads<T>;
+
+  Transfer<T, COLUMNS, REGIONS> value(a.value, image);
+  Sums<T, COLUMNS, PIXELS> sums[kColumnTiles];
+  OCR_UNROLL
+  for (int c = 0; c < kColumnTiles; ++c) sums[c].clear();
+  Number maximum = -Number(INFINITY), total = 0;
+  for (int64_t region = 0; region < regions; region += REGIONS) {
+    {
+      Transfer<T, kInner<T>, REGIONS> key(a.key, image);
+      Transfer<T, kInner<T>, PIXELS> query(a.query, image);
+      Sums<T, REGIONS, PIXELS> products;
+      products.clear();
+      add_sum_over_channels(products, key, region, query, pixel, shared);
+      products.for_each([&](int k, int j, Number sum) { scores.at(k, j) = a.scale * sum; });
+    }
+    value.fetch(channel, region);
+    synchronize();
+    Number largest = maximum;
+    OCR_UNROLL
+    for (int e = 0; e < kEach; ++e) {
+      const int k = first + e * kPixelThreads<T>;
+      if (region + k < regions) largest = larger(largest, scores.at(k, i));
+    }
+    largest = largest_over_pixel<T>(largest);
+    const Number subtracted = shift(largest), decay = exponential(maximum - subtracted);
+    maximum = largest;
+    Number sum = 0;
+    OCR_UNROLL
+    for (int e = 0; e < kEach; ++e) {
+      const int k = first + e * kPixelThreads<T>;
+      const Number weight = region + k < regions ? exponential(scores.at(k, i) - subtracted) : Number(0);
+      const T rounded = Narrow<T>::value(weight * Arithmetic<T>::lift);
+      weights.at(k, i) = rounded;
+      sum += to_number(rounded);
+    }
+    total = total * decay + sum;
+    if (region && first == 0) of_pixel[i] = decay;
+    OCR_UNROLL
+    for (int c = 0; c < kColumnTiles; ++c) {
+      const bool wanted = channel + c * COLUMNS < channels;
+      if (!wanted) continue;
+      const auto rows = value.put(shared);
+      synchronize();
+      if (channel + (c + 1) * COLUMNS < channels && c + 1 < kColumnTiles)
+        value.fetch(channel + (c + 1) * COLUMNS, region);
+      if (region) sums[c].for_each([&](int, int j, Number& x) { x *= of_pixel[j]; });
+      sums[c].add_product(rows.by_rows(), weights.by_columns(), REGIONS);
+      synchronize();
+    }
+  }
+
+  total = sum_over_pixel<T>(total);
+  if (first == 0) of_pixel[i] = total;
+  const Result<Number, COLUMNS, PIXELS> out(a.out, image, shared);
+  OCR_UNROLL
+  for (int c = 0; c < kColumnTiles; ++c) {
+    synchronize();
+    sums[c].for_each([&](int row, int j, Number sum) { out.tile.at(row, j) = sum / of_pixel[j]; });
+    synchronize();
+    out.write(channel + c * COLUMNS, pixel, [](int64_t, int64_t, Number sum) { return sum; });
+  }
+}
+
+template <class Number>
+struct AttentionScores {
+  Tensor weights, dscores;  // [B, K, N], what they are kept in: null where they are not wanted
+  Tensor grad, query, key, value;
+  Number scale;
+};
+
+template <class T, int REGIONS>
+struct AttentionScoresMemory {
+  static constexpr int kFactors = kSumOverChannels<T, REGIONS, kPixels<T>>;
+  static constexpr int kScores = tile_bytes<NumberOf<T>>(REGIONS, kPixels<T>);
+  static constexpr int kBytes = kFactors + 2 * kScores;
+};
+
+// w = softmax_k(scale * q . k), times what T lifts weights by, and dS = w * (dw - sum_k w dw) with dw = v . dY. A block
+// has a tile of pixels and goes over their regions: once for the softmax's maximum, its sum and that of w dw, and where
+// one tile does not hold all regions once more for the results.
+template <class T, int REGIONS>
+OCR_KERNEL attention_scores_kernel(AttentionScores<NumberOf<T>> a) {
+  using Number = NumberOf<T>;
+  using Memory = AttentionScoresMemory<T, REGIONS>;
+  constexpr int PIXELS = kPixels<T>, kEach = REGIONS / kPixelThreads<T>;
+  const int64_t regions = a.key.columns, pixel_tiles = tiles(a.query.columns, PIXELS);
+  const int64_t pixel = block_index() % pixel_tiles * PIXELS, image = block_index() / pixel_tiles;
+  unsigned char* const shared = shared_memory();
+  const Result<Number, REGIONS, PIXELS> weights(a.weights, image, shared + Memory::kFactors);
+  const Result<Number, REGIONS, PIXELS> dscores(a.dscores, image, shared + Memory::kFactors + Memory::kScores);
+  const int i = thread_index() / kPixelThreads<T>, first = thread_index() % kPixelThreads<T>;
+
+  // scores and dweights of the tile, in the place of what becomes of them
+  const auto multiply = [&](int64_t region) {
+    Transfer<T, kInner<T>, REGIONS> regions_factor(a.key, image);
+    Transfer<T, kInner<T>, PIXELS> pixels_factor(a.query, image);
+    Sums<T, REGIONS, PIXELS> sums;
+    sums.clear();
+    add_sum_over_channels(sums, regions_factor, region, pixels_factor, pixel, shared);
+    sums.for_each([&](int k, int j, Number sum) { weights.tile.at(k, j) = a.scale * sum; });
+    if (a.dscores.data) {
+      Transfer<T, kInner<T>, REGIONS> value(a.value, image);
+      Transfer<T, kInner<T>, PIXELS> grad(a.grad, image);
+      sums.clear();
+      add_sum_over_channels(sums, value, region, grad, pixel, shared);
+      sums.for_each([&](int k, int j, Number sum) { dscores.tile.at(k, j) = sum; });
+    }
+    synchronize();
+  };
+
+  Number maximum = -Number(INFINITY), total = 0, dot = 0;
+  for (int64_t region = 0; region < regions; region += REGIONS) {
+    multiply(region);
+    Number largest = maximum;
+    OCR_UNROLL
+    for (int e = 0; e < kEach; ++e) {
+      const int k = first + e * kPixelThreads<T>;
+      if (region + k < regions) largest = larger(largest, weights.tile.at(k, i));
+    }
+    largest = largest_over_pixel<T>(largest);
+    const Number subtracted = shift(largest), decay = exponential(maximum - subtracted);
+    maximum = largest;
+    total *= decay;
+    dot *= decay;
+    OCR_UNROLL
+    for (int e = 0; e < kEach; ++e) {
+      const int k = first + e * kPixelThreads<T>;
+      if (region + k >= regions) continue;
+      const Number weight = exponential(weights.tile.at(k, i) - subtracted);
+      total += weight;
+      if (a.dscores.data) dot += weight * dscores.tile.at(k, i);
+    }
+  }
+  total = sum_over_pixel<T>(total);
+  dot = sum_over_pixel<T>(dot) / total;
+
+  for (int64_t region = 0; region < regions; region += REGIONS) {
+    if (regions > REGIONS) {
+      synchronize();
+      multiply(region);
+    }
+    OCR_UNROLL
+    for (int e = 0; e < kEach; ++e) {
+      const int k = first + e * kPixelThreads<T>;
+      const Number weight = exponential(weights.tile.at(k, i) - maximum) / total;
+      weights.tile.at(k, i) = weight * Arithmetic<T>::lift;
+      if (a.dscores.data) dscores.tile.at(k, i) = weight * (dscores.tile.at(k, i) - dot);
+    }
+    synchronize();
+    const auto same = [](int64_t, int64_t, Number x) { return x; };
+    if (a.weights.data) weights.write(region, pixel, same);
+    if (a.dscores.data) dscores.write(region, pixel, same);
+  }
+}
+
+// A tile of such a map, as a factor of a sum over regions.
+template <class T>
+struct MapTile : Transfer<T, kRegionStep, kPixels<T>> {
+  using Source = Tensor;
+  using Transfer<T, kRegionStep, kPixels<T>>::Transfer;
+};
+
+template <class Number>
+struct SumOverPixels {
+  Tensor pixels, map;  // [B, channels, N], [B, K, N]
+  Number* partial;     // [B, parts, channels, K]
+  Parts parts;
+};
+
+template <class T, int REGIONS>
+constexpr int kSumOverPixelsBytes =
+    Transfer<T, kChannels<T>, kInner<T>>::kBytes + Transfer<T, REGIONS, kInner<T>>::kBytes;
+
+// partial = pixels map^T over a part of the pixels
+template <class T, int REGIONS>
+OCR_KERNEL sum_over_pixels_kernel(SumOverPixels<NumberOf<T>> a) {
+  constexpr int CHANNELS = kChannels<T>, PIXELS = kInner<T>;
+  const int64_t channels = a.pixels.rows, regions = a.map.rows;
+  // region tiles vary fastest: blocks that share pixels run together
+  const int64_t region_tiles = tiles(regions, REGIONS), channel_tiles = tiles(channels, CHANNELS);
+  const int64_t region = block_index() % region_tiles * REGIONS;
+  const int64_t channel = block_index() / region_tiles % channel_tiles * CHANNELS;
+  const int64_t task = block_index() / region_tiles / channel_tiles, image = task / a.parts.count;
+  const int64_t first = task % a.parts.count * a.parts.pixels;
+  const int64_t end = first + a.parts.pixels < a.pixels.columns ? first + a.parts.pixels : a.pixels.columns;
+  unsigned char* const shared = shared_memory();
+
+  Transfer<T, CHANNELS, PIXELS> pixels(a.pixels, image);
+  Transfer<T, REGIONS, PIXELS> map(a.map, image);
+  Sums<T, CHANNELS, REGIONS> sums;
+  sums.clear();
+  pixels.fetch(channel, first);
+  map.fetch(region, first);
+  for (int64_t pixel = first; pixel < end; pixel += PIXELS) {
+    const auto rows = pixels.put(shared);
+    const auto columns = map.put(shared + pixels.kBytes);
+    synchronize();
+    if (pixel + PIXELS < end) {
+      pixels.fetch(channel, pixel + PIXELS);
+      map.fetch(region, pixel + PIXELS);
+    }
+    sums.add_product(rows.by_rows(), columns.by_rows(), PIXELS);
+    synchronize();
+  }
+  write_part(sums, a.partial + task * channels * regions, channels, regions, channel, region);
+}
+
+// out [B, channels, K] = factor * pixels map^T
+template <class T, int REGIONS>
+void sum_over_pixels(const Tensor& out, const Tensor& pixels, const Tensor& map, double factor, const Queue& queue) {
+  using Number = NumberOf<T>;
+  const int64_t blocks = out.batch * tiles(out.rows, kChannels<T>) * tiles(out.columns, REGIONS);
+  const Parts parts = parts_of(pixels.columns, kInner<T>, blocks);
+  Number* const partial = queue.scratch<Number>(out.batch * parts.count * out.rows * out.columns);
+  launch(sum_over_pixels_kernel<T, REGIONS>, blocks * parts.count, kSumOverPixelsBytes<T, REGIONS>, queue,
+         SumOverPixels<Number>{pixels, map, partial, parts});
+  join_parts(JoinParts<Number>{out, partial, nullptr, parts.count, Number(factor)}, queue);
+}
+
+template <class T, int REGIONS>
+void attention_forward(const Tensor& out, const Tensor& query, const Tensor& key, const Tensor& value, double scale,
+                       const Queue& queue) {
+  launch(attention_forward_kernel<T, REGIONS>,
+         out.batch * tiles(out.columns, kPixels<T>) *
+             tiles(out.rows, AttentionForwardMemory<T, REGIONS>::kColumns * kColumnTiles),
+         AttentionForwardMemory<T, REGIONS>::kBytes, queue,
+         AttentionForward<NumberOf<T>>{out, query, key, value, NumberOf<T>(scale)});
+}
+
+template <class T, int REGIONS>
+void attention_backward(const Tensor& dquery, const Tensor& dkey, const Tensor& dvalue, const Tensor& grad,
+                        const Tensor& query, const Tensor& key, const Tensor& value, double scale, const Queue& queue) {
+  using Number = NumberOf<T>;
+  const int64_t batch = query.batch, regions = key.columns, pixels = query.columns;
+  const int64_t row = tiles(pixels, kGap<T>) * kGap<T>;  // of a map: whole pieces of 16 bytes
+  const auto map = [&](bool wanted) {
+    return Tensor{wanted ? queue.scratch<T>(batch * regions * row) : nullptr,
+                  query.dtype,
+                  batch,
+                  regions,
+                  pixels,
+                  regions * row,
+                  row,
+                  1};
+  };
+  const Tensor weights = map(dvalue.data), dscores = map(dquery.data || dkey.data);
+  if (weights.data || dscores.data)
+    launch(attention_scores_kernel<T, REGIONS>, batch * tiles(pixels, kPixels<T>),
+           AttentionScoresMemory<T, REGIONS>::kBytes, queue,
+           AttentionScores<Number>{weights, dscores, grad, query, key, value, Number(scale)});
+  if (dvalue.data) sum_over_pixels<T, REGIONS>(dvalue, grad, weights, 1 / double(Arithmetic<T>::lift), queue);
+  if (dkey.data) sum_over_pixels<T, REGIONS>(dkey, query, dscores, scale, queue);
+  if (dquery.data) sum_over_regions<T, MapTile<T>>({dquery, key, dscores, Number(scale)}, queue);
+}
+
+}  // namespace ocr_kernels::gpu

@@ -1,0 +1,367 @@
+// Tiles of tensors in shared memory, and products of them: what the kernels for GPUs are made of.
+#pragma once
+
+#include "gpu.h"
+
+namespace ocr_kernels::gpu {
+
+// Tile sizes by element type: pixels and channels of a result, and how many terms of a product's sums are in shared
+// memory at a time.
+template <class T>
+constexpr int kPixels = sizeof(T) == 8 ? 32 : 64;
+template <class T>
+constexpr int kChannels = sizeof(T) == 8 ? 64 : 128;
+template <class T>
+constexpr int kInner = sizeof(T) == 2 ? 64 : 32;
+
+constexpr int kRegionStep = 32;  // of a sum over regions
+
+constexpr int64_t tiles(int64_t length, int64_t tile) { return (length + tile - 1) / tile; }
+constexpr int most(int a, int b) { return a < b ? b : a; }
+
+// What is subtracted for a maximum: while all scores are -inf the weights are exp(-inf - 0) = 0, not NaN.
+template <class Number>
+OCR_DEVICE Number shift(Number maximum) {
+  return maximum == -Number(INFINITY) ? Number(0) : maximum;
+}
+
+// ---- tensors
+
+template <class Run>
+OCR_DEVICE void with_type(Dtype dtype, Run run) {
+  switch (dtype) {
+    case Dtype::Float64:
+      return run(double());
+    case Dtype::Float32:
+      return run(float());
+    case Dtype::BFloat16:
+      return run(BFloat16());
+    default:
+      return run(Float16());
+  }
+}
+
+// One image [rows, columns] of a tensor.
+struct Image {
+  void* data;
+  Dtype dtype;
+  int64_t rows, columns, stride_row, stride_column;
+
+  OCR_DEVICE Image(const Tensor& t, int64_t image)
+      : data(static_cast<unsigned char*>(t.data) + image * t.stride_batch * bytes_of(t.dtype)),
+        dtype(t.dtype),
+        rows(t.rows),
+        columns(t.columns),
+        stride_row(t.stride_row),
+        stride_column(t.stride_column) {}
+
+  static OCR_DEVICE int bytes_of(Dtype dtype) { return dtype == Dtype::Float64 ? 8 : dtype == Dtype::Float32 ? 4 : 2; }
+
+  // As of pixels in channels_last, where the rows are channels or regions.
+  OCR_DEVICE bool turned() const { return stride_row == 1 && stride_column != 1; }
+  // Whether `count` neighbours from any multiple of it on lie in memory as one piece, aligned to its size.
+  OCR_DEVICE bool in_pieces_of(int count) const {
+    const int64_t bytes = int64_t(count) * bytes_of(dtype);
+    return (turned() || stride_column == 1) && (turned() ? stride_column : stride_row) % count == 0 &&
+           reinterpret_cast<uintptr_t>(data) % uintptr_t(bytes < 16 ? bytes : 16) == 0;
+  }
+  OCR_DEVICE bool has(int64_t row, int64_t column) const { return row < rows && column < columns; }
+  template <class T>
+  OCR_DEVICE T* at(int64_t row, int64_t column) const {
+    return static_cast<T*>(data) + row * stride_row + column * stride_column;
+  }
+  template <class Number>
+  OCR_DEVICE Number number(int64_t row, int64_t column) const {
+    Number x = 0;
+    with_type(dtype, [&](auto type) { x = Number(to_number(*at<decltype(type)>(row, column))); });
+    return x;
+  }
+  template <class Number>
+  OCR_DEVICE void set(int64_t row, int64_t column, Number x) const {
+    with_type(dtype, [&](auto type) {
+      using T = decltype(type);
+      *at<T>(row, column) = Narrow<T>::value(NumberOf<T>(x));
+    });
+  }
+};
+
+template <class T>
+OCR_DEVICE constexpr Dtype dtype_of(T) {
+  return sizeof(T) == 8 ? Dtype::Float64 : Dtype::Float32;
+}
+OCR_DEVICE constexpr Dtype dtype_of(BFloat16) { return Dtype::BFloat16; }
+OCR_DEVICE constexpr Dtype dtype_of(Float16) { return Dtype::Float16; }
+
+// ---- tiles in shared memory
+
+// One of the two factors of a product, [rows, inner], in shared memory. Number (r, j) lies at data[r * pitch + j] or,
+// where the inner dimension comes first, at data[j * pitch + r].
+template <class T>
+struct Operand {
+  const T* data;
+  int pitch;
+  bool inner_first;
+};
+
+// Lines are longer than what they hold by 16 bytes: eight of them start in different banks.
+template <class T>
+constexpr int kGap = 16 / int(sizeof(T));
+template <class T>
+constexpr int tile_bytes(int rows, int columns) {  // either way round
+  return most(rows * (columns + kGap<T>), columns * (rows + kGap<T>)) * int(sizeof(T));
+}
+
+// A tile [ROWS, COLUMNS] in the order of its tensor: by rows, or turned by columns.
+template <class T, int ROWS, int COLUMNS>
+struct Tile {
+  T* data;
+  bool turned;
+
+  OCR_DEVICE int pitch() const { return (turned ? ROWS : COLUMNS) + kGap<T>; }
+  OCR_DEVICE T& at(int row, int column) const { return data[turned ? column * pitch() + row : row * pitch() + column]; }
+  OCR_DEVICE Operand<T> by_rows() const { return {data, pitch(), turned}; }      // [ROWS, inner = COLUMNS]
+  OCR_DEVICE Operand<T> by_columns() const { return {data, pitch(), !turned}; }  // [COLUMNS, inner = ROWS]
+};
+
+// A tile on its way from memory: `fetch` brings it to registers, `put` from there to shared memory, so that one tile is
+// on its way while another is being multiplied. What lies outside the tensor is zero.
+template <class T, int ROWS, int COLUMNS>
+class Transfer {
+  static constexpr int kPiece = 16 / int(sizeof(T));
+  static constexpr int kPieces = (ROWS * COLUMNS / kPiece + kThreads - 1) / kThreads;
+  static constexpr bool kExact = ROWS * COLUMNS / kPiece % kThreads == 0;
+
+ public:
+  static constexpr int kBytes = tile_bytes<T>(ROWS, COLUMNS);
+
+  OCR_DEVICE Transfer(const Tensor& tensor, int64_t image)
+      : image_(tensor, image), pieces_(image_.dtype == dtype_of(T()) && image_.in_pieces_of(kPiece)) {}
+
+  OCR_DEVICE const Image& image() const { return image_; }
+
+  OCR_DEVICE void fetch(int64_t row, int64_t column) {
+    const bool turned = image_.turned();
+    const int64_t lines = turned ? image_.columns : image_.rows, length = turned ? image_.rows : image_.columns;
+    const int64_t line_stride = turned ? image_.stride_column : image_.stride_row;
+    const int64_t stride = turned ? image_.stride_row : image_.stride_column;
+    OCR_UNROLL
+    for (int p = 0; p < kPieces; ++p) {
+      const int64_t line = (turned ? column : row) + line_of(p), first = (turned ? row : column) + first_of(p);
+      const int64_t at = line * line_stride + first * stride;
+      held_[p] = Vector{};
+      if (!exists(p) || line >= lines) continue;
+      if (pieces_ && first + kPiece <= length) held_[p] = load_vector(static_cast<const T*>(image_.data) + at);
+      else held_[p] = fetch_singly(at, stride, length - first);
+    }
+  }
+
+  OCR_DEVICE Tile<T, ROWS, COLUMNS> put(void* shared) const {
+    const Tile<T, ROWS, COLUMNS> tile{static_cast<T*>(shared), image_.turned()};
+    OCR_UNROLL
+    for (int p = 0; p < kPieces; ++p)
+      if (exists(p)) *reinterpret_cast<Vector*>(tile.data + line_of(p) * tile.pitch() + first_of(p)) = held_[p];
+    return tile;
+  }
+
+ private:
+  OCR_DEVICE bool exists(int p) const { return kExact || p * kThreads + thread_index() < ROWS * COLUMNS / kPiece; }
+  OCR_DEVICE int line_of(int p) const {
+    const int piece = p * kThreads + thread_index();
+    return image_.turned() ? piece / (ROWS / kPiece) : piece / (COLUMNS / kPiece);
+  }
+  OCR_DEVICE int first_of(int p) const {
+    const int piece = p * kThreads + thread_index();
+    return (image_.turned() ? piece % (ROWS / kPiece) : piece % (COLUMNS / kPiece)) * kPiece;
+  }
+
+  OCR_DEVICE Vector fetch_singly(int64_t at, int64_t stride, int64_t count) const {
+    T numbers[kPiece];
+    with_type(image_.dtype, [&](auto type) {
+      const auto* from = static_cast<const decltype(type)*>(image_.data) + at;
+      OCR_UNROLL
+      for (int i = 0; i < kPiece; ++i, from += stride)
+        numbers[i] = Narrow<T>::value(i < count ? NumberOf<T>(to_number(*from)) : NumberOf<T>(0));
+    });
+    Vector vector;
+    memcpy(&vector, numbers, sizeof vector);
+    return vector;
+  }
+
+  Image image_;
+  bool pieces_;
+  Vector held_[kPieces];
+};
+
+// ---- products
+
+// Sums [ROWS, COLUMNS] in the registers of a block, for 16-bit factors: the warps' parts are made of 16 x 8.
+template <class T, int ROWS, int COLUMNS, bool matrix_units = sizeof(T) == 2>
+class Sums {
+  static constexpr int kWarpColumns = ROWS >= 64 ? 2 : 4, kWarpRows = kWarps / kWarpColumns;
+  static constexpr int kDown = ROWS / kWarpRows / 16, kAcross = COLUMNS / kWarpColumns / 8;
+  static_assert(kDown * kWarpRows * 16 == ROWS && kAcross % 2 == 0 && kAcross * kWarpColumns * 8 == COLUMNS,
+                "a warp has whole fragments");
+
+ public:
+  OCR_DEVICE void clear() {
+    for_each([](int, int, float& sum) { sum = 0; });
+  }
+
+  // += a [ROWS, inner] b [COLUMNS, inner]^T
+  OCR_DEVICE void add_product(Operand<T> a, Operand<T> b, int inner) {
+    const int eighth = thread_index() % 32 / 8, odd = eighth % 2 * 8, late = eighth / 2 * 8;
+    for (int j = 0; j < inner; j += 16) {
+      uint32_t rows[kDown][4], columns[kAcross / 2][4];
+      OCR_UNROLL
+      for (int m = 0; m < kDown; ++m) load(rows[m], a, first_row() + m * 16, j, odd, late);
+      OCR_UNROLL
+      for (int n = 0; n < kAcross / 2; ++n) load(columns[n], b, first_column() + n * 16, j, late, odd);
+      OCR_UNROLL
+      for (int m = 0; m < kDown; ++m) OCR_UNROLL
+      for (int n = 0; n < kAcross; ++n) {
+        const uint32_t pair[2] = {columns[n / 2][n % 2 * 2], columns[n / 2][n % 2 * 2 + 1]};
+        multiply_add(sums_[m][n], rows[m], pair, T());
+      }
+    }
+  }
+
+  // body(row, column, sum) for this thread's part
+  template <class Body>
+  OCR_DEVICE void for_each(Body body) {
+    const int lane = thread_index() % 32;
+    OCR_UNROLL
+    for (int m = 0; m < kDown; ++m) OCR_UNROLL
+    for (int n = 0; n < kAcross; ++n) OCR_UNROLL
+    for (int i = 0; i < 4; ++i)
+      body(first_row() + m * 16 + i / 2 * 8 + lane / 4, first_column() + n * 8 + lane % 4 * 2 + i % 2, sums_[m][n][i]);
+  }
+
+ private:
+  static OCR_DEVICE int first_row() { return thread_index() / 32 / kWarpColumns * (kDown * 16); }
+  static OCR_DEVICE int first_column() { return thread_index() / 32 % kWarpColumns * (kAcross * 8); }
+  // The 16 x 16 numbers from (row, inner) on, as four matrices; this lane addresses the one at (r, j) from there.
+  static OCR_DEVICE void load(uint32_t (&to)[4], Operand<T> from, int row, int inner, int r, int j) {
+    const int line = thread_index() % 8;
+    const T* address = from.inner_first ? from.data + (inner + j + line) * from.pitch + row + r
+                                        : from.data + (row + r + line) * from.pitch + inner + j;
+    load_matrices(to, address, from.inner_first);
+  }
+
+  float sums_[kDown][kAcross][4];
+};
+
+// The same for float and double: thread (y, x) of 16 x 16 has the rows y + 16 m and the columns x + 16 n.
+template <class T, int ROWS, int COLUMNS>
+class Sums<T, ROWS, COLUMNS, false> {
+  static constexpr int kDown = ROWS / 16, kAcross = COLUMNS / 16;
+
+ public:
+  OCR_DEVICE void clear() {
+    for_each([](int, int, T& sum) { sum = 0; });
+  }
+
+  OCR_DEVICE void add_product(Operand<T> a, Operand<T> b, int inner) {
+    const int a_row = a.inner_first ? 1 : a.pitch, a_step = a.inner_first ? a.pitch : 1;
+    const int b_row = b.inner_first ? 1 : b.pitch, b_step = b.inner_first ? b.pitch : 1;
+    const T *rows = a.data + y() * a_row, *columns = b.data + x() * b_row;
+    for (int j = 0; j < inner; ++j, rows += a_step, columns += b_step) {
+      T factors[kAcross];
+      OCR_UNROLL
+      for (int n = 0; n < kAcross; ++n) factors[n] = columns[n * 16 * b_row];
+      OCR_UNROLL
+      for (int m = 0; m < kDown; ++m) {
+        const T factor = rows[m * 16 * a_row];
+        OCR_UNROLL
+        for (int n = 0; n < kAcross; ++n) sums_[m][n] += factor * factors[n];
+      }
+    }
+  }
+
+  template <class Body>
+  OCR_DEVICE void for_each(Body body) {
+    OCR_UNROLL
+    for (int m = 0; m < kDown; ++m) OCR_UNROLL
+    for (int n = 0; n < kAcross; ++n) body(y() + m * 16, x() + n * 16, sums_[m][n]);
+  }
+
+ private:
+  static OCR_DEVICE int y() { return thread_index() / 16; }
+  static OCR_DEVICE int x() { return thread_index() % 16; }
+
+  T sums_[kDown][kAcross];
+};
+
+// sums [ROWS, COLUMNS] += a [channels, ROWS]^T b [channels, COLUMNS], over all channels, from the given columns on.
+// `shared` holds kSumOverChannels bytes.
+template <class T, int ROWS, int COLUMNS>
+constexpr int kSumOverChannels = Transfer<T, kInner<T>, ROWS>::kBytes + Transfer<T, kInner<T>, COLUMNS>::kBytes;
+
+template <class T, int ROWS, int COLUMNS>
+OCR_DEVICE void add_sum_over_channels(Sums<T, ROWS, COLUMNS>& sums, Transfer<T, kInner<T>, ROWS>& a, int64_t a_column,
+                                      Transfer<T, kInner<T>, COLUMNS>& b, int64_t b_column, unsigned char* shared) {
+  const int64_t channels = a.image().rows;
+  a.fetch(0, a_column);
+  b.fetch(0, b_column);
+  for (int64_t channel = 0; channel < channels; channel += kInner<T>) {
+    synchronize();
+    const auto rows = a.put(shared);
+    const auto columns = b.put(shared + Transfer<T, kInner<T>, ROWS>::kBytes);
+    synchronize();
+    if (channel + kInner<T> < channels) {
+      a.fetch(channel + kInner<T>, a_column);
+      b.fetch(channel + kInner<T>, b_column);
+    }
+    sums.add_product(rows.by_columns(), columns.by_columns(), kInner<T>);
+  }
+  synchronize();
+}
+
+// ---- results
+
+// A tile of numbers in shared memory on its way to a tensor, in that tensor's order.
+template <class Number, int ROWS, int COLUMNS>
+struct Result {
+  static constexpr int kBytes = tile_bytes<Number>(ROWS, COLUMNS);
+  Image image;
+  Tile<Number, ROWS, COLUMNS> tile;
+
+  OCR_DEVICE Result(const Tensor& tensor, int64_t image_index, void* shared)
+      : image(tensor, image_index), tile{static_cast<Number*>(shared), image.turned()} {}
+
+  // Writes value(row, column, number) of what exists of the tile whose corner is (row, column).
+  template <class Value>
+  OCR_DEVICE void write(int64_t row, int64_t column, Value value) const {
+    with_type(image.dtype, [&](auto type) { write_as<decltype(type)>(row, column, value); });
+  }
+
+ private:
+  template <class To, class Value>
+  OCR_DEVICE void write_as(int64_t row, int64_t column, Value value) const {
+    constexpr int kPiece = 4;
+    struct alignas(sizeof(To) * kPiece < 16 ? sizeof(To) * kPiece : 16) Piece {
+      To number[kPiece];
+    };
+    const bool turned = image.turned(), pieces = image.in_pieces_of(kPiece);
+    const int line_length = turned ? ROWS : COLUMNS;
+    for (int i = thread_index() * kPiece; i < ROWS * COLUMNS; i += kThreads * kPiece) {
+      const int line = i / line_length, first = i % line_length;
+      const int r = turned ? first : line, c = turned ? line : first;
+      Piece piece;
+      int count = 0;
+      OCR_UNROLL
+      for (int n = 0; n < kPiece; ++n) {
+        const int rr = r + (turned ? n : 0), cc = c + (turned ? 0 : n);
+        const bool exists = image.has(row + rr, column + cc);
+        piece.number[n] = Narrow<To>::value(exists ? value(row + rr, column + cc, tile.at(rr, cc)) : Number(0));
+        count += exists;
+      }
+      To* to = static_cast<To*>(image.data) + (row + r) * image.stride_row + (column + c) * image.stride_column;
+      if (pieces && count == kPiece) *reinterpret_cast<Piece*>(to) = piece;
+      else OCR_UNROLL
+      for (int n = 0; n < kPiece; ++n)
+        if (n < count) to[n * (turned ? image.stride_row : image.stride_column)] = piece.number[n];
+    }
+  }
+};
+
+}  // namespace ocr_kernels::gpu

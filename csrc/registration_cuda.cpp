@@ -1,0 +1,66 @@
+// The ops on GPUs: a library of its own, since a PyTorch built for CPUs lacks what it calls.
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/headeronly/version.h>
+
+#include <string>
+
+#include "attention/cuda.h"
+#include "gather/cuda.h"
+#include "ops.h"
+
+namespace ocr_kernels {
+namespace {
+
+class Gpu {
+ public:
+  static constexpr const char* name = "the GPU of the first tensor";
+  static void prepare(void*, int64_t) {}
+  static constexpr auto gather_forward = gpu::gather_forward;
+  static constexpr auto gather_backward = gpu::gather_backward;
+  static constexpr auto attention_forward = gpu::attention_forward;
+  static constexpr auto attention_backward = gpu::attention_backward;
+
+  explicit Gpu(const Argument& first) : first_(first), index_(index_of(first)), current_(index_) {}
+  bool holds(const Argument& tensor) const { return tensor.is_cuda() && tensor.get_device_index() == index_; }
+  Queue resources() const {
+    void* stream = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream));
+    return {stream, allocate, const_cast<Gpu*>(this)};
+  }
+
+ private:
+  static int32_t index_of(const Argument& first) {
+    STD_TORCH_CHECK(first.is_cuda(), "all tensors must be on one GPU, but the first is not on any");
+    return first.get_device_index();
+  }
+  // PyTorch's own allocator hands out again what these hold only to what follows on the same stream.
+  static void* allocate(void* state, int64_t bytes) {
+    Gpu& gpu = *static_cast<Gpu*>(state);
+    gpu.scratch_.push_back(torch::stable::new_empty(gpu.first_, {bytes}, ScalarType::Byte));
+    return gpu.scratch_.back().mutable_data_ptr();
+  }
+
+  Argument first_;
+  int32_t index_;
+  torch::stable::accelerator::DeviceGuard current_;
+  std::vector<Argument> scratch_;
+};
+
+// One `name=value` a line.
+std::string cuda_build_facts() {
+  return "version=" OCR_KERNELS_VERSION "\ncompiler=nvcc " + std::to_string(__CUDACC_VER_MAJOR__) + "." +
+         std::to_string(__CUDACC_VER_MINOR__) + "\ntorch=" TORCH_VERSION "\narchitectures=" OCR_CUDA_ARCHITECTURES;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(ocr_kernels_native, m) { m.def("cuda_build_facts() -> str"); }
+
+STABLE_TORCH_LIBRARY_IMPL(ocr_kernels_native, CUDA, m) { Ops<Gpu>::implement(m); }
+
+STABLE_TORCH_LIBRARY_IMPL(ocr_kernels_native, CompositeExplicitAutograd, m) {
+  m.impl("cuda_build_facts", TORCH_BOX(&cuda_build_facts));
+}
+
+}  // namespace ocr_kernels

@@ -1,0 +1,37 @@
+// The kernels for GPUs as ops on CPU tensors, run thread by thread.
+#include <cstddef>
+#include <cstring>
+
+#include "../csrc/attention/cuda.h"
+#include "../csrc/gather/cuda.h"
+#include "../csrc/ops.h"
+
+namespace ocr_kernels {
+
+struct Host {
+  static constexpr const char* name = "the CPU";
+  static void prepare(void*, int64_t) {}
+  static constexpr auto gather_forward = gpu::gather_forward;
+  static constexpr auto gather_backward = gpu::gather_backward;
+  static constexpr auto attention_forward = gpu::attention_forward;
+  static constexpr auto attention_backward = gpu::attention_backward;
+
+  explicit Host(const Argument&) {}
+  bool holds(const Argument& tensor) const { return tensor.is_cpu(); }
+  Queue resources() const { return {nullptr, allocate, &scratch_}; }
+
+ private:
+  using Buffers = std::vector<std::vector<std::max_align_t>>;
+  static void* allocate(void* scratch, int64_t bytes) {
+    auto& buffers = *static_cast<Buffers*>(scratch);
+    buffers.emplace_back(size_t(bytes) / sizeof(std::max_align_t) + 1);
+    std::memset(buffers.back().data(), 0xff, size_t(bytes));  // NaN in every element type
+    return buffers.back().data();
+  }
+  mutable Buffers scratch_;
+};
+
+STABLE_TORCH_LIBRARY(ocr_kernels_gpu_on_host, m) { define_schemas(m); }
+STABLE_TORCH_LIBRARY_IMPL(ocr_kernels_gpu_on_host, CPU, m) { Ops<Host>::implement(m); }
+
+}  // namespace ocr_kernels
