@@ -1,4 +1,4 @@
-// The kernels for GPUs as ops on CPU tensors, run thread by thread.
+// The kernels for GPUs, run thread by thread on a CPU, in a library that takes the place of the one for CPUs.
 #include <cstddef>
 #include <cstring>
 
@@ -31,7 +31,7 @@ struct Host {
   mutable Buffers scratch_;
 };
 
-STABLE_TORCH_LIBRARY(ocr_kernels_gpu_on_host, m) { define_schemas(m); }
-STABLE_TORCH_LIBRARY_IMPL(ocr_kernels_gpu_on_host, CPU, m) { Ops<Host>::implement(m); }
+STABLE_TORCH_LIBRARY(ocr_kernels_native, m) { define_schemas(m); }
+STABLE_TORCH_LIBRARY_IMPL(ocr_kernels_native, CPU, m) { Ops<Host>::implement(m); }
 
 }  // namespace ocr_kernels

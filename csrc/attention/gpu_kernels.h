@@ -82,7 +82,7 @@ OCR_KERNEL attention_forward_kernel(AttentionForward<NumberOf<T>> a) {
     value.fetch(channel, region);
     synchronize();
     Number largest = maximum;
-    OCR_UNROLL
+    OCR_UNROLL_BY(4)
     for (int e = 0; e < kEach; ++e) {
       const int k = first + e * kPixelThreads<T>;
       if (region + k < regions) largest = larger(largest, scores.at(k, i));
@@ -91,7 +91,7 @@ OCR_KERNEL attention_forward_kernel(AttentionForward<NumberOf<T>> a) {
     const Number subtracted = shift(largest), decay = exponential(maximum - subtracted);
     maximum = largest;
     Number sum = 0;
-    OCR_UNROLL
+    OCR_UNROLL_BY(4)
     for (int e = 0; e < kEach; ++e) {
       const int k = first + e * kPixelThreads<T>;
       const Number weight = region + k < regions ? exponential(scores.at(k, i) - subtracted) : Number(0);
@@ -174,48 +174,51 @@ OCR_KERNEL attention_scores_kernel(AttentionScores<NumberOf<T>> a) {
     synchronize();
   };
 
+  const int64_t region_tiles = tiles(regions, REGIONS), steps = region_tiles == 1 ? 1 : 2 * region_tiles;
   Number maximum = -Number(INFINITY), total = 0, dot = 0;
-  for (int64_t region = 0; region < regions; region += REGIONS) {
+  OCR_UNROLL_BY(1)
+  for (int64_t step = 0; step < steps; ++step) {
+    const int64_t region = step % region_tiles * REGIONS;
     multiply(region);
-    Number largest = maximum;
-    OCR_UNROLL
-    for (int e = 0; e < kEach; ++e) {
-      const int k = first + e * kPixelThreads<T>;
-      if (region + k < regions) largest = larger(largest, weights.tile.at(k, i));
+    if (step < region_tiles) {
+      Number largest = maximum;
+      OCR_UNROLL_BY(4)
+      for (int e = 0; e < kEach; ++e) {
+        const int k = first + e * kPixelThreads<T>;
+        if (region + k < regions) largest = larger(largest, weights.tile.at(k, i));
+      }
+      largest = largest_over_pixel<T>(largest);
+      const Number subtracted = shift(largest), decay = exponential(maximum - subtracted);
+      maximum = largest;
+      total *= decay;
+      dot *= decay;
+      OCR_UNROLL_BY(4)
+      for (int e = 0; e < kEach; ++e) {
+        const int k = first + e * kPixelThreads<T>;
+        if (region + k >= regions) continue;
+        const Number weight = exponential(weights.tile.at(k, i) - subtracted);
+        total += weight;
+        if (a.dscores.data) dot += weight * dscores.tile.at(k, i);
+      }
     }
-    largest = largest_over_pixel<T>(largest);
-    const Number subtracted = shift(largest), decay = exponential(maximum - subtracted);
-    maximum = largest;
-    total *= decay;
-    dot *= decay;
-    OCR_UNROLL
-    for (int e = 0; e < kEach; ++e) {
-      const int k = first + e * kPixelThreads<T>;
-      if (region + k >= regions) continue;
-      const Number weight = exponential(weights.tile.at(k, i) - subtracted);
-      total += weight;
-      if (a.dscores.data) dot += weight * dscores.tile.at(k, i);
+    if (step == region_tiles - 1) {
+      total = sum_over_pixel<T>(total);
+      dot = sum_over_pixel<T>(dot) / total;
     }
-  }
-  total = sum_over_pixel<T>(total);
-  dot = sum_over_pixel<T>(dot) / total;
-
-  for (int64_t region = 0; region < regions; region += REGIONS) {
-    if (regions > REGIONS) {
+    if (step == steps - 1 || step >= region_tiles) {
+      OCR_UNROLL_BY(4)
+      for (int e = 0; e < kEach; ++e) {
+        const int k = first + e * kPixelThreads<T>;
+        const Number weight = exponential(weights.tile.at(k, i) - maximum) / total;
+        weights.tile.at(k, i) = weight * Arithmetic<T>::lift;
+        if (a.dscores.data) dscores.tile.at(k, i) = weight * (dscores.tile.at(k, i) - dot);
+      }
       synchronize();
-      multiply(region);
-    }
-    OCR_UNROLL
-    for (int e = 0; e < kEach; ++e) {
-      const int k = first + e * kPixelThreads<T>;
-      const Number weight = exponential(weights.tile.at(k, i) - maximum) / total;
-      weights.tile.at(k, i) = weight * Arithmetic<T>::lift;
-      if (a.dscores.data) dscores.tile.at(k, i) = weight * (dscores.tile.at(k, i) - dot);
+      const auto same = [](int64_t, int64_t, Number x) { return x; };
+      if (a.weights.data) weights.write(region, pixel, same);
+      if (a.dscores.data) dscores.write(region, pixel, same);
     }
     synchronize();
-    const auto same = [](int64_t, int64_t, Number x) { return x; };
-    if (a.weights.data) weights.write(region, pixel, same);
-    if (a.dscores.data) dscores.write(region, pixel, same);
   }
 }
 

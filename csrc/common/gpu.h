@@ -47,10 +47,18 @@ struct alignas(16) Vector {
 #define OCR_KERNEL __global__ void __launch_bounds__(kThreads, 2)
 #define OCR_DEVICE __device__ __forceinline__
 #define OCR_UNROLL _Pragma("unroll")
+#define OCR_UNROLL_BY(n) OCR_PRAGMA(unroll n)
+#define OCR_PRAGMA(text) _Pragma(#text)
 
 namespace ocr_kernels::gpu {
 
 OCR_DEVICE int thread_index() { return int(threadIdx.x); }
+// The same, but what is computed from it is computed where it is used, instead of taking registers throughout a loop.
+OCR_DEVICE int thread_index_anew() {
+  int index;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+  return index;
+}
 OCR_DEVICE int64_t block_index() { return blockIdx.x; }
 OCR_DEVICE void synchronize() { __syncthreads(); }
 OCR_DEVICE unsigned char* shared_memory() {

@@ -17,6 +17,7 @@
 
 #define OCR_KERNEL inline void
 #define OCR_DEVICE inline
+#define OCR_UNROLL_BY(n)
 
 namespace ocr_kernels::gpu {
 
@@ -140,6 +141,7 @@ class Grid {
 };
 
 OCR_DEVICE int thread_index() { return Grid::current()->thread(); }
+OCR_DEVICE int thread_index_anew() { return thread_index(); }
 OCR_DEVICE int64_t block_index() { return Grid::current()->block(); }
 OCR_DEVICE void synchronize() { Grid::current()->wait_for_block(); }
 OCR_DEVICE unsigned char* shared_memory() { return Grid::current()->shared(); }

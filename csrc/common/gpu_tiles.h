@@ -1,6 +1,8 @@
 // Tiles of tensors in shared memory, and products of them: what the kernels for GPUs are made of.
 #pragma once
 
+#include <type_traits>
+
 #include "gpu.h"
 
 namespace ocr_kernels::gpu {
@@ -41,6 +43,13 @@ OCR_DEVICE void with_type(Dtype dtype, Run run) {
   }
 }
 
+template <class Number>
+OCR_DEVICE Number read(const void* data, Dtype dtype, int64_t at) {
+  Number x = 0;
+  with_type(dtype, [&](auto type) { x = Number(to_number(static_cast<const decltype(type)*>(data)[at])); });
+  return x;
+}
+
 // One image [rows, columns] of a tensor.
 struct Image {
   void* data;
@@ -72,9 +81,7 @@ struct Image {
   }
   template <class Number>
   OCR_DEVICE Number number(int64_t row, int64_t column) const {
-    Number x = 0;
-    with_type(dtype, [&](auto type) { x = Number(to_number(*at<decltype(type)>(row, column))); });
-    return x;
+    return read<Number>(data, dtype, row * stride_row + column * stride_column);
   }
   template <class Number>
   OCR_DEVICE void set(int64_t row, int64_t column, Number x) const {
@@ -135,60 +142,84 @@ class Transfer {
   static constexpr int kBytes = tile_bytes<T>(ROWS, COLUMNS);
 
   OCR_DEVICE Transfer(const Tensor& tensor, int64_t image)
-      : image_(tensor, image), pieces_(image_.dtype == dtype_of(T()) && image_.in_pieces_of(kPiece)) {}
+      : image_(tensor, image),
+        pieces_(image_.dtype == dtype_of(T()) && image_.in_pieces_of(kPiece)),
+        pairs_(sizeof(T) == 2 && image_.in_pieces_of(2) && (image_.turned() ? image_.rows : image_.columns) % 2 == 0) {}
 
   OCR_DEVICE const Image& image() const { return image_; }
 
   OCR_DEVICE void fetch(int64_t row, int64_t column) {
+    const int thread = thread_index_anew();
     const bool turned = image_.turned();
     const int64_t lines = turned ? image_.columns : image_.rows, length = turned ? image_.rows : image_.columns;
     const int64_t line_stride = turned ? image_.stride_column : image_.stride_row;
     const int64_t stride = turned ? image_.stride_row : image_.stride_column;
     OCR_UNROLL
     for (int p = 0; p < kPieces; ++p) {
-      const int64_t line = (turned ? column : row) + line_of(p), first = (turned ? row : column) + first_of(p);
+      const int64_t line = (turned ? column : row) + line_of(p, thread),
+                    first = (turned ? row : column) + first_of(p, thread);
       const int64_t at = line * line_stride + first * stride;
       held_[p] = Vector{};
-      if (!exists(p) || line >= lines) continue;
+      if (!exists(p, thread) || line >= lines) continue;
       if (pieces_ && first + kPiece <= length) held_[p] = load_vector(static_cast<const T*>(image_.data) + at);
-      else held_[p] = fetch_singly(at, stride, length - first);
+      else held_[p] = fetch_words(at, stride, length - first);
     }
   }
 
   OCR_DEVICE Tile<T, ROWS, COLUMNS> put(void* shared) const {
+    const int thread = thread_index_anew();
     const Tile<T, ROWS, COLUMNS> tile{static_cast<T*>(shared), image_.turned()};
     OCR_UNROLL
     for (int p = 0; p < kPieces; ++p)
-      if (exists(p)) *reinterpret_cast<Vector*>(tile.data + line_of(p) * tile.pitch() + first_of(p)) = held_[p];
+      if (exists(p, thread))
+        *reinterpret_cast<Vector*>(tile.data + line_of(p, thread) * tile.pitch() + first_of(p, thread)) = held_[p];
     return tile;
   }
 
  private:
-  OCR_DEVICE bool exists(int p) const { return kExact || p * kThreads + thread_index() < ROWS * COLUMNS / kPiece; }
-  OCR_DEVICE int line_of(int p) const {
-    const int piece = p * kThreads + thread_index();
+  static OCR_DEVICE bool exists(int p, int thread) { return kExact || p * kThreads + thread < ROWS * COLUMNS / kPiece; }
+  OCR_DEVICE int line_of(int p, int thread) const {
+    const int piece = p * kThreads + thread;
     return image_.turned() ? piece / (ROWS / kPiece) : piece / (COLUMNS / kPiece);
   }
-  OCR_DEVICE int first_of(int p) const {
-    const int piece = p * kThreads + thread_index();
+  OCR_DEVICE int first_of(int p, int thread) const {
+    const int piece = p * kThreads + thread;
     return (image_.turned() ? piece % (ROWS / kPiece) : piece % (COLUMNS / kPiece)) * kPiece;
   }
 
-  OCR_DEVICE Vector fetch_singly(int64_t at, int64_t stride, int64_t count) const {
-    T numbers[kPiece];
-    with_type(image_.dtype, [&](auto type) {
-      const auto* from = static_cast<const decltype(type)*>(image_.data) + at;
+  // A piece that is not aligned as one, of which `count` numbers exist.
+  OCR_DEVICE Vector fetch_words(int64_t at, int64_t stride, int64_t count) const {
+    Vector piece{};
+    if (pairs_) {
+      const uint32_t* from = reinterpret_cast<const uint32_t*>(static_cast<const T*>(image_.data) + at);
       OCR_UNROLL
-      for (int i = 0; i < kPiece; ++i, from += stride)
-        numbers[i] = Narrow<T>::value(i < count ? NumberOf<T>(to_number(*from)) : NumberOf<T>(0));
-    });
-    Vector vector;
-    memcpy(&vector, numbers, sizeof vector);
-    return vector;
+      for (int w = 0; w < 4; ++w) piece.word[w] = 2 * w < count ? from[w] : 0;
+    } else {
+      OCR_UNROLL_BY(1)  // unrolled it would take all registers
+      for (int w = 0; w < 4; ++w) {
+        OCR_UNROLL
+        for (int i = 1; i < 4; ++i) piece.word[i - 1] = piece.word[i];
+        piece.word[3] = word(w, at, stride, count);
+      }
+    }
+    return piece;
+  }
+  OCR_DEVICE uint32_t word(int w, int64_t at, int64_t stride, int64_t count) const {
+    if constexpr (sizeof(T) == 2) {
+      const T* from = static_cast<const T*>(image_.data) + at + 2 * w * stride;
+      return (2 * w < count ? from[0].bits : 0) | (2 * w + 1 < count ? uint32_t(from[stride].bits) << 16 : 0);
+    } else if constexpr (sizeof(T) == 4) {
+      return w < count ? static_cast<const uint32_t*>(image_.data)[at + w * stride] : 0;
+    } else {  // read from any type, where another operand is float64
+      const double x = w / 2 < count ? read<double>(image_.data, image_.dtype, at + w / 2 * stride) : 0;
+      uint64_t bits;
+      memcpy(&bits, &x, sizeof bits);
+      return uint32_t(bits >> (w % 2 * 32));
+    }
   }
 
   Image image_;
-  bool pieces_;
+  bool pieces_, pairs_;
   Vector held_[kPieces];
 };
 
@@ -209,13 +240,13 @@ class Sums {
 
   // += a [ROWS, inner] b [COLUMNS, inner]^T
   OCR_DEVICE void add_product(Operand<T> a, Operand<T> b, int inner) {
-    const int eighth = thread_index() % 32 / 8, odd = eighth % 2 * 8, late = eighth / 2 * 8;
+    const int thread = thread_index_anew(), eighth = thread % 32 / 8, odd = eighth % 2 * 8, late = eighth / 2 * 8;
     for (int j = 0; j < inner; j += 16) {
       uint32_t rows[kDown][4], columns[kAcross / 2][4];
       OCR_UNROLL
-      for (int m = 0; m < kDown; ++m) load(rows[m], a, first_row() + m * 16, j, odd, late);
+      for (int m = 0; m < kDown; ++m) load(rows[m], a, thread, first_row(thread) + m * 16, j, odd, late);
       OCR_UNROLL
-      for (int n = 0; n < kAcross / 2; ++n) load(columns[n], b, first_column() + n * 16, j, late, odd);
+      for (int n = 0; n < kAcross / 2; ++n) load(columns[n], b, thread, first_column(thread) + n * 16, j, late, odd);
       OCR_UNROLL
       for (int m = 0; m < kDown; ++m) OCR_UNROLL
       for (int n = 0; n < kAcross; ++n) {
@@ -228,20 +259,21 @@ class Sums {
   // body(row, column, sum) for this thread's part
   template <class Body>
   OCR_DEVICE void for_each(Body body) {
-    const int lane = thread_index() % 32;
+    const int thread = thread_index_anew(), lane = thread % 32;
     OCR_UNROLL
     for (int m = 0; m < kDown; ++m) OCR_UNROLL
     for (int n = 0; n < kAcross; ++n) OCR_UNROLL
     for (int i = 0; i < 4; ++i)
-      body(first_row() + m * 16 + i / 2 * 8 + lane / 4, first_column() + n * 8 + lane % 4 * 2 + i % 2, sums_[m][n][i]);
+      body(first_row(thread) + m * 16 + i / 2 * 8 + lane / 4, first_column(thread) + n * 8 + lane % 4 * 2 + i % 2,
+           sums_[m][n][i]);
   }
 
  private:
-  static OCR_DEVICE int first_row() { return thread_index() / 32 / kWarpColumns * (kDown * 16); }
-  static OCR_DEVICE int first_column() { return thread_index() / 32 % kWarpColumns * (kAcross * 8); }
+  static OCR_DEVICE int first_row(int thread) { return thread / 32 / kWarpColumns * (kDown * 16); }
+  static OCR_DEVICE int first_column(int thread) { return thread / 32 % kWarpColumns * (kAcross * 8); }
   // The 16 x 16 numbers from (row, inner) on, as four matrices; this lane addresses the one at (r, j) from there.
-  static OCR_DEVICE void load(uint32_t (&to)[4], Operand<T> from, int row, int inner, int r, int j) {
-    const int line = thread_index() % 8;
+  static OCR_DEVICE void load(uint32_t (&to)[4], Operand<T> from, int thread, int row, int inner, int r, int j) {
+    const int line = thread % 8;
     const T* address = from.inner_first ? from.data + (inner + j + line) * from.pitch + row + r
                                         : from.data + (row + r + line) * from.pitch + inner + j;
     load_matrices(to, address, from.inner_first);
@@ -300,20 +332,22 @@ template <class T, int ROWS, int COLUMNS>
 OCR_DEVICE void add_sum_over_channels(Sums<T, ROWS, COLUMNS>& sums, Transfer<T, kInner<T>, ROWS>& a, int64_t a_column,
                                       Transfer<T, kInner<T>, COLUMNS>& b, int64_t b_column, unsigned char* shared) {
   const int64_t channels = a.image().rows;
-  a.fetch(0, a_column);
-  b.fetch(0, b_column);
-  for (int64_t channel = 0; channel < channels; channel += kInner<T>) {
-    synchronize();
-    const auto rows = a.put(shared);
-    const auto columns = b.put(shared + Transfer<T, kInner<T>, ROWS>::kBytes);
-    synchronize();
-    if (channel + kInner<T> < channels) {
-      a.fetch(channel + kInner<T>, a_column);
-      b.fetch(channel + kInner<T>, b_column);
+  OCR_UNROLL_BY(1)
+  for (int64_t channel = 0;; channel += kInner<T>) {  // one tile is multiplied while the next is on its way
+    Operand<T> rows{}, columns{};
+    if (channel > 0) {
+      rows = a.put(shared).by_columns();
+      columns = b.put(shared + Transfer<T, kInner<T>, ROWS>::kBytes).by_columns();
+      synchronize();
     }
-    sums.add_product(rows.by_columns(), columns.by_columns(), kInner<T>);
+    if (channel < channels) {
+      a.fetch(channel, a_column);
+      b.fetch(channel, b_column);
+    }
+    if (channel > 0) sums.add_product(rows, columns, kInner<T>);
+    synchronize();
+    if (channel >= channels) break;
   }
-  synchronize();
 }
 
 // ---- results
