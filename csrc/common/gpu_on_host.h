@@ -207,6 +207,7 @@ OCR_DEVICE void multiply_add(float (&sums)[4], const uint32_t (&a)[4], const uin
 template <class... Parameters>
 void launch(void (*kernel)(Parameters...), int64_t blocks, int shared_bytes, const Queue&,
             const Parameters&... arguments) {
+  if (shared_bytes > 64 * 1024) std::abort();  // more than the smallest GPU has
   if (blocks > 0) Grid::run([&] { kernel(arguments...); }, blocks, shared_bytes);
 }
 
