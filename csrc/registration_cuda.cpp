@@ -1,4 +1,5 @@
 // The ops on GPUs: a library of its own, since a PyTorch built for CPUs lacks what it calls.
+#include <cuda_runtime_api.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/headeronly/version.h>
@@ -21,7 +22,10 @@ class Gpu {
   static constexpr auto attention_forward = gpu::attention_forward;
   static constexpr auto attention_backward = gpu::attention_backward;
 
-  explicit Gpu(const Argument& first) : first_(first), index_(index_of(first)), current_(index_) {}
+  explicit Gpu(const Argument& first) : first_(first), index_(index_of(first)), current_(index_) {
+    // this library has a CUDA runtime of its own, which is told as well
+    STD_TORCH_CHECK(cudaSetDevice(index_) == cudaSuccess, "CUDA: device ", index_, " cannot be used");
+  }
   bool holds(const Argument& tensor) const { return tensor.is_cuda() && tensor.get_device_index() == index_; }
   Queue resources() const {
     void* stream = nullptr;

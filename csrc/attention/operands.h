@@ -29,43 +29,6 @@ OCR_INLINE void copy_line(To* to, int64_t to_stride, const From* from, int64_t f
   for (int64_t i = 0; i < count; ++i) to[i * to_stride] = from_float<To>(to_float(from[i * from_stride]));
 }
 
-// (a0 b0 a1 b1 ...), the first half in `low`
-template <class A>
-OCR_INLINE void interleave(Vec<A> a, Vec<A> b, Vec<A>& low, Vec<A>& high) {
-  constexpr int size = Vec<A>::size;
-  A merged[2 * size];
-  for (int i = 0; i < size; ++i) merged[2 * i] = a.v[i], merged[2 * i + 1] = b.v[i];
-  low = load<A>(merged), high = load<A>(merged + size);
-}
-#if defined(__AVX512F__)
-OCR_INLINE void interleave(Vec<float> a, Vec<float> b, Vec<float>& low, Vec<float>& high) {
-  const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-  const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
-  low.v = (Lanes<float>)_mm512_permutex2var_ps((__m512)a.v, first, (__m512)b.v);
-  high.v = (Lanes<float>)_mm512_permutex2var_ps((__m512)a.v, second, (__m512)b.v);
-}
-#elif defined(__AVX2__)
-OCR_INLINE void interleave(Vec<float> a, Vec<float> b, Vec<float>& low, Vec<float>& high) {
-  const __m256 even = _mm256_unpacklo_ps((__m256)a.v, (__m256)b.v), odd = _mm256_unpackhi_ps((__m256)a.v, (__m256)b.v);
-  low.v = (Lanes<float>)_mm256_permute2f128_ps(even, odd, 0x20);
-  high.v = (Lanes<float>)_mm256_permute2f128_ps(even, odd, 0x31);
-}
-#endif
-
-// Each step rotates the bits of the index (row, lane) by one. After log2(size) steps row and lane have changed places.
-template <class A>
-OCR_INLINE void transpose_lanes(Vec<A> (&x)[Vec<A>::size]) {
-  constexpr int size = Vec<A>::size;
-  OCR_UNROLL
-  for (int step = 1; step < size; step *= 2) {
-    Vec<A> y[size];
-    OCR_UNROLL
-    for (int i = 0; i < size / 2; ++i) interleave(x[i], x[i + size / 2], y[2 * i], y[2 * i + 1]);
-    OCR_UNROLL
-    for (int i = 0; i < size; ++i) x[i] = y[i];
-  }
-}
-
 // to [columns, rows] = from [rows, columns]; both numbers are multiples of a vector's lanes.
 template <class A>
 void transpose(A* to, int64_t to_pitch, const A* from, int64_t from_pitch, int64_t rows, int64_t columns) {
@@ -75,7 +38,7 @@ void transpose(A* to, int64_t to_pitch, const A* from, int64_t from_pitch, int64
       Vec<A> x[size];
       OCR_UNROLL
       for (int i = 0; i < size; ++i) x[i] = load<A>(from + (r + i) * from_pitch + c);
-      transpose_lanes(x);
+      transpose(x);
       OCR_UNROLL
       for (int i = 0; i < size; ++i) store(to + (c + i) * to_pitch + r, x[i]);
     }
