@@ -5,7 +5,10 @@ The environment variable OCR_KERNELS_BUILD says what is built:
 auto  what this machine can, and it says what was left out and why; the default
 none  nothing
 cpu   the kernels for CPUs, or it fails
-cuda  those and the kernels for GPUs, or it fails; there are none yet
+cuda  those and the kernels for GPUs, or it fails
+
+`auto` builds the kernels for GPUs where PyTorch is a CUDA build and nvcc is there: in CUDA_HOME, else on PATH. Like
+PyTorch's own builds, TORCH_CUDA_ARCH_LIST ("8.0;9.0+PTX") says for which GPUs; it does not matter which are there.
 """
 
 from __future__ import annotations
@@ -13,11 +16,13 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import sysconfig
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +31,13 @@ from setuptools.errors import CompileError
 
 KERNELS = ["csrc/attention/cpu_kernels.cpp", "csrc/gather/cpu_kernels.cpp"]  # compiled once per instruction set
 OTHERS = ["csrc/registration.cpp", "csrc/attention/cpu.cpp", "csrc/gather/cpu.cpp"]  # compiled once
+FOR_GPUS = ["csrc/attention/cuda.cu", "csrc/gather/cuda.cu", "csrc/registration_cuda.cpp"]  # a library of its own
 STABLE_ABI = ("TORCH_TARGET_VERSION", "0x020b000000000000")  # PyTorch 2.11
 
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 INSTRUCTION_SETS = {"avx2": AVX2, "avx512": AVX512, "avx512bf16": [*AVX512, "-mavx512bf16"]}
+CAPABILITIES = ["7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0"]  # those of them that nvcc knows, and PTX of the last
 
 
 def configuration() -> dict[str, Any]:
@@ -38,21 +45,26 @@ def configuration() -> dict[str, Any]:
     mode = os.environ.get("OCR_KERNELS_BUILD") or "auto"
     if mode not in ("auto", "none", "cpu", "cuda"):
         sys.exit(f"OCR_KERNELS_BUILD must be auto, none, cpu or cuda, but is {mode!r}")
-    if mode == "cuda":
-        sys.exit("OCR_KERNELS_BUILD=cuda: there are no compiled kernels for GPUs yet; use auto, none or cpu")
     if mode == "none":
         return {}
     problem = obstacle()
-    if problem is None:
-        return library(optional=mode == "auto")
-    if mode == "cpu":
-        sys.exit(f"OCR_KERNELS_BUILD=cpu: the compiled library cannot be built: {problem}")
-    left_out(problem)
-    return {}
+    if problem is not None:
+        leave_out("compiled library", mode, problem)
+        return {}
+    gpus = None
+    if mode != "cpu":
+        try:
+            gpus = gpu_compiler(asked_for=mode == "cuda")
+        except RuntimeError as error:
+            leave_out("kernels for GPUs", mode, error)
+    return libraries(optional=mode == "auto", gpus=gpus)
 
 
-def left_out(problem: str) -> None:
-    print(f"ocr_kernels: the compiled library is left out: {problem}", file=sys.stderr)
+def leave_out(what: str, mode: str, problem: object) -> None:
+    """Say why something is not built, and exit where it was asked for."""
+    if mode != "auto":
+        sys.exit(f"OCR_KERNELS_BUILD={mode}: the {what} cannot be built: {problem}")
+    print(f"ocr_kernels: the {what} will be left out: {problem}", file=sys.stderr)
 
 
 def obstacle() -> str | None:
@@ -102,7 +114,40 @@ def instruction_sets() -> Iterator[tuple[str, list[str], bool]]:
         yield name, known, knows
 
 
-def library(optional: bool) -> dict[str, Any]:
+def gpu_compiler(asked_for: bool) -> tuple[str, list[str]]:
+    """nvcc, and what it is to compile for: sm_80 is machine code, compute_80 what a newer GPU's driver compiles itself.
+
+    Raises:
+        RuntimeError: why the kernels for GPUs are not built here.
+    """
+    import torch
+
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    places = [os.path.join(home, "bin")] if home else [os.environ.get("PATH", os.defpath), "/usr/local/cuda/bin"]
+    nvcc = shutil.which("nvcc", path=os.pathsep.join(places))
+    if torch.version.cuda is None and not asked_for:
+        anyway = "; OCR_KERNELS_BUILD=cuda builds them all the same" if nvcc else ""
+        raise RuntimeError(f"this PyTorch is a {'ROCm' if torch.version.hip else 'CPU'} build{anyway}")
+    if nvcc is None:
+        place = f"in {places[0]}" if home else "on PATH"
+        raise RuntimeError(f"there is no nvcc {place}; set CUDA_HOME, or install one")
+    try:
+        known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise RuntimeError(f"nvcc does not run: {error}") from error
+    ours = [capability for capability in CAPABILITIES if f"sm_{capability.replace('.', '')}" in known]
+    architectures = []
+    for wanted in (os.environ.get("TORCH_CUDA_ARCH_LIST") or ";".join(ours) + "+PTX").replace(";", " ").split():
+        match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", wanted)
+        if match is None or f"sm_{match[1]}{match[2]}" not in known:
+            raise RuntimeError(f"nvcc does not know {wanted!r} (TORCH_CUDA_ARCH_LIST), but {' '.join(known)}")
+        number = "".join(match.group(1, 2, 3))
+        architectures += [f"sm_{number}", f"compute_{number}"][: 2 if match[4] else 1]
+    return nvcc, architectures
+
+
+def libraries(optional: bool, gpus: tuple[str, list[str]] | None) -> dict[str, Any]:
+    from torch.utils import cpp_extension
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 
     variants = list(instruction_sets())
@@ -114,6 +159,9 @@ def library(optional: bool) -> dict[str, Any]:
         """Compiles `KERNELS` once per instruction set, each with flags of its own, with ninja or without."""
 
         def build_extension(self, extension: Extension) -> None:
+            if extension is not cpu:
+                self.build_for_gpus(extension)
+                return
             if windows:
                 options = ["/O2", "/std:c++17"]
             else:
@@ -135,24 +183,52 @@ def library(optional: bool) -> dict[str, Any]:
             except RuntimeError as error:  # what ninja's failure becomes; setuptools lets this one pass if optional
                 raise CompileError(str(error)) from error
 
+        def build_for_gpus(self, extension: Extension) -> None:
+            """With nvcc alone, since BuildExtension compiles nothing for GPUs where PyTorch is a CPU build."""
+            if not os.path.exists(self.get_ext_fullpath(cpu.name)):
+                raise CompileError("it needs the library for CPUs, which is not there")
+            nvcc, architectures = gpus
+            jobs = os.environ.get("MAX_JOBS", "")
+            jobs = max(1, int(jobs) if jobs.isdigit() else os.cpu_count() or 1)
+            flags = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", f"--threads={max(1, jobs // 2)}"]  # two .cu files
+            flags += ["-Xcompiler", "/MD" if windows else "-fPIC,-fvisibility=hidden"]
+            flags += [f"-gencode=arch=compute_{a.split('_')[1]},code={a}" for a in architectures]
+            defined = [*macros, ("USE_CUDA", "1"), ("OCR_CUDA_ARCHITECTURES", f'"{" ".join(architectures)}"')]
+            flags += [f"-D{name}={value}" for name, value in defined]
+            flags += [f"-I{path}" for path in cpp_extension.include_paths()]
+
+            def compiled(source: str) -> str:
+                target = os.path.join(self.build_temp, "cuda", source + ".o")
+                os.makedirs(os.path.dirname(target), exist_ok=True)
+                self.spawn([nvcc, *flags, "-c", source, "-o", target])
+                return target
+
+            with ThreadPoolExecutor(jobs) as pool:
+                objects = list(pool.map(compiled, FOR_GPUS))
+            # libtorch brings PyTorch's library for GPUs where there is one; a CPU build has none to link with.
+            linked = ["-ltorch_cpu", "-ltorch_cuda"] if windows else ["-Xlinker=--no-as-needed,--exclude-libs,ALL"]
+            linked += ["-ltorch", *(f"-L{path}" for path in cpp_extension.library_paths())]
+            target = self.get_ext_fullpath(extension.name)
+            self.spawn([nvcc, "-shared", "-cudart=static", *objects, *linked, "-o", target])
+
         def get_ext_filename(self, name: str) -> str:
             """No module of Python's: its name says nothing of one, on any system."""
             return os.path.join(*name.split(".")) + ".so"
 
-    extension = CppExtension(
+    macros = [STABLE_ABI, ("OCR_KERNELS_VERSION", f'"{version}"')]
+    cpu = CppExtension(
         "ocr_kernels.libocr_kernels_cpu",
         OTHERS,
         depends=[str(header) for header in sorted(Path("csrc").rglob("*.h"))],
-        define_macros=[
-            STABLE_ABI,
-            ("OCR_KERNELS_VERSION", f'"{version}"'),
-            ("OCR_INSTRUCTION_SETS", f'"{names}"'),
-        ],
+        define_macros=[*macros, ("OCR_INSTRUCTION_SETS", f'"{names}"')],
         py_limited_api=True,
         optional=optional,
         extra_compile_args=[],
     )
-    configured: dict[str, Any] = {"ext_modules": [extension], "cmdclass": {"build_ext": Build}}
+    extensions = [cpu]
+    if gpus:
+        extensions.append(Extension("ocr_kernels.libocr_kernels_cuda", [], optional=optional))
+    configured: dict[str, Any] = {"ext_modules": extensions, "cmdclass": {"build_ext": Build}}
     if not sysconfig.get_config_var("Py_GIL_DISABLED"):  # wheels of free-threaded Pythons may not say abi3
         configured["options"] = {"bdist_wheel": {"py_limited_api": "cp310"}}
     return configured

@@ -119,6 +119,7 @@ class Subject:
     cases: tuple[str, ...] | None = None  # None: all
     finish: Callable[[nn.Module], object] = lambda module: None  # what is done to ours once it has its weights
     parts: Callable[[Any], dict[str, Function]] = lambda eager: {}  # of eager, timed beside the variants
+    automatic: bool = False  # ours chooses its backends itself, since not all have one for every op
 
     def work(self, case: Case, what: Pass) -> list[Work]:
         inputs, outputs = (sum(map(prod, shapes(case))) for shapes in (self.input_shapes, self.output_shapes))
@@ -268,13 +269,14 @@ def scaled_dot_product(query: Tensor, key: Tensor, value: Tensor, *, backend: An
 
 
 def _inference(subject: Subject, network: Callable[..., nn.Module]) -> Subject:
-    """The same in inference alone, with the head folded; backends are chosen automatically, since not all have one."""
+    """The same in inference alone, with the head folded."""
     return replace(
         subject,
         name=f"folded-{subject.name}",
         ours=lambda c, _: network(modules, c),
         passes=("forward",),
         finish=fold_ocr_modules,
+        automatic=True,
     )
 
 
@@ -291,6 +293,7 @@ def _network(backbone: str) -> Subject:
         cases=("cityscapes-inference", "cityscapes-half"),
         finish=fold_ocr_modules,
         parts=lambda eager: {BACKBONE: eager.features},
+        automatic=True,
     )
 
 
@@ -338,8 +341,8 @@ SUBJECTS = {subject.name: subject for subject in (*_LAYERS, *_FOLDED, *map(_netw
 
 
 def our_backends(device: torch.device) -> list[str]:
-    """The backends to time: the kernels that run on `device`, or the reference where there are none."""
-    usable = [name for name, state in available_backends().items() if state is True and name != "reference"]
+    """The backends to time, the automatic choice first: kernels that run on `device`, or the reference without any."""
+    usable = [name for name, state in available_backends(device.type).items() if state is True and name != "reference"]
     if device.type == "cpu":
         usable = [name for name in usable if name != "triton"]
     return usable or ["reference"]
@@ -370,6 +373,10 @@ class Workload:
     def eager(self) -> Function:
         return self._ready(self.subject.plain(self.case))
 
+    def backends(self) -> list[str]:
+        """The names of ours among the variants; where it chooses by itself, the one of the two ops."""
+        return our_backends(self.device)[: 1 if self.subject.automatic else None]
+
     def variants(self) -> dict[str, Function]:
         """The peers, then ours. SDPA's backends are there where PyTorch accepts the input."""
         functions: dict[str, Function] = {}
@@ -384,7 +391,7 @@ class Workload:
             for name, kernel in SDPA_BACKENDS.items():
                 if self._accepts(kernel):
                     functions[name] = functools.partial(scaled_dot_product, backend=kernel)
-        for backend in our_backends(self.device):
+        for backend in self.backends():
             functions[backend] = self._ready(self.subject.ours(self.case, backend))
             self.subject.finish(functions[backend])  # type: ignore[arg-type]
         return functions

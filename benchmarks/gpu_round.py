@@ -1,4 +1,7 @@
-"""`make gpu`: every test and benchmark that needs a GPU, in nine minutes at most, with everything it found on disk."""
+"""`make gpu`: the compiled libraries for this GPU, every test and benchmark that needs one, in nine minutes at most.
+
+Everything it found is on disk afterwards.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +14,16 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import xml.etree.ElementTree as ET
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TextIO
 
-TOTAL_SECONDS = 500  # for both steps, of the 540 that a round may take
+TOTAL_SECONDS = 500  # for all steps, of the 540 that a round may take
+BUILD_SECONDS = 120
 TEST_SECONDS = 270
 GRACE_SECONDS = 10  # between asking a step to stop and ending it
 BENCHMARKS = ["--device", "cuda", "--memory-format", "contiguous", "channels_last"]
@@ -42,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _refuse(f"{sys.executable} lacks a package of the extra `bench` ({error})")
 
     args.out.mkdir(parents=True, exist_ok=True)
+    build, libraries = _build(args.out, torch.cuda.get_device_capability())
     record = measure.record(args.commit)
     (args.out / "machine.json").write_text(json.dumps(record, indent=1) + "\n")
     machine = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
@@ -61,6 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     out = report.console()
     out.print(f"\n{torch.cuda.get_device_name()}, commit {record['commit']}, {time.monotonic() - start:.0f} s")
+    out.print(f"build       {_outcome(build)}; {', '.join(libraries) or 'no library'}")
     out.print(f"tests       {_outcome(tests)}; {_count(junit)}")
     out.print(f"benchmarks  {_outcome(benchmarks)}; {results if results.exists() else 'no results'}")
     if results.exists():
@@ -68,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for grid in report.summary(data["results"]):
             out.print(grid.table())
         out.print(f"Not reached: {len(data['missing'])} workloads")
-    return int(tests != 0 or benchmarks != 0)
+    return int(any(status != 0 for status in (build, tests, benchmarks)))
 
 
 def _refuse(reason: str) -> int:
@@ -76,13 +83,28 @@ def _refuse(reason: str) -> int:
     return 1
 
 
-def _step(module: list[str], log: Path, seconds: float) -> int | None:
-    """Run a module with its output here and in `log`; its exit status, or None if its time was up.
+def _build(out: Path, capability: tuple[int, int]) -> tuple[int | None, list[str]]:
+    """Build the compiled libraries for this GPU alone, for the steps that follow; the exit status, and their names."""
+    folder = out.resolve() / "build" / "ocr_kernels"
+    for path in folder.glob("*.so"):  # an earlier round's
+        path.unlink()
+    with tempfile.TemporaryDirectory() as objects:
+        command = ["setup", "build_ext", f"--build-lib={folder.parent}", f"--build-temp={objects}"]
+        environment = {"OCR_KERNELS_BUILD": "cuda", "TORCH_CUDA_ARCH_LIST": "{}.{}".format(*capability)}
+        status = _step(command, out / "build.log", BUILD_SECONDS, environment)
+    libraries = sorted(path.name for path in folder.glob("*.so"))
+    if libraries:
+        os.environ["OCR_KERNELS_LIBRARY"] = str(folder / "libocr_kernels_cpu.so")
+    return status, libraries
+
+
+def _step(module: list[str], log: Path, seconds: float, variables: Mapping[str, str] | None = None) -> int | None:
+    """Run a module of the checkout with its output here and in `log`; its exit status, or None if its time was up.
 
     It leads a process group of its own, so that what it started ends with it.
     """
     root = Path(__file__).parent.parent
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(root)}
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(root), **(variables or {})}
     environment.pop("TRITON_INTERPRET", None)  # the kernels are to run on the GPU
     with log.open("w") as file:
         process = subprocess.Popen(

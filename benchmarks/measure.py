@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import ocr_kernels.attention.reference
 import ocr_kernels.gather.reference
-from benchmarks.cases import AUTOTUNED, EAGER, OPS, SUBJECTS, TINY, Function, Pass, Work, Workload, our_backends
+from benchmarks.cases import AUTOTUNED, EAGER, OPS, SUBJECTS, TINY, Function, Pass, Work, Workload
 from ocr_kernels import info
 from ocr_kernels.testing import judge, peak_bytes, saved_bytes
 
@@ -67,8 +67,13 @@ class Limits:
 def record(commit: str | None) -> dict[str, Any]:
     date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     machine = info.collect()
-    if machine["library"]:
-        del machine["library"]["file"]  # a path of this machine's is nobody else's business
+    # paths of this machine's are nobody else's business
+    del machine["environment"]["OCR_KERNELS_LIBRARY"]
+    machine["library"] = {
+        kind: {name: fact for name, fact in found.items() if name != "file"}
+        for kind, found in machine["library"].items()
+        if isinstance(found, dict)
+    }
     return {"commit": commit or _commit(), "date": date, "load": [load()], **machine}
 
 
@@ -127,7 +132,7 @@ def measure(workload: Workload, limits: Limits, seconds: float) -> Iterator[dict
                 "dtype": str(dtype).removeprefix("torch."),
                 "memory_format": workload.memory_format,
                 "shape": asdict(case),
-                "ours": our_backends(device),
+                "ours": workload.backends(),
                 "bytes": subject.bytes(case, what, dtype),
                 "flops": subject.flops(case, what),
                 "floor": limits.floor(subject.work(case, what), dtype),

@@ -12,10 +12,11 @@ import torch
 from ocr_kernels import native
 
 BACKENDS = ("reference", "triton", "native")
-_FASTEST = {"cpu": "native", "cuda": "triton"}  # of those that no one asked for, what to try before the reference
+# of those that no one asked for, what to try before the reference
+_FASTEST = {"cpu": ("native",), "cuda": ("triton", "native")}
 
 _selected = os.environ.get("OCR_KERNELS_BACKEND") or None  # process-wide, like torch.backends' flags
-_problems: dict[str, str | None] = {"reference": None}
+_problems: dict[tuple[str, str | None], str | None] = {}  # of backends on types of devices, or on this machine
 
 
 Function = TypeVar("Function", bound=Callable[..., object])
@@ -27,9 +28,12 @@ def assume_constant_result(function: Function) -> Function:
     return function
 
 
-def available_backends() -> dict[str, bool | str]:
-    """Every backend with `True`, or with the sentence that says why it cannot run on this machine."""
-    return {name: _problem(name) or True for name in BACKENDS}
+def available_backends(device_type: str | None = None) -> dict[str, bool | str]:
+    """Every backend with `True`, or with the sentence that says why it cannot run on this machine.
+
+    With a `device_type`, `"cpu"` or `"cuda"`, why it cannot run on its tensors.
+    """
+    return {name: _problem(name, device_type) or True for name in BACKENDS}
 
 
 @contextmanager
@@ -59,20 +63,19 @@ def resolve_backend(device: torch.device, backend: str | None = None, implemente
     `implemented` are those that have the op in question. A backend that somebody named runs or raises; only the
     automatic choice looks further.
     """
+    kind = device.type
     name = backend if backend is not None else _selected
     if name is None:
-        name = _FASTEST.get(device.type, "reference")
-        return name if name in implemented and _problem(name) is None else "reference"
-    _require(name)
-    if name not in implemented:
-        raise RuntimeError(f"backend {name!r} has no kernels for this op; {' and '.join(implemented)} have")
-    if name == "triton" and device.type != "cuda" and not interpreting():
-        raise RuntimeError(
-            f"backend 'triton' cannot run on a {device.type} tensor: it needs a GPU tensor, or "
-            "TRITON_INTERPRET=1 set before Python starts"
-        )
-    if name == "native" and device.type != "cpu":
-        raise RuntimeError(f"backend 'native' cannot run on a {device.type} tensor: its kernels are for CPUs")
+        for name in _FASTEST.get(kind, ()):
+            if name in implemented and _problem(name, kind) is None:
+                return name
+        return "reference"
+    problem = _problem(name, kind)
+    if problem is not None or name not in implemented:
+        _require(name)
+        if name not in implemented:
+            raise RuntimeError(f"backend {name!r} has no kernels for this op; {' and '.join(implemented)} have")
+        raise RuntimeError(f"backend {name!r} cannot run on a {kind} tensor: {problem}")
     return name
 
 
@@ -84,17 +87,30 @@ def interpreting() -> bool:
 def _require(name: str) -> None:
     if name not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, but is {name!r}")
-    problem = _problem(name)
+    problem = _problem(name, None)
     if problem is not None:
         raise RuntimeError(f"backend {name!r} cannot run: {problem}")
 
 
 @assume_constant_result
-def _problem(name: str) -> str | None:
-    """Why a backend cannot run on this machine, found out once; None where it can."""
-    if name not in _problems:
-        _problems[name] = _triton_problem() if name == "triton" else native.problem()
-    return _problems[name]
+def _problem(name: str, device_type: str | None) -> str | None:
+    """Why a backend cannot run on tensors of a type, or if None on any here, found out once; None where it can."""
+    try:
+        return _problems[name, device_type]
+    except KeyError:
+        problem = _problems[name, device_type] = _find_problem(name, device_type)
+        return problem
+
+
+def _find_problem(name: str, device_type: str | None) -> str | None:
+    if name == "reference":
+        return None
+    if name == "native":
+        return native.problem(device_type or "cpu")  # the library for GPUs needs that for CPUs
+    problem = _triton_problem() if device_type is None else _problem(name, None)
+    if problem is None and device_type not in (None, "cuda") and not interpreting():
+        return "it needs a GPU tensor, or TRITON_INTERPRET=1 set before Python starts"
+    return problem
 
 
 def _triton_problem() -> str | None:

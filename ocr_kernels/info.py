@@ -34,7 +34,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def collect() -> dict[str, Any]:
-    """Backends, those chosen on each device, the compiled library, versions, devices, environment; all of it JSON."""
+    """Backends, those chosen on each device, the compiled libraries, versions, devices, environment; all of it JSON."""
     gpus = range(torch.cuda.device_count()) if torch.cuda.is_available() else range(0)
     return {
         "backends": available_backends(),
@@ -43,7 +43,7 @@ def collect() -> dict[str, Any]:
             for kind in ("cpu", "cuda")[: 2 if gpus else 1]
             for suffix, implemented in (("", BACKENDS), (", ocr_head", IMPLEMENTED))
         },
-        "library": {"file": str(native.library()), **native.facts()} if native.problem() is None else None,
+        "library": {kind: _library(kind) for kind in ("cpu", "cuda")},
         "versions": {
             "ocr_kernels": ocr_kernels.__version__,
             "python": platform.python_version(),
@@ -62,6 +62,14 @@ def _chosen(device_type: str, implemented: Sequence[str]) -> str:
         return resolve_backend(torch.device(device_type), None, implemented)
     except (ValueError, RuntimeError) as error:  # OCR_KERNELS_BACKEND names one that cannot run
         return f"none: {error}"
+
+
+def _library(device_type: str) -> dict[str, str] | str:
+    """What is known of a compiled library, or why it is not in use."""
+    problem = native.problem(device_type)
+    if problem is not None:
+        return problem
+    return {"file": str(native.library(device_type)), **native.facts(device_type)}
 
 
 def _version(package: str) -> str | None:
@@ -112,7 +120,10 @@ def _format(report: dict[str, Any]) -> str:
     environment = {name: "not set" if value is None else value for name, value in report["environment"].items()}
     devices = {device["device"]: _describe(device) for device in report["devices"]}
     chosen = {f"on {kind}": backend for kind, backend in report["chosen"].items()}
-    library = {name.replace("_", " "): fact for name, fact in (report["library"] or {"file": "none"}).items()}
+    library: dict[str, str] = {}
+    for kind, found in report["library"].items():
+        facts = {kind: found} if isinstance(found, str) else {f"{kind}, {name}": fact for name, fact in found.items()}
+        library |= {name.replace("_", " "): fact for name, fact in facts.items()}
     sections = {
         "Backends": backends,
         "Chosen backend": chosen,

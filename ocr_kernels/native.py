@@ -1,4 +1,7 @@
-"""Find and load the compiled library, or say why not."""
+"""Find and load the compiled libraries, one for CPUs and one for GPUs, or say why not.
+
+The one for GPUs needs the other, which has the ops' schemas, and symbols that a CPU build of PyTorch has not got.
+"""
 
 from __future__ import annotations
 
@@ -10,44 +13,99 @@ from typing import Any
 
 import torch
 
-_BUILD = "`OCR_KERNELS_BUILD=cpu pip install --no-build-isolation` from a checkout builds it, or says what it lacks"
+_NAMES = {"cpu": "compiled library", "cuda": "compiled library for GPUs"}
 
 
-def library() -> Path:
-    """The file: beside this one, unless the environment names another."""
-    return Path(os.environ.get("OCR_KERNELS_LIBRARY") or Path(__file__).with_name("libocr_kernels_cpu.so"))
+def library(device_type: str = "cpu") -> Path:
+    """The file: beside this one, unless the environment names another for CPUs; the one for GPUs lies beside that."""
+    path = Path(os.environ.get("OCR_KERNELS_LIBRARY") or Path(__file__).with_name("libocr_kernels_cpu.so"))
+    return path if device_type == "cpu" else path.with_name("libocr_kernels_cuda.so")
+
+
+def problem(device_type: str = "cpu") -> str | None:
+    """Why there are no compiled kernels for a type of device, found out by loading them once; None where they are.
+
+    A library that is there and does not load is worth a warning. That for GPUs is not touched where there is no GPU.
+    """
+    if device_type == "cpu":
+        return _absent("cpu") or _load("cpu")
+    if device_type == "cuda":
+        return problem() or _absent("cuda") or _no_gpu() or _load("cuda") or _other_gpu()
+    return "its kernels are for CPUs and NVIDIA GPUs"
+
+
+def _absent(device_type: str) -> str | None:
+    path = library(device_type)
+    if path.is_file():
+        return None
+    return f"this installation contains no {_NAMES[device_type]} ({path}): {_build(device_type)}"
+
+
+def _build(device_type: str) -> str:
+    command = f"OCR_KERNELS_BUILD={device_type} pip install --no-build-isolation"
+    return f"`{command}` from a checkout builds it, or says what it lacks"
 
 
 @functools.cache
-def problem() -> str | None:
-    """Why the compiled library is not there, found out by loading it once; None where it is.
-
-    A library that is there and does not load is worth a warning.
-    """
-    path = library()
-    if not path.is_file():
-        return f"this installation contains no compiled library ({path}): {_BUILD}"
+def _load(device_type: str) -> str | None:
     try:
-        torch.ops.load_library(path)
+        torch.ops.load_library(library(device_type))
     except OSError as error:
-        reason = f"the compiled library was built for another PyTorch or another system ({error}): {_BUILD}"
+        name, cause = _NAMES[device_type], error.__cause__ or error  # PyTorch keeps what the system said for itself
+        reason = f"the {name} was built for another PyTorch or another system ({cause}): {_build(device_type)}"
         warnings.warn(f"ocr_kernels: {reason}. Until then the other backends run", RuntimeWarning, stacklevel=2)
         return reason
     return None
 
 
-def ops() -> Any:
-    """The library's ops. A program that was exported elsewhere comes here without having asked for a backend.
+def _no_gpu() -> str | None:
+    if torch.version.hip:
+        return "its kernels are for NVIDIA GPUs, and this PyTorch is a ROCm build"
+    return None if torch.cuda.is_available() else "no GPU is visible to PyTorch"
+
+
+def _other_gpu() -> str | None:
+    """Whether there is a GPU that the library was not built for."""
+    architectures = _facts("cuda")["architectures"]
+    for index in range(torch.cuda.device_count()):
+        capability = torch.cuda.get_device_capability(index)
+        if capability < (7, 5) or not any(_runs_on(capability, name) for name in architectures.split()):
+            return (
+                f"{torch.cuda.get_device_name(index)} has capability {capability[0]}.{capability[1]}; its kernels "
+                f"need 7.5 and were built for {architectures} (TORCH_CUDA_ARCH_LIST): {_build('cuda')}"
+            )
+    return None
+
+
+def _runs_on(capability: tuple[int, int], architecture: str) -> bool:
+    """sm_80 is machine code for 8.0 to 8.9, compute_80 is compiled for any later GPU, and sm_90a is for 9.0 alone."""
+    kind, _, number = architecture.partition("_")
+    digits = number.rstrip("af")
+    built = int(digits[:-1]), int(digits[-1])
+    if digits != number:
+        return capability == built
+    return capability >= built and (kind == "compute" or capability[0] == built[0])
+
+
+def ops(device_type: str = "cpu") -> Any:
+    """The libraries' ops. A program that was exported elsewhere comes here without having asked for a backend.
 
     Raises:
-        RuntimeError: the library is not there; the message says why.
+        RuntimeError: the kernels for this type of device are not there; the message says why.
     """
-    reason = problem()
+    reason = problem(device_type)
     if reason is not None:
-        raise RuntimeError(f"backend 'native' cannot run: {reason}")
+        raise RuntimeError(f"backend 'native' cannot run on a {device_type} tensor: {reason}")
     return torch.ops.ocr_kernels_native
 
 
-def facts() -> dict[str, str]:
-    """The library's version, its compiler, the PyTorch it was built with, its instruction sets and the one in use."""
-    return dict(line.split("=", 1) for line in ops().build_facts().splitlines())
+def facts(device_type: str = "cpu") -> dict[str, str]:
+    """The library's version, its compiler, the PyTorch it was built with, and the instruction sets or architectures."""
+    ops(device_type)
+    return _facts(device_type)
+
+
+def _facts(device_type: str) -> dict[str, str]:
+    ops = torch.ops.ocr_kernels_native
+    lines = ops.build_facts() if device_type == "cpu" else ops.cuda_build_facts()
+    return dict(line.split("=", 1) for line in lines.splitlines())

@@ -13,13 +13,22 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is first imported
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs to be reproducible
 
+
+def native_on(device_type: str) -> pytest.MarkDecorator:
+    reason = problem(device_type)
+    return pytest.mark.skipif(reason is not None, reason=str(reason))
+
+
 GPU = [
     pytest.param(("triton", "cuda"), marks=pytest.mark.gpu),
     pytest.param(("reference", "cuda"), marks=pytest.mark.gpu),
 ]
-NATIVE = pytest.param(("native", "cpu"), marks=pytest.mark.skipif(problem() is not None, reason=str(problem())))
-HEAD_TARGETS = [("reference", "cpu"), *(GPU if torch.cuda.is_available() else [("triton", "cpu")])]
-TARGETS = [*HEAD_TARGETS, NATIVE]
+NATIVE = [pytest.param(("native", "cpu"), marks=native_on("cpu"))]
+HEAD_TARGETS = [("reference", "cpu"), ("triton", "cpu")]
+if torch.cuda.is_available():
+    HEAD_TARGETS[1:] = GPU
+    NATIVE.append(pytest.param(("native", "cuda"), marks=[pytest.mark.gpu, native_on("cuda")]))
+TARGETS = [*HEAD_TARGETS, *NATIVE]
 
 
 @pytest.fixture(params=TARGETS, ids="-".join)

@@ -4,6 +4,7 @@ import contextlib
 import importlib.machinery
 import importlib.util
 import json
+import os
 import sys
 import time
 import types
@@ -52,7 +53,7 @@ def tiny() -> Iterator[None]:
         monkeypatch.setattr(torch, "compile", lambda function, **_: function)
         monkeypatch.setattr(torch.nn.Module, "compile", lambda *_, **__: None)
         monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-        for module in (cases, command, measure):
+        for module in (cases, command):
             monkeypatch.setattr(module, "our_backends", lambda _: ["reference"])
         monkeypatch.setattr(measure, "measure_limits", lambda *_: measure.Limits(1e10, 1e11))
         monkeypatch.setattr(measure, "host_times", lambda _: [])
@@ -445,7 +446,7 @@ def test_gpu_round_without_a_gpu_says_so_in_one_line(tmp_path: Path, capsys: pyt
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(("statuses", "status"), [((0, 0), 0), ((1, 0), 1), ((0, None), 1)])
+@pytest.mark.parametrize(("statuses", "status"), [((0, 0, 0), 0), ((1, 0, 0), 1), ((0, 1, 0), 1), ((0, 0, None), 1)])
 def test_gpu_round_ends_with_a_table_and_its_verdict(
     statuses: tuple[int | None, ...],
     status: int,
@@ -454,10 +455,17 @@ def test_gpu_round_ends_with_a_table_and_its_verdict(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     steps = iter(statuses)
+    library = tmp_path / "build" / "ocr_kernels" / "libocr_kernels_cpu.so"
+    monkeypatch.setenv("OCR_KERNELS_LIBRARY", "restored after the test")
 
-    def step(module: list[str], log: Path, seconds: float) -> int | None:
+    def step(module: list[str], log: Path, seconds: float, variables: object = None) -> int | None:
         assert 0 < seconds <= gpu_round.TOTAL_SECONDS
-        if module[0] == "pytest":
+        if module[0] == "setup":
+            assert variables == {"OCR_KERNELS_BUILD": "cuda", "TORCH_CUDA_ARCH_LIST": "9.0"}
+            library.parent.mkdir(parents=True)
+            library.touch()
+        elif module[0] == "pytest":
+            assert os.environ["OCR_KERNELS_LIBRARY"] == str(library)
             report = '<testsuites><testsuite tests="9" failures="1" errors="0" skipped="2"/></testsuites>'
             (log.parent / "tests.xml").write_text(report)
         else:
@@ -468,9 +476,12 @@ def test_gpu_round_ends_with_a_table_and_its_verdict(
     monkeypatch.setattr(measure, "record", lambda commit: {"commit": commit})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     assert gpu_round.main(["--out", str(tmp_path), "--commit", "abc"]) == status
     printed = capsys.readouterr().out
     assert "NVIDIA H200, commit abc" in printed
+    assert ("build       passed" in printed) == (statuses[0] == 0)
+    assert "libocr_kernels_cpu.so\n" in printed
     assert "6 passed, 1 failed, 0 errors, 2 skipped" in printed
     assert ("time was up" in printed) == (None in statuses)
     assert json.loads((tmp_path / "machine.json").read_text()) == {"commit": "abc"}

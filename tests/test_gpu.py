@@ -10,12 +10,15 @@ from ops import GATHER, Op, both_ops
 
 from ocr_kernels import use_backend
 from ocr_kernels.modules import SpatialOCR
+from ocr_kernels.native import problem
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is visible to PyTorch"),
 ]
-backends = pytest.mark.parametrize("backend", ["triton", "reference"])
+NATIVE = pytest.param("native", marks=pytest.mark.skipif(problem("cuda") is not None, reason=str(problem("cuda"))))
+backends = pytest.mark.parametrize("backend", ["triton", NATIVE, "reference"])
+kernels = pytest.mark.parametrize("backend", ["triton", NATIVE])
 
 
 def forward_and_backward(op: Op, backend: str, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
@@ -98,14 +101,15 @@ def test_second_device(op: Op, backend: str) -> None:
 
 
 @both_ops
-def test_peak_memory(op: Op) -> None:
+@kernels
+def test_peak_memory(op: Op, backend: str) -> None:
     """A forward needs its output and little more: no map of pixels by regions."""
     inputs = op.inputs(batch=1, channels=128, regions=150, spatial=(256, 256), dtype=torch.bfloat16, device="cuda")
-    op.on("triton")(*inputs)
+    op.on(backend)(*inputs)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    out = op.on("triton")(*inputs)
+    out = op.on(backend)(*inputs)
     peak = torch.cuda.max_memory_allocated() - before
     probabilities = 150 * 256 * 256 * 4
     assert peak - out.nbytes < probabilities
@@ -113,11 +117,12 @@ def test_peak_memory(op: Op) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @both_ops
-def test_parity_at_a_networks_size(op: Op, dtype: torch.dtype) -> None:
+@kernels
+def test_parity_at_a_networks_size(op: Op, backend: str, dtype: torch.dtype) -> None:
     inputs = op.inputs(
         batch=2, channels=256, regions=19, spatial=(128, 256), dtype=dtype, device="cuda", requires_grad=True
     )
-    op.assert_parity("triton", inputs)
+    op.assert_parity(backend, inputs)
 
 
 def test_float32_precision_follows_pytorch() -> None:

@@ -256,5 +256,92 @@ def test_a_library_of_another_abi(kind: str, tmp_path: Path) -> None:
 
 
 def test_importing_does_not_load_it() -> None:
-    code = "import torch, ocr_kernels; print(ocr_kernels.native.problem.cache_info().misses)"
+    code = "import torch, ocr_kernels; print(ocr_kernels.native._load.cache_info().misses)"
     assert run(code).strip() == "0"
+
+
+# The library for GPUs
+
+NO_TRITON = "import sys; sys.modules['triton'] = None\n"
+A_GPU = NO_TRITON + "import torch; torch.cuda.is_available = lambda: True\n"
+CHOOSE = """
+import os, warnings, torch, ocr_kernels
+from ocr_kernels.backends import resolve_backend
+loaded, load = [], torch.ops.load_library
+torch.ops.load_library = lambda path: (loaded.append(os.path.basename(path)), load(path))
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    print(*{resolve_backend(torch.device("cuda")) for _ in range(2)}, ocr_kernels.available_backends()["native"])
+    ocr_kernels.native.problem("cuda")
+print(len(caught), *(w.message for w in caught))
+print(*loaded)
+try:
+    resolve_backend(torch.device("cuda"), "native")
+except RuntimeError as error:
+    print(error)
+"""
+
+
+def choose_for_a_gpu(folder: Path, before: str) -> list[str]:
+    (folder / "libocr_kernels_cpu.so").symlink_to(native.library())
+    return run(before + CHOOSE, OCR_KERNELS_LIBRARY=str(folder / "libocr_kernels_cpu.so")).splitlines()
+
+
+@built
+def test_no_library_for_gpus(tmp_path: Path) -> None:
+    chosen, caught, loaded, error = choose_for_a_gpu(tmp_path, A_GPU)
+    assert (chosen, caught, loaded) == ("reference True", "0", "libocr_kernels_cpu.so")
+    assert error.startswith(
+        "backend 'native' cannot run on a cuda tensor: this installation contains no compiled library for GPUs ("
+    )
+    assert "OCR_KERNELS_BUILD=cuda pip install --no-build-isolation" in error
+
+
+@built
+def test_a_library_for_gpus_of_another_abi(tmp_path: Path) -> None:
+    """One warning, then the other backends."""
+    (tmp_path / "libocr_kernels_cuda.so").write_text("bytes of another system")
+    chosen, caught, loaded, error = choose_for_a_gpu(tmp_path, A_GPU)
+    assert (chosen, loaded) == ("reference True", "libocr_kernels_cpu.so libocr_kernels_cuda.so")
+    assert caught.startswith("1 ocr_kernels: the compiled library for GPUs was built for another PyTorch or another ")
+    assert error.startswith("backend 'native' cannot run on a cuda tensor: the compiled library for GPUs was built for")
+
+
+@built
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_its_library_is_not_touched(tmp_path: Path) -> None:
+    (tmp_path / "libocr_kernels_cuda.so").write_text("bytes of another system")
+    before = NO_TRITON + "from ocr_kernels import info; info.collect()"
+    chosen, caught, loaded, error = choose_for_a_gpu(tmp_path, before)
+    assert (chosen, caught, loaded) == ("reference True", "0", "")
+    assert error == "backend 'native' cannot run on a cuda tensor: no GPU is visible to PyTorch"
+
+
+@pytest.mark.parametrize(
+    ("capability", "architectures", "runs"),
+    [
+        ((7, 5), "sm_75 sm_80 compute_80", True),
+        ((7, 0), "sm_70 sm_80 compute_70", False),
+        ((8, 9), "sm_75 sm_80", True),
+        ((8, 0), "sm_75 sm_86", False),
+        ((9, 0), "sm_80 sm_120 compute_120", False),
+        ((12, 1), "sm_80 compute_90", True),
+        ((9, 0), "sm_90a", True),
+        ((10, 0), "sm_90a compute_90a", False),
+    ],
+)
+def test_gpus_that_the_library_was_not_built_for(
+    capability: tuple[int, int], architectures: str, runs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "_facts", lambda _: {"architectures": architectures})
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA Abacus")
+    reason = native._other_gpu()
+    assert (reason is None) == runs
+    assert runs or f"NVIDIA Abacus has capability {capability[0]}.{capability[1]}" in str(reason)
+
+
+def test_rocm_has_no_native_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert native._no_gpu() == "its kernels are for NVIDIA GPUs, and this PyTorch is a ROCm build"

@@ -232,13 +232,18 @@ def test_available_backends() -> None:
     assert all(reason is True or (isinstance(reason, str) and reason) for reason in backends.values())
 
 
+def set_problems(monkeypatch: pytest.MonkeyPatch, **problems: str | None) -> None:
+    for name, problem in problems.items():
+        for device_type in (None, "cpu", "cuda"):
+            monkeypatch.setitem(ocr_kernels.backends._problems, (name, device_type), problem)
+
+
 def test_use_backend_is_nested_and_restored(monkeypatch: pytest.MonkeyPatch) -> None:
     used = []
     monkeypatch.setattr(
         "ocr_kernels.gather.functional.spatial_gather_op", lambda *args: used.append(args[-1]) or (args[0],)
     )
-    monkeypatch.setitem(ocr_kernels.backends._problems, "triton", None)
-    monkeypatch.setitem(ocr_kernels.backends._problems, "native", "not here")
+    set_problems(monkeypatch, triton=None, native="not here")
     x = torch.randn(1, 2, 3)
     with use_backend("triton"):
         spatial_gather(x, x, backend="reference")
@@ -276,7 +281,7 @@ def test_backward_runs_on_the_forwards_backend(kernels: tuple[str, str], monkeyp
 
 
 def test_unknown_and_impossible_backends(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(ocr_kernels.backends._problems, "native", "there is no compiled library")
+    set_problems(monkeypatch, native="there is no compiled library")
     x = torch.randn(1, 2, 3)
     with pytest.raises(ValueError, match="backend must be one of reference, triton, native, but is 'cuda'"):
         spatial_gather(x, x, backend="cuda")
@@ -288,23 +293,29 @@ def test_unknown_and_impossible_backends(monkeypatch: pytest.MonkeyPatch) -> Non
         raise AssertionError("the block must not run")
 
 
-@pytest.mark.parametrize(("device", "problem", "chosen"), [
-    ("cpu", None, "native"),
-    ("cpu", "not here", "reference"),
-    ("cuda", None, "triton"),
-    ("cuda", "not here", "reference"),
-    ("meta", None, "reference"),
+@pytest.mark.parametrize(("device", "triton", "native", "chosen"), [
+    ("cpu", None, None, "native"),
+    ("cpu", None, "not here", "reference"),
+    ("cuda", None, None, "triton"),
+    ("cuda", "not here", None, "native"),
+    ("cuda", "not here", "not here", "reference"),
+    ("meta", None, None, "reference"),
 ])  # fmt: skip
-def test_automatic_choice(device: str, problem: str | None, chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("triton", "native"):
-        monkeypatch.setitem(ocr_kernels.backends._problems, name, problem)
+def test_automatic_choice(
+    device: str, triton: str | None, native: str | None, chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_problems(monkeypatch, triton=triton, native=native)
     assert resolve_backend(torch.device(device)) == chosen
+    assert resolve_backend(torch.device(device), None, HEAD_BACKENDS) == chosen.replace("native", "reference")
 
 
-def test_native_needs_cpu_tensors_and_an_op_that_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(ocr_kernels.backends._problems, "native", None)
-    with pytest.raises(RuntimeError, match="backend 'native' cannot run on a meta tensor"):
+def test_native_needs_its_devices_and_an_op_that_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_problems(monkeypatch, native=None)
+    monkeypatch.setitem(ocr_kernels.backends._problems, ("native", "cuda"), "not here")
+    with pytest.raises(RuntimeError, match="backend 'native' cannot run on a meta tensor: its kernels are for"):
         spatial_gather(x3.to("meta"), x3.to("meta"), backend="native")
+    with pytest.raises(RuntimeError, match="backend 'native' cannot run on a cuda tensor: not here"):
+        resolve_backend(torch.device("cuda"), "native")
     with pytest.raises(RuntimeError, match="backend 'native' has no kernels for this op; reference and triton have"):
         resolve_backend(x3.device, "native", HEAD_BACKENDS)
 

@@ -58,12 +58,17 @@ def checkout(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def build_wheel(checkout: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+def build_wheel(checkout: Path, before: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
     """What `pip wheel --no-build-isolation` does."""
-    build = "from setuptools import build_meta; build_meta.build_wheel('.')"
+    build = f"{before}\nfrom setuptools import build_meta; build_meta.build_wheel('.')"
     environment = os.environ | environment
     return subprocess.run([sys.executable, "-c", build], cwd=checkout, env=environment, capture_output=True, text=True)
 
+
+needs_compiler = pytest.mark.skipif(
+    sys.platform != "linux" or shutil.which(os.environ.get("CXX", "c++")) is None,
+    reason="needs Linux and a C++ compiler",
+)
 
 PURE = f"ocr_kernels-{ocr_kernels.__version__}-py3-none-any.whl"
 
@@ -79,16 +84,27 @@ def test_wheel_contains_the_package_and_nothing_else(checkout: Path) -> None:
     assert any(name.endswith("/licenses/LICENSE") for name in names)
 
 
+ABSENT = {"CXX": "absent-compiler"}
+
+
 @pytest.mark.parametrize(
-    ("mode", "message"),
+    ("mode", "environment", "message"),
     [
-        ("cpu", "OCR_KERNELS_BUILD=cpu: the compiled library cannot be built"),
-        ("cuda", "OCR_KERNELS_BUILD=cuda: there are no compiled kernels for GPUs yet"),
-        ("abacus", "OCR_KERNELS_BUILD must be auto, none, cpu or cuda, but is 'abacus'"),
+        ("abacus", {}, "OCR_KERNELS_BUILD must be auto, none, cpu or cuda, but is 'abacus'"),
+        ("cpu", ABSENT, "OCR_KERNELS_BUILD=cpu: the compiled library cannot be built"),
+        ("cuda", ABSENT, "OCR_KERNELS_BUILD=cuda: the compiled library cannot be built"),
+        pytest.param(
+            "cuda",
+            {"CUDA_HOME": "absent"},
+            "OCR_KERNELS_BUILD=cuda: the kernels for GPUs cannot be built: there is no nvcc in absent",
+            marks=needs_compiler,
+        ),
     ],
 )
-def test_what_was_asked_for_is_built_or_fails(checkout: Path, mode: str, message: str) -> None:
-    result = build_wheel(checkout, OCR_KERNELS_BUILD=mode, CXX="absent-compiler")
+def test_what_was_asked_for_is_built_or_fails(
+    checkout: Path, mode: str, environment: dict[str, str], message: str
+) -> None:
+    result = build_wheel(checkout, OCR_KERNELS_BUILD=mode, **environment)
     assert result.returncode != 0
     assert message in result.stderr
     assert not list(checkout.glob("*.whl"))
@@ -106,7 +122,7 @@ def test_installing_needs_neither_compiler_nor_pytorch(checkout: Path, missing: 
         result = build_wheel(checkout, PYTHONPATH=str(checkout / "hidden"))
         reason = "PyTorch does not import (ImportError: no torch here)"
     assert result.returncode == 0, result.stderr
-    assert "ocr_kernels: the compiled library is left out: " in result.stderr
+    assert "ocr_kernels: the compiled library will be left out: " in result.stderr
     assert reason in result.stderr
     assert [wheel.name for wheel in checkout.glob("*.whl")] == [PURE]
 
@@ -117,15 +133,70 @@ def test_a_compiler_that_fails_later_leaves_the_library_out(checkout: Path) -> N
         source.write_text("")
     result = build_wheel(checkout)
     assert result.returncode == 0, result.stderr
-    (wheel,) = checkout.glob("*.whl")
-    assert not [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".so")]
+    assert not libraries(checkout)
     assert build_wheel(checkout, OCR_KERNELS_BUILD="cpu").returncode != 0
 
 
-needs_compiler = pytest.mark.skipif(
-    sys.platform != "linux" or shutil.which(os.environ.get("CXX", "c++")) is None,
-    reason="needs Linux and a C++ compiler",
-)
+@pytest.fixture
+def nvcc(checkout: Path) -> Path:
+    """It knows one GPU, compiles nothing, and is told on if it runs; and there is little for other compilers to do."""
+    for source in checkout.glob("csrc/**/*.cpp"):
+        source.write_text("")
+    file = checkout / "cuda" / "bin" / "nvcc"
+    file.parent.mkdir(parents=True)
+    file.write_text(f"#!/bin/sh\necho $* >>{checkout}/ran\n[ $1 = --list-gpu-code ] && echo sm_80\n")
+    file.chmod(0o755)
+    return file
+
+
+def libraries(checkout: Path) -> list[str]:
+    (wheel,) = checkout.glob("*.whl")
+    return [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".so")]
+
+
+@needs_compiler
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this PyTorch is a CUDA build")
+def test_a_cpu_build_of_pytorch_needs_no_kernels_for_gpus(checkout: Path, nvcc: Path) -> None:
+    result = build_wheel(checkout, CUDA_HOME=str(nvcc.parent.parent))
+    assert result.returncode == 0, result.stderr
+    reason = "this PyTorch is a CPU build; OCR_KERNELS_BUILD=cuda builds them all the same"
+    assert f"ocr_kernels: the kernels for GPUs will be left out: {reason}\n" in result.stderr
+    assert libraries(checkout) == ["ocr_kernels/libocr_kernels_cpu.so"]
+    assert not (checkout / "ran").exists()
+
+
+@needs_compiler
+def test_an_nvcc_that_fails_later_leaves_the_kernels_for_gpus_out(checkout: Path, nvcc: Path) -> None:
+    environment = {"CUDA_HOME": str(nvcc.parent.parent), "TORCH_CUDA_ARCH_LIST": ""}
+    result = build_wheel(checkout, "import torch; torch.version.cuda = '13.0'", **environment)
+    assert result.returncode == 0, result.stderr
+    assert "ocr_kernels.libocr_kernels_cuda" in result.stdout + result.stderr
+    assert libraries(checkout) == ["ocr_kernels/libocr_kernels_cpu.so"]
+    for code in ("sm_80", "compute_80"):
+        assert f"-gencode=arch=compute_80,code={code} " in (checkout / "ran").read_text()
+    assert build_wheel(checkout, OCR_KERNELS_BUILD="cuda", **environment).returncode != 0
+
+
+@needs_compiler
+@pytest.mark.parametrize("wanted", ["9.0", "8.0;Hopper", "8"])
+def test_unknown_gpus_are_refused(checkout: Path, nvcc: Path, wanted: str) -> None:
+    environment = {"CUDA_HOME": str(nvcc.parent.parent), "TORCH_CUDA_ARCH_LIST": wanted}
+    result = build_wheel(checkout, OCR_KERNELS_BUILD="cuda", **environment)
+    assert result.returncode != 0
+    assert f"nvcc does not know {wanted.split(';')[-1]!r} (TORCH_CUDA_ARCH_LIST), but sm_80" in result.stderr
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+def test_kernels_for_gpus_are_built_without_one(checkout: Path) -> None:
+    """With any PyTorch; they are a library of their own in the same wheel."""
+    result = build_wheel(checkout, OCR_KERNELS_BUILD="cuda", TORCH_CUDA_ARCH_LIST="9.0+PTX")
+    assert result.returncode == 0, result.stderr
+    names = ["ocr_kernels/libocr_kernels_cpu.so", "ocr_kernels/libocr_kernels_cuda.so"]
+    assert sorted(libraries(checkout)) == names
+    (wheel,) = checkout.glob("*-cp310-abi3-*.whl")
+    assert b"sm_90 compute_90" in zipfile.ZipFile(wheel).read(names[1])
 
 
 @needs_compiler
@@ -136,8 +207,8 @@ def test_wheel_in_an_empty_environment(checkout: Path) -> None:
     assert result.returncode == 0, result.stderr
     (wheel,) = checkout.glob("*.whl")
     assert wheel.name.startswith(f"ocr_kernels-{ocr_kernels.__version__}-cp310-abi3-linux_")
+    assert libraries(checkout) == ["ocr_kernels/libocr_kernels_cpu.so"]
     names = zipfile.ZipFile(wheel).namelist()
-    assert [name for name in names if name.endswith(".so")] == ["ocr_kernels/libocr_kernels_cpu.so"]
     assert not [name for name in names if name.startswith(("csrc", "tests"))]
 
     environment = checkout / "environment"

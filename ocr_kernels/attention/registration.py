@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ocr_kernels import native
 from ocr_kernels.attention import reference
 from ocr_kernels.layout import empty_in_format, is_channels_last, pixels, statistics_dtype
 from ocr_kernels.library import (
@@ -63,7 +64,7 @@ def _allocate(query: Tensor, key: Tensor, value: Tensor, scale: float | None, ba
 def _forward(query: Tensor, key: Tensor, value: Tensor, scale: float | None, backend: str) -> Tensor:
     out = _allocate(query, key, value, scale, backend)
     if out.numel():
-        _implementation(backend).forward(out, query, key, value, _scale(query, scale))
+        _implementation(backend, query.is_cuda).forward(out, query, key, value, _scale(query, scale))
     return out
 
 
@@ -95,7 +96,7 @@ def _backward(
             gradient.zero_()
     else:
         wanted = (gradient if gradient.numel() else None for gradient in gradients)
-        _implementation(backend).backward(*wanted, grad, query, key, value, _scale(query, scale))
+        _implementation(backend, query.is_cuda).backward(*wanted, grad, query, key, value, _scale(query, scale))
     return gradients
 
 
@@ -104,7 +105,9 @@ def _scale(query: Tensor, scale: float | None) -> float:
 
 
 @functools.cache
-def _implementation(backend: str) -> Any:
+def _implementation(backend: str, on_gpu: bool) -> Any:
+    if backend == "native":
+        native.ops("cuda" if on_gpu else "cpu")
     return importlib.import_module(f"ocr_kernels.attention.{backend}")
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ocr_kernels import native
 from ocr_kernels.gather import reference
 from ocr_kernels.layout import empty_in_format, pixels, statistics_dtype
 from ocr_kernels.library import (
@@ -55,7 +56,7 @@ def _forward(feats: Tensor, logits: Tensor, scale: float, backend: str) -> tuple
         return out, stats
     if pixels(feats.shape) == 0:  # a sum over no pixels
         return out.zero_(), stats.zero_()
-    _implementation(backend).forward(out, stats, feats, logits, scale)
+    _implementation(backend, feats.is_cuda).forward(out, stats, feats, logits, scale)
     return out, stats
 
 
@@ -81,12 +82,14 @@ def _backward(
     dfeats, dlogits = _empty_gradients(feats, logits, need_feats, need_logits)
     if dfeats.numel() or dlogits.numel():
         wanted = dfeats if need_feats else None, dlogits if need_logits else None
-        _implementation(backend).backward(*wanted, grad, feats, logits, out, stats, scale)
+        _implementation(backend, feats.is_cuda).backward(*wanted, grad, feats, logits, out, stats, scale)
     return dfeats, dlogits
 
 
 @functools.cache
-def _implementation(backend: str) -> Any:
+def _implementation(backend: str, on_gpu: bool) -> Any:
+    if backend == "native":
+        native.ops("cuda" if on_gpu else "cpu")
     return importlib.import_module(f"ocr_kernels.gather.{backend}")
 
 
