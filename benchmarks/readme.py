@@ -74,6 +74,9 @@ def _section(machine: str, data: dict[str, Any]) -> str:
         ]
     for grid in (*report.summary(data["results"]), *report.networks(data["results"])):
         lines += [f"{grid.title}.", "", grid.markdown(), ""]
+    lost = report.losses(data["results"])
+    if lost:
+        lines += [f"Slower than eager PyTorch or torch.compile: {'; '.join(lost)}.", ""]
     for dtype, limit in data["limits"].items():
         copy, rate = limit["bytes_per_second"] / 1e9, limit["flops_per_second"] / 1e12
         lines += [f"Floor ({dtype}): a copy at {copy:.0f} GB/s, a matrix product at {rate:.3g} TFLOP/s."]

@@ -236,6 +236,19 @@ def summary(results: Results) -> list[Grid]:
     return grids
 
 
+def losses(results: Results) -> list[str]:
+    """Where eager PyTorch or torch.compile is faster, with how many times faster ours is than it."""
+    found = []
+    for (subject, case, what, dtype, memory_format), lines in grouped(results).items():
+        for ours in lines[0]["ours"]:
+            ratios = {peer: times_faster(lines, ours, peer) for peer in (EAGER, COMPILED)}
+            slower = [f"{ratio[0]:.2f}x {peer}" for peer, ratio in ratios.items() if ratio and ratio[0] < 1]
+            if slower:
+                where = f"{subject} {SHORT[what]} {case} {_short_dtype(dtype)} {_short_format(memory_format)}"
+                found.append(f"{where} ({', '.join(slower)})")
+    return found
+
+
 def _summary_cells(cases: list[list[Result]], ours: str) -> list[str]:
     cells, lost = [str(len(cases))], set()
     for peer in PEERS:

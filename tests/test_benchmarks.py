@@ -331,6 +331,7 @@ def test_ratios_shares_and_losses() -> None:
         *("25%", "12%", "2"),
     ]
     assert row["lost"] == "2"
+    assert report.losses([fast, slow, later]) == ["attention fwd other bf16 NCHW (0.50x eager)"]
     (grid,) = report.speed([fast, slow, later])
     assert [dict(zip(grid.header, row, strict=True))["slower than"] for row in grid.rows] == ["flash", "eager"]
 

@@ -19,17 +19,13 @@ SOURCES = [ROOT / "csrc" / op / "cuda.cu" for op in ("gather", "attention")]
 CXX = os.environ.get("CXX", "c++")
 
 
-def run_all(commands: Sequence[Sequence[object]]) -> list[str]:
+def run_all(*commands: Sequence[object], **environment: str) -> list[str]:
     """What each of the commands prints; they run at once."""
     # a preloaded sanitizer is for this process alone
-    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+    clean = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"} | environment
     started = [
         subprocess.Popen(
-            [str(part) for part in command],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
+            [str(part) for part in command], env=clean, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
         for command in commands
     ]
@@ -56,38 +52,44 @@ def host_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     flags += [f"-isystem{path}" for path in include_paths()]
     sources = [*SOURCES, ROOT / "tests" / "gpu_on_host.cpp"]
     objects = [folder / f"{source.parent.name}.o" for source in sources]
-    run_all([[CXX, *flags, "-x", "c++", "-c", s, "-o", o] for s, o in zip(sources, objects, strict=True)])
+    run_all(*([CXX, *flags, "-x", "c++", "-c", s, "-o", o] for s, o in zip(sources, objects, strict=True)))
     library = folder / "libgpu_on_host.so"
     torch_libraries = Path(torch.__file__).parent / "lib"
-    run_all([[CXX, "-shared", *objects, f"-L{torch_libraries}", "-ltorch_cpu", "-o", library]])
+    run_all([CXX, "-shared", *objects, f"-L{torch_libraries}", "-ltorch_cpu", "-o", library])
     return library
 
 
+TESTS = {
+    "test_parity.py": "native",
+    "test_values.py": "native",
+    "test_autograd.py": "native and (gradcheck or subset)",
+    "test_native.py": "anything or refused or what_cpp",
+}
+
+
+def pytest_with(selection: str, *files: str) -> list[object]:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", ROOT, "-k", selection]
+    return [*command, *(ROOT / "tests" / file for file in files)]
+
+
+def assert_nothing_was_skipped(printed: str) -> None:
+    assert re.search(r"^\d+ passed(, \d+ deselected)? in", printed, re.MULTILINE), printed[-2000:]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("files", "selection", "backwards"),
-    [
-        (["test_parity.py", "test_values.py"], "native", False),
-        (["test_autograd.py"], "native and (gradcheck or subset)", False),
-        (["test_parity.py"], "native and (layout or splits)", True),
-    ],
-    ids=["parity", "gradients", "threads-in-reverse"],
-)
-def test_tests_on_a_cpu(host_library: Path, files: list[str], selection: str, backwards: bool) -> None:
-    """The tests of any backend, run by these kernels. Threads take turns, from the last to the first if in reverse."""
-    environment = (
-        os.environ | {"OCR_KERNELS_LIBRARY": str(host_library)} | ({"OCR_BACKWARDS": "1"} if backwards else {})
-    )
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", selection]
-    process = subprocess.run(
-        [*command, *(str(ROOT / "tests" / file) for file in files)],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert process.returncode == 0, process.stdout[-8000:] + process.stderr[-2000:]
-    assert re.search(r"^\d+ passed(, \d+ deselected)? in", process.stdout, re.MULTILINE), process.stdout[-500:]
+def test_tests_on_a_cpu(host_library: Path) -> None:
+    """The tests of the kernels for CPUs, run by these."""
+    commands = (pytest_with(selection, file) for file, selection in TESTS.items())
+    for printed in run_all(*commands, OCR_KERNELS_LIBRARY=str(host_library)):
+        assert_nothing_was_skipped(printed)
+
+
+@pytest.mark.slow
+def test_threads_in_reverse(host_library: Path) -> None:
+    """They take turns from the last to the first, so that one that does not wait for another finds other numbers."""
+    command = pytest_with("native and (layout or splits)", "test_parity.py")
+    (printed,) = run_all(command, OCR_KERNELS_LIBRARY=str(host_library), OCR_BACKWARDS="1")
+    assert_nothing_was_skipped(printed)
 
 
 # ptxas keeps a kernel within the registers that let two blocks run on a multiprocessor, and parks what is left over.
@@ -101,7 +103,8 @@ def test_machine_code(architecture: int, tmp_path: Path) -> None:
     """The kernels compile, and hardly spill registers."""
     flags = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xptxas=-v", "-cubin"]
     flags += [f"-gencode=arch=compute_{architecture},code=sm_{architecture}"]
-    for printed in run_all([["nvcc", *flags, s, "-o", tmp_path / f"{s.parent.name}.cubin"] for s in SOURCES]):
+    commands = (["nvcc", *flags, source, "-o", tmp_path / f"{source.parent.name}.cubin"] for source in SOURCES)
+    for printed in run_all(*commands):
         spilled = {
             name: int(stored)
             for name, stored in re.findall(
