@@ -303,14 +303,8 @@ void attention_backward(const Tensor& dquery, const Tensor& dkey, const Tensor& 
   const int64_t batch = query.batch, regions = key.columns, pixels = query.columns;
   const int64_t row = tiles(pixels, kGap<T>) * kGap<T>;  // of a map: whole pieces of 16 bytes
   const auto map = [&](bool wanted) {
-    return Tensor{wanted ? queue.scratch<T>(batch * regions * row) : nullptr,
-                  query.dtype,
-                  batch,
-                  regions,
-                  pixels,
-                  regions * row,
-                  row,
-                  1};
+    if (!wanted) return Tensor{};
+    return Tensor{queue.scratch<T>(batch * regions * row), query.dtype, batch, regions, pixels, regions * row, row, 1};
   };
   const Tensor weights = map(dvalue.data), dscores = map(dquery.data || dkey.data);
   if (weights.data || dscores.data)

@@ -7,6 +7,7 @@
 #include <setjmp.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <functional>
@@ -105,7 +106,7 @@ class Grid {
     for (int64_t block = 0; block < blocks_; ++block) {
       if (position() == 0) {
         block_ = block;
-        std::memset(shared(), 0xff, shared_.size() * sizeof(Vector));
+        std::fill(shared_.begin(), shared_.end(), Vector{{~0u, ~0u, ~0u, ~0u}});
       }
       kernel_();
       wait_for_block();
