@@ -245,13 +245,9 @@ template <class T, int REGIONS>
 OCR_KERNEL sum_over_pixels_kernel(SumOverPixels<NumberOf<T>> a) {
   constexpr int CHANNELS = kChannels<T>, PIXELS = kInner<T>;
   const int64_t channels = a.pixels.rows, regions = a.map.rows;
-  // region tiles vary fastest: blocks that share pixels run together
-  const int64_t region_tiles = tiles(regions, REGIONS), channel_tiles = tiles(channels, CHANNELS);
-  const int64_t region = block_index() % region_tiles * REGIONS;
-  const int64_t channel = block_index() / region_tiles % channel_tiles * CHANNELS;
-  const int64_t task = block_index() / region_tiles / channel_tiles, image = task / a.parts.count;
-  const int64_t first = task % a.parts.count * a.parts.pixels;
-  const int64_t end = first + a.parts.pixels < a.pixels.columns ? first + a.parts.pixels : a.pixels.columns;
+  const Share share(a.pixels, regions, a.parts, CHANNELS, REGIONS);
+  const int64_t region = share.region, channel = share.channel, task = share.task, image = share.image;
+  const int64_t first = share.first, end = share.end;
   unsigned char* const shared = shared_memory();
 
   Transfer<T, CHANNELS, PIXELS> pixels(a.pixels, image);

@@ -25,13 +25,9 @@ OCR_KERNEL gather_forward_kernel(GatherForward<NumberOf<T>> a) {
   constexpr int CHANNELS = kChannels<T>, PIXELS = kInner<T>;
   constexpr int kRows = REGIONS / kWarps, kEach = PIXELS / 32;  // regions of a warp, pixels of a lane
   const int64_t channels = a.feats.rows, regions = a.logits.rows;
-  // region tiles vary fastest: blocks that share pixels run together
-  const int64_t region_tiles = tiles(regions, REGIONS), channel_tiles = tiles(channels, CHANNELS);
-  const int64_t region = block_index() % region_tiles * REGIONS;
-  const int64_t channel = block_index() / region_tiles % channel_tiles * CHANNELS;
-  const int64_t task = block_index() / region_tiles / channel_tiles, image = task / a.parts.count;
-  const int64_t first = task % a.parts.count * a.parts.pixels;
-  const int64_t end = first + a.parts.pixels < a.feats.columns ? first + a.parts.pixels : a.feats.columns;
+  const Share share(a.feats, regions, a.parts, CHANNELS, REGIONS);
+  const int64_t region = share.region, channel = share.channel, task = share.task, image = share.image;
+  const int64_t first = share.first, end = share.end;
   const int lane = thread_index() % 32, row = thread_index() / 32 * kRows;
 
   Transfer<T, CHANNELS, PIXELS> feats(a.feats, image);
