@@ -36,7 +36,7 @@ integration: $(STAMP) ## tests with mmsegmentation, which it installs
 	$(BIN)/pip install --no-deps -r tests/integration/requirements.txt
 	$(BIN)/python -m pytest -m integration
 
-CPP := $(shell find csrc examples -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+CPP := $(shell find csrc examples tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
 lint: $(STAMP) ## ruff, clang-format and mypy
 	$(BIN)/ruff check

@@ -4,8 +4,6 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/headeronly/version.h>
 
-#include <string>
-
 #include "attention/cuda.h"
 #include "gather/cuda.h"
 #include "ops.h"
@@ -51,20 +49,16 @@ class Gpu {
   std::vector<Argument> scratch_;
 };
 
-// One `name=value` a line.
-std::string cuda_build_facts() {
-  return "version=" OCR_KERNELS_VERSION "\ncompiler=nvcc " + std::to_string(__CUDACC_VER_MAJOR__) + "." +
-         std::to_string(__CUDACC_VER_MINOR__) + "\ntorch=" TORCH_VERSION "\narchitectures=" OCR_CUDA_ARCHITECTURES;
-}
-
 }  // namespace
-
-STABLE_TORCH_LIBRARY_FRAGMENT(ocr_kernels_native, m) { m.def("cuda_build_facts() -> str"); }
 
 STABLE_TORCH_LIBRARY_IMPL(ocr_kernels_native, CUDA, m) { Ops<Gpu>::implement(m); }
 
-STABLE_TORCH_LIBRARY_IMPL(ocr_kernels_native, CompositeExplicitAutograd, m) {
-  m.impl("cuda_build_facts", TORCH_BOX(&cuda_build_facts));
-}
+// One `name=value` a line, read from the file where nothing can load it.
+#define OCR_TEXT(x) OCR_TEXT_OF(x)
+#define OCR_TEXT_OF(x) #x
+extern const char cuda_build_facts[];
+const char cuda_build_facts[] =
+    "version=" OCR_KERNELS_VERSION "\ncompiler=nvcc " OCR_TEXT(__CUDACC_VER_MAJOR__) "." OCR_TEXT(
+        __CUDACC_VER_MINOR__) "\ntorch=" TORCH_VERSION "\narchitectures=" OCR_CUDA_ARCHITECTURES;
 
 }  // namespace ocr_kernels

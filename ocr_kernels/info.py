@@ -65,11 +65,11 @@ def _chosen(device_type: str, implemented: Sequence[str]) -> str:
 
 
 def _library(device_type: str) -> dict[str, str] | str:
-    """What is known of a compiled library, or why it is not in use."""
-    problem = native.problem(device_type)
-    if problem is not None:
+    """What is known of a compiled library, and why it is not in use."""
+    problem, file = native.problem(device_type), native.library(device_type)
+    if problem is not None and (device_type == "cpu" or not file.is_file()):
         return problem
-    return {"file": str(native.library(device_type)), **native.facts(device_type)}
+    return {"file": str(file), **native.facts(device_type), **({"not in use": problem} if problem else {})}
 
 
 def _version(package: str) -> str | None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,7 @@ def _no_gpu() -> str | None:
 
 def _other_gpu() -> str | None:
     """Whether there is a GPU that the library was not built for."""
-    architectures = _facts("cuda")["architectures"]
+    architectures = facts("cuda")["architectures"]
     for index in range(torch.cuda.device_count()):
         capability = torch.cuda.get_device_capability(index)
         if capability < (7, 5) or not any(_runs_on(capability, name) for name in architectures.split()):
@@ -100,12 +101,13 @@ def ops(device_type: str = "cpu") -> Any:
 
 
 def facts(device_type: str = "cpu") -> dict[str, str]:
-    """The library's version, its compiler, the PyTorch it was built with, and the instruction sets or architectures."""
-    ops(device_type)
-    return _facts(device_type)
+    """The library's version, its compiler, the PyTorch it was built with, and the instruction sets or architectures.
 
-
-def _facts(device_type: str) -> dict[str, str]:
-    ops = torch.ops.ocr_kernels_native
-    lines = ops.build_facts() if device_type == "cpu" else ops.cuda_build_facts()
+    Those of the library for GPUs are read from its file, so that they are known where it cannot be loaded.
+    """
+    if device_type == "cpu":
+        lines = ops().build_facts()
+    else:
+        found = re.search(rb"version=[^\0]*architectures=[^\0]*", library(device_type).read_bytes())
+        lines = found[0].decode() if found else ""
     return dict(line.split("=", 1) for line in lines.splitlines())

@@ -333,13 +333,24 @@ def test_without_a_gpu_its_library_is_not_touched(tmp_path: Path) -> None:
 def test_gpus_that_the_library_was_not_built_for(
     capability: tuple[int, int], architectures: str, runs: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(native, "_facts", lambda _: {"architectures": architectures})
+    monkeypatch.setattr(native, "facts", lambda _: {"architectures": architectures})
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA Abacus")
     reason = native._other_gpu()
     assert (reason is None) == runs
     assert runs or f"NVIDIA Abacus has capability {capability[0]}.{capability[1]}" in str(reason)
+
+
+@built
+def test_facts_of_a_library_for_gpus_that_cannot_be_loaded(tmp_path: Path) -> None:
+    """Its architectures are shown all the same, and why it is not in use."""
+    (tmp_path / "libocr_kernels_cpu.so").symlink_to(native.library())
+    (tmp_path / "libocr_kernels_cuda.so").write_bytes(b"\x7fELF\0version=1\ncompiler=nvcc 13.0\narchitectures=sm_90\0!")
+    code = "from ocr_kernels import info, native; print(native.facts('cuda')); print(info.collect()['library']['cuda'])"
+    facts, shown = run(code, OCR_KERNELS_LIBRARY=str(tmp_path / "libocr_kernels_cpu.so")).splitlines()
+    assert facts == "{'version': '1', 'compiler': 'nvcc 13.0', 'architectures': 'sm_90'}"
+    assert "'architectures': 'sm_90', 'not in use': " in shown
 
 
 def test_rocm_has_no_native_kernels(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -138,7 +138,8 @@ struct Forward {
   const bool channels_last = neighbours_are_rows(feats);
   // Where channels are contiguous all of a tile's are copied, 128 KiB, so that memory is read in order.
   const int64_t tile_of_all_channels = (131072 * kElements / int64_t(sizeof(Lane)) / C) / 64 * 64;
-  const int64_t tile = channels_last ? larger(64, smaller(512, tile_of_all_channels)) : (K <= 32 ? 1024 : 512) * kElements;
+  const int64_t tile =
+      channels_last ? larger(64, smaller(512, tile_of_all_channels)) : (K <= 32 ? 1024 : 512) * kElements;
   const int64_t stride = tile / kElements;                                            // of a row of weights, in lanes
   const int64_t group = round_up(divide_up(K, divide_up(K, 192)), kRegionsMultiple);  // regions weighed at a time
   // A chunk's sums are [C, K] where pixels are contiguous, [K, C] where channels are; padded to whole blocks.
