@@ -157,12 +157,12 @@ OCR_KERNEL attention_scores_kernel(AttentionScores<NumberOf<T>> a) {
   const int i = thread_index() / kPixelThreads<T>, first = thread_index() % kPixelThreads<T>;
 
   // scores and dweights of the tile, in the place of what becomes of them
-  const auto multiply = [&](int64_t region) {
-    Transfer<T, kInner<T>, REGIONS> regions_factor(a.key, image);
-    Transfer<T, kInner<T>, PIXELS> pixels_factor(a.query, image);
+  const auto make_tile = [&](int64_t region) {
+    Transfer<T, kInner<T>, REGIONS> key(a.key, image);
+    Transfer<T, kInner<T>, PIXELS> query(a.query, image);
     Sums<T, REGIONS, PIXELS> sums;
     sums.clear();
-    add_sum_over_channels(sums, regions_factor, region, pixels_factor, pixel, shared);
+    add_sum_over_channels(sums, key, region, query, pixel, shared);
     sums.for_each([&](int k, int j, Number sum) { weights.tile.at(k, j) = a.scale * sum; });
     if (a.dscores.data) {
       Transfer<T, kInner<T>, REGIONS> value(a.value, image);
@@ -179,7 +179,7 @@ OCR_KERNEL attention_scores_kernel(AttentionScores<NumberOf<T>> a) {
   OCR_UNROLL_BY(1)
   for (int64_t step = 0; step < steps; ++step) {
     const int64_t region = step % region_tiles * REGIONS;
-    multiply(region);
+    make_tile(region);
     if (step < region_tiles) {
       Number largest = maximum;
       OCR_UNROLL_BY(4)
@@ -245,9 +245,9 @@ template <class T, int REGIONS>
 OCR_KERNEL sum_over_pixels_kernel(SumOverPixels<NumberOf<T>> a) {
   constexpr int CHANNELS = kChannels<T>, PIXELS = kInner<T>;
   const int64_t channels = a.pixels.rows, regions = a.map.rows;
-  const Share share(a.pixels, regions, a.parts, CHANNELS, REGIONS);
-  const int64_t region = share.region, channel = share.channel, task = share.task, image = share.image;
-  const int64_t first = share.first, end = share.end;
+  const PartTile tile(a.pixels, regions, a.parts, CHANNELS, REGIONS);
+  const int64_t region = tile.region, channel = tile.channel, task = tile.task, image = tile.image;
+  const int64_t first = tile.first, end = tile.end;
   unsigned char* const shared = shared_memory();
 
   Transfer<T, CHANNELS, PIXELS> pixels(a.pixels, image);

@@ -19,12 +19,12 @@ inline Parts parts_of(int64_t pixels, int64_t step, int64_t blocks_of_a_part) {
   return {length, tiles(pixels, length)};
 }
 
-// A block's share of the sums over pixels: a tile of channels and regions, and a part of an image's pixels.
-struct Share {
+// What a block has of the sums over pixels: a tile of channels and regions, and a part of an image's pixels.
+struct PartTile {
   int64_t region, channel, task, image, first, end;
 
   // region tiles vary fastest: blocks that share pixels run together
-  OCR_DEVICE Share(const Tensor& pixels, int64_t regions, const Parts& parts, int channel_tile, int region_tile) {
+  OCR_DEVICE PartTile(const Tensor& pixels, int64_t regions, const Parts& parts, int channel_tile, int region_tile) {
     const int64_t region_tiles = tiles(regions, region_tile), channel_tiles = tiles(pixels.rows, channel_tile);
     region = block_index() % region_tiles * region_tile;
     channel = block_index() / region_tiles % channel_tiles * channel_tile;

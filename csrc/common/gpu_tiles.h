@@ -240,13 +240,15 @@ class Sums {
 
   // += a [ROWS, inner] b [COLUMNS, inner]^T
   OCR_DEVICE void add_product(Operand<T> a, Operand<T> b, int inner) {
-    const int thread = thread_index_anew(), eighth = thread % 32 / 8, odd = eighth % 2 * 8, late = eighth / 2 * 8;
+    // a lane addresses a line of one of four 8 x 8 matrices, which in a follow each other down the rows first, in b
+    // along the inner dimension: the second is 8 further that way, the third 8 the other way, the fourth both
+    const int thread = thread_index_anew(), matrix = thread % 32 / 8, near = matrix % 2 * 8, far = matrix / 2 * 8;
     for (int j = 0; j < inner; j += 16) {
       uint32_t rows[kDown][4], columns[kAcross / 2][4];
       OCR_UNROLL
-      for (int m = 0; m < kDown; ++m) load(rows[m], a, thread, first_row(thread) + m * 16, j, odd, late);
+      for (int m = 0; m < kDown; ++m) load(rows[m], a, thread, first_row(thread) + m * 16, j, near, far);
       OCR_UNROLL
-      for (int n = 0; n < kAcross / 2; ++n) load(columns[n], b, thread, first_column(thread) + n * 16, j, late, odd);
+      for (int n = 0; n < kAcross / 2; ++n) load(columns[n], b, thread, first_column(thread) + n * 16, j, far, near);
       OCR_UNROLL
       for (int m = 0; m < kDown; ++m) OCR_UNROLL
       for (int n = 0; n < kAcross; ++n) {

@@ -25,9 +25,9 @@ OCR_KERNEL gather_forward_kernel(GatherForward<NumberOf<T>> a) {
   constexpr int CHANNELS = kChannels<T>, PIXELS = kInner<T>;
   constexpr int kRows = REGIONS / kWarps, kEach = PIXELS / 32;  // regions of a warp, pixels of a lane
   const int64_t channels = a.feats.rows, regions = a.logits.rows;
-  const Share share(a.feats, regions, a.parts, CHANNELS, REGIONS);
-  const int64_t region = share.region, channel = share.channel, task = share.task, image = share.image;
-  const int64_t first = share.first, end = share.end;
+  const PartTile tile(a.feats, regions, a.parts, CHANNELS, REGIONS);
+  const int64_t region = tile.region, channel = tile.channel, task = tile.task, image = tile.image;
+  const int64_t first = tile.first, end = tile.end;
   const int lane = thread_index() % 32, row = thread_index() / 32 * kRows;
 
   Transfer<T, CHANNELS, PIXELS> feats(a.feats, image);
