@@ -30,8 +30,8 @@ from setuptools import Extension, setup
 from setuptools.errors import CompileError
 
 KERNELS = ["csrc/attention/cpu_kernels.cpp", "csrc/gather/cpu_kernels.cpp"]  # compiled once per instruction set
-OTHERS = ["csrc/registration.cpp", "csrc/attention/cpu.cpp", "csrc/gather/cpu.cpp"]  # compiled once
-FOR_GPUS = ["csrc/attention/cuda.cu", "csrc/gather/cuda.cu", "csrc/registration_cuda.cpp"]  # a library of its own
+OTHERS = ["csrc/cpu/registration.cpp", "csrc/attention/cpu.cpp", "csrc/gather/cpu.cpp"]  # compiled once
+FOR_GPUS = ["csrc/attention/gpu.cu", "csrc/gather/gpu.cu", "csrc/gpu/registration.cpp"]  # a library of its own
 STABLE_ABI = ("TORCH_TARGET_VERSION", "0x020b000000000000")  # PyTorch 2.11
 
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
@@ -101,7 +101,7 @@ def compile_error(source: str, flags: list[str]) -> str | None:
 def instruction_sets() -> Iterator[tuple[str, list[str], bool]]:
     """The variants of the kernels: name, flags, and whether the compiler knows the instruction set.
 
-    csrc/common/isa.h counts on all four on x86-64. A compiler that lacks a flag makes a variant from the flags of the
+    csrc/cpu/isa.h counts on all four on x86-64. A compiler that lacks a flag makes a variant from the flags of the
     one before.
     """
     yield "portable", [], True

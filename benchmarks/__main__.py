@@ -33,7 +33,7 @@ from benchmarks.cases import (
     our_backends,
     sweep_of,
 )
-from ocr_kernels.backends import interpreting
+from ocr_kernels.core.backends import interpreting
 
 DTYPES = ("bfloat16", "float16", "float32")
 

@@ -34,11 +34,11 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 import ocr_kernels.attention.triton
+import ocr_kernels.core.triton_host
 import ocr_kernels.gather.triton
 import ocr_kernels.head.triton
-import ocr_kernels.tiles
 from benchmarks.cases import CASES, Case
-from ocr_kernels.tiles import DeviceFacts
+from ocr_kernels.core.triton_host import DeviceFacts
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 TYPES = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -232,7 +232,7 @@ def launches(architecture: str, run: Callable[[], None]) -> list[Launch]:
 
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(JITFunction, "run", record))
-        for module in (*OPS, ocr_kernels.tiles):
+        for module in (*OPS, ocr_kernels.core.triton_host):
             stack.enter_context(mock.patch.object(module, "device_facts", return_value=facts))
         run()
     return list(dict.fromkeys(recorded))

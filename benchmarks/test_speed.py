@@ -26,7 +26,7 @@ from benchmarks.cases import (
     our_backends,
     sweep_of,
 )
-from ocr_kernels.backends import interpreting
+from ocr_kernels.core.backends import interpreting
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")

@@ -14,7 +14,7 @@
 #include <optional>
 #include <vector>
 
-#include "common/tensor.h"
+#include "tensor.h"
 
 namespace ocr_kernels {
 

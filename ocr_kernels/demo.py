@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ocr_kernels.backends import resolve_backend, use_backend
+from ocr_kernels.core.backends import resolve_backend, use_backend
 from ocr_kernels.maps import record_maps
 from ocr_kernels.plotting import COLOURS, colours, new_figure, plot_attention, plot_region_maps, show
 from ocr_kernels.reference import OCRHead

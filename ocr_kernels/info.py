@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 import ocr_kernels
-from ocr_kernels import native
-from ocr_kernels.backends import BACKENDS, available_backends, resolve_backend
+from ocr_kernels.core import libraries
+from ocr_kernels.core.backends import BACKENDS, available_backends, resolve_backend
 from ocr_kernels.head.functional import IMPLEMENTED
 
 ENVIRONMENT = ("OCR_KERNELS_BACKEND", "OCR_KERNELS_ISA", "OCR_KERNELS_LIBRARY", "TRITON_INTERPRET")
@@ -66,10 +66,10 @@ def _chosen(device_type: str, implemented: Sequence[str]) -> str:
 
 def _library(device_type: str) -> dict[str, str] | str:
     """What is known of a compiled library, and why it is not in use."""
-    problem, file = native.problem(device_type), native.library(device_type)
+    problem, file = libraries.problem(device_type), libraries.library(device_type)
     if problem is not None and (device_type == "cpu" or not file.is_file()):
         return problem
-    return {"file": str(file), **native.facts(device_type), **({"not in use": problem} if problem else {})}
+    return {"file": str(file), **libraries.facts(device_type), **({"not in use": problem} if problem else {})}
 
 
 def _version(package: str) -> str | None:

@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ocr_kernels.attention.registration import check_query_and_key, pixel_region_attention_op
+from ocr_kernels.core.arguments import check_dtype, check_shape, check_tensors
+from ocr_kernels.core.layout import statistics_dtype
 from ocr_kernels.gather.registration import spatial_gather_op
-from ocr_kernels.layout import statistics_dtype
-from ocr_kernels.library import check_dtype, check_shape, check_tensors
 
 
 def region_maps(logits: Tensor, scale: float = 1.0) -> Tensor:

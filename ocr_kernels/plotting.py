@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ocr_kernels.library import check_shape, check_tensors
+from ocr_kernels.core.arguments import check_shape, check_tensors
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

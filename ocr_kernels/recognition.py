@@ -27,9 +27,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ocr_kernels.attention import pixel_region_attention
-from ocr_kernels.backends import assume_constant_result
+from ocr_kernels.core.backends import assume_constant_result
+from ocr_kernels.core.layout import DTYPES
 from ocr_kernels.gather import spatial_gather
-from ocr_kernels.layout import DTYPES
 
 Call = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
 Handler = Callable[["Recognition", Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]

@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 
-from ocr_kernels.native import problem
+from ocr_kernels.core.libraries import problem
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is first imported

@@ -2,8 +2,8 @@
 #include <cstddef>
 #include <cstring>
 
-#include "../csrc/attention/cuda.h"
-#include "../csrc/gather/cuda.h"
+#include "../csrc/attention/gpu.h"
+#include "../csrc/gather/gpu.h"
 #include "../csrc/ops.h"
 
 namespace ocr_kernels {

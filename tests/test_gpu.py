@@ -9,8 +9,8 @@ import torch
 from ops import GATHER, Op, both_ops
 
 from ocr_kernels import use_backend
+from ocr_kernels.core.libraries import problem
 from ocr_kernels.modules import SpatialOCR
-from ocr_kernels.native import problem
 
 pytestmark = [
     pytest.mark.gpu,

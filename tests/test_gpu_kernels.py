@@ -15,7 +15,7 @@ import torch
 from torch.utils.cpp_extension import include_paths
 
 ROOT = Path(__file__).parent.parent
-SOURCES = [ROOT / "csrc" / op / "cuda.cu" for op in ("gather", "attention")]
+SOURCES = [ROOT / "csrc" / op / "gpu.cu" for op in ("gather", "attention")]
 CXX = os.environ.get("CXX", "c++")
 
 

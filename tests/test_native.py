@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from ops import DTYPES, Op, all_dtypes, both_ops
 from torch import Tensor
 
-from ocr_kernels import native
-from ocr_kernels.native import problem
+from ocr_kernels.core import libraries
+from ocr_kernels.core.libraries import problem
 
 ROOT = Path(__file__).parent.parent
 built = pytest.mark.skipif(problem() is not None, reason=str(problem()))
@@ -107,8 +107,8 @@ def test_after_fork(op: Op) -> None:
 PARITY = """
 import torch
 from ops import ATTENTION, DTYPES, GATHER
-from ocr_kernels import native
-print(native.facts()["instruction_set"])
+from ocr_kernels.core import libraries
+print(libraries.facts()["instruction_set"])
 for op in (GATHER, ATTENTION):
     for dtype in DTYPES:
         for seed, (channels, regions, spatial) in enumerate(((1, 1, (1,)), (19, 19, (7, 9)), (70, 33, (131,)))):
@@ -122,7 +122,7 @@ for op in (GATHER, ATTENTION):
 @built
 @pytest.mark.parametrize("name", ["portable", "avx2", "avx512", "avx512bf16"])
 def test_each_instruction_set(name: str) -> None:
-    facts = native.facts()
+    facts = libraries.facts()
     if name not in facts["instruction_sets"].split():
         pytest.skip(f"the library was built for {facts['instruction_sets']}")
     found = run(PARITY, OCR_KERNELS_ISA=name).strip()
@@ -191,7 +191,7 @@ def test_anything(op: Op, data: st.DataObject) -> None:
 )
 def test_wrong_arguments_are_refused(call, message: str) -> None:
     with pytest.raises(RuntimeError, match=message):
-        call(native.ops(), torch.zeros(2, 3, 5))
+        call(libraries.ops(), torch.zeros(2, 3, 5))
 
 
 @built
@@ -200,10 +200,10 @@ def test_what_cpp_calls() -> None:
     key, value = torch.randn(2, 6, 3), torch.randn(2, 7, 3)
     ops = torch.ops.ocr_kernels
     torch.testing.assert_close(
-        native.ops().spatial_gather(feats, logits, 2.0), ops.spatial_gather(feats, logits, 2.0, "reference")[0]
+        libraries.ops().spatial_gather(feats, logits, 2.0), ops.spatial_gather(feats, logits, 2.0, "reference")[0]
     )
     torch.testing.assert_close(
-        native.ops().pixel_region_attention(feats, key, value),
+        libraries.ops().pixel_region_attention(feats, key, value),
         ops.pixel_region_attention(feats, key, value, None, "reference"),
     )
 
@@ -219,7 +219,7 @@ with warnings.catch_warnings(record=True) as caught:
         ocr_kernels.spatial_gather(x, x)
         ocr_kernels.pixel_region_attention(x, x, x)
 print(len(caught), *(w.message for w in caught))
-print(ocr_kernels.backends.resolve_backend(x.device))
+print(ocr_kernels.core.backends.resolve_backend(x.device))
 try:
     ocr_kernels.spatial_gather(x, x, backend="native")
 except RuntimeError as error:
@@ -256,7 +256,7 @@ def test_a_library_of_another_abi(kind: str, tmp_path: Path) -> None:
 
 
 def test_importing_does_not_load_it() -> None:
-    code = "import torch, ocr_kernels; print(ocr_kernels.native._load.cache_info().misses)"
+    code = "import torch, ocr_kernels; print(ocr_kernels.core.libraries._load.cache_info().misses)"
     assert run(code).strip() == "0"
 
 
@@ -266,13 +266,13 @@ NO_TRITON = "import sys; sys.modules['triton'] = None\n"
 A_GPU = NO_TRITON + "import torch; torch.cuda.is_available = lambda: True\n"
 CHOOSE = """
 import os, warnings, torch, ocr_kernels
-from ocr_kernels.backends import resolve_backend
+from ocr_kernels.core.backends import resolve_backend
 loaded, load = [], torch.ops.load_library
 torch.ops.load_library = lambda path: (loaded.append(os.path.basename(path)), load(path))
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     print(*{resolve_backend(torch.device("cuda")) for _ in range(2)}, ocr_kernels.available_backends()["native"])
-    ocr_kernels.native.problem("cuda")
+    ocr_kernels.core.libraries.problem("cuda")
 print(len(caught), *(w.message for w in caught))
 print(*loaded)
 try:
@@ -283,7 +283,7 @@ except RuntimeError as error:
 
 
 def choose_for_a_gpu(folder: Path, before: str) -> list[str]:
-    (folder / "libocr_kernels_cpu.so").symlink_to(native.library())
+    (folder / "libocr_kernels_cpu.so").symlink_to(libraries.library())
     return run(before + CHOOSE, OCR_KERNELS_LIBRARY=str(folder / "libocr_kernels_cpu.so")).splitlines()
 
 
@@ -333,11 +333,11 @@ def test_without_a_gpu_its_library_is_not_touched(tmp_path: Path) -> None:
 def test_gpus_that_the_library_was_not_built_for(
     capability: tuple[int, int], architectures: str, runs: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(native, "facts", lambda _: {"architectures": architectures})
+    monkeypatch.setattr(libraries, "facts", lambda _: {"architectures": architectures})
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA Abacus")
-    reason = native._other_gpu()
+    reason = libraries._other_gpu()
     assert (reason is None) == runs
     assert runs or f"NVIDIA Abacus has capability {capability[0]}.{capability[1]}" in str(reason)
 
@@ -345,9 +345,10 @@ def test_gpus_that_the_library_was_not_built_for(
 @built
 def test_facts_of_a_library_for_gpus_that_cannot_be_loaded(tmp_path: Path) -> None:
     """Its architectures are shown all the same, and why it is not in use."""
-    (tmp_path / "libocr_kernels_cpu.so").symlink_to(native.library())
+    (tmp_path / "libocr_kernels_cpu.so").symlink_to(libraries.library())
     (tmp_path / "libocr_kernels_cuda.so").write_bytes(b"\x7fELF\0version=1\ncompiler=nvcc 13.0\narchitectures=sm_90\0!")
-    code = "from ocr_kernels import info, native; print(native.facts('cuda')); print(info.collect()['library']['cuda'])"
+    code = "from ocr_kernels import info\nfrom ocr_kernels.core import libraries\n"
+    code += "print(libraries.facts('cuda')); print(info.collect()['library']['cuda'])"
     facts, shown = run(code, OCR_KERNELS_LIBRARY=str(tmp_path / "libocr_kernels_cpu.so")).splitlines()
     assert facts == "{'version': '1', 'compiler': 'nvcc 13.0', 'architectures': 'sm_90'}"
     assert "'architectures': 'sm_90', 'not in use': " in shown
@@ -355,4 +356,4 @@ def test_facts_of_a_library_for_gpus_that_cannot_be_loaded(tmp_path: Path) -> No
 
 def test_rocm_has_no_native_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "hip", "7.0")
-    assert native._no_gpu() == "its kernels are for NVIDIA GPUs, and this PyTorch is a ROCm build"
+    assert libraries._no_gpu() == "its kernels are for NVIDIA GPUs, and this PyTorch is a ROCm build"

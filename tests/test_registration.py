@@ -14,7 +14,7 @@ from ops import ATTENTION, DTYPES, GATHER, Op, all_dtypes, both_ops
 
 import ocr_kernels
 from ocr_kernels import available_backends, pixel_region_attention, spatial_gather, use_backend
-from ocr_kernels.backends import resolve_backend
+from ocr_kernels.core.backends import resolve_backend
 from ocr_kernels.head.functional import IMPLEMENTED as HEAD_BACKENDS
 from ocr_kernels.modules import SpatialOCR
 from ocr_kernels.testing import LAYOUTS, Layout
@@ -235,7 +235,7 @@ def test_available_backends() -> None:
 def set_problems(monkeypatch: pytest.MonkeyPatch, **problems: str | None) -> None:
     for name, problem in problems.items():
         for device_type in (None, "cpu", "cuda"):
-            monkeypatch.setitem(ocr_kernels.backends._problems, (name, device_type), problem)
+            monkeypatch.setitem(ocr_kernels.core.backends._problems, (name, device_type), problem)
 
 
 def test_use_backend_is_nested_and_restored(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,7 +251,7 @@ def test_use_backend_is_nested_and_restored(monkeypatch: pytest.MonkeyPatch) -> 
             spatial_gather(x, x)
         with pytest.raises(TypeError, match="feats must be a tensor"), use_backend(None):
             spatial_gather(None, x)
-        assert ocr_kernels.backends._selected == "triton"
+        assert ocr_kernels.core.backends._selected == "triton"
     spatial_gather(x, x)
     assert used == ["reference", "reference", "reference"]
 
@@ -259,7 +259,7 @@ def test_use_backend_is_nested_and_restored(monkeypatch: pytest.MonkeyPatch) -> 
 def test_use_backend_reaches_other_threads() -> None:
     seen = []
     with use_backend("reference"):
-        thread = threading.Thread(target=lambda: seen.append(ocr_kernels.backends._selected))
+        thread = threading.Thread(target=lambda: seen.append(ocr_kernels.core.backends._selected))
         thread.start()
         thread.join()
     assert seen == ["reference"]
@@ -311,7 +311,7 @@ def test_automatic_choice(
 
 def test_native_needs_its_devices_and_an_op_that_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
     set_problems(monkeypatch, native=None)
-    monkeypatch.setitem(ocr_kernels.backends._problems, ("native", "cuda"), "not here")
+    monkeypatch.setitem(ocr_kernels.core.backends._problems, ("native", "cuda"), "not here")
     with pytest.raises(RuntimeError, match="backend 'native' cannot run on a meta tensor: its kernels are for"):
         spatial_gather(x3.to("meta"), x3.to("meta"), backend="native")
     with pytest.raises(RuntimeError, match="backend 'native' cannot run on a cuda tensor: not here"):

@@ -19,7 +19,7 @@ else:
     import tomli as tomllib
 
 import ocr_kernels
-from ocr_kernels.native import library, problem
+from ocr_kernels.core.libraries import library, problem
 
 ROOT = Path(__file__).parent.parent
 
@@ -223,7 +223,7 @@ print(ocr_kernels.__file__)
 x = torch.randn(2, 3, 4, requires_grad=True)
 ocr_kernels.spatial_gather(x, x, backend="native").sum().backward()
 ocr_kernels.pixel_region_attention(x, x, x, backend="native").sum().backward()
-print(ocr_kernels.native.library())
+print(ocr_kernels.core.libraries.library())
 """
     clean = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "OCR_KERNELS_LIBRARY")}
     run = [str(environment / "bin" / "python"), "-c", code]

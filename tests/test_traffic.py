@@ -15,11 +15,11 @@ import triton.language as tl
 from traffic import Launch, record_traffic
 
 import ocr_kernels.attention.triton
+import ocr_kernels.core.triton_host
 import ocr_kernels.gather.triton
 import ocr_kernels.head.triton
-import ocr_kernels.tiles
 from ocr_kernels.attention import registration as attention
-from ocr_kernels.backends import interpreting
+from ocr_kernels.core.backends import interpreting
 from ocr_kernels.gather import registration as gather
 from ocr_kernels.head import registration as head
 
@@ -126,7 +126,7 @@ def test_pixels_of_head(regions: int, memory_format: torch.memory_format) -> Non
         z = head._forward(feats, key, context_regions, weights, "features", "triton")
     assert_once(launches, written=[z])
     reads = {launch.name: launch.loads.counts(feats) for launch in launches if launch.loads.counts(feats).any()}
-    shared_memory = ocr_kernels.tiles.device_facts(feats.device).shared_memory
+    shared_memory = ocr_kernels.core.triton_host.device_facts(feats.device).shared_memory
     scattered = memory_format == torch.contiguous_format  # of an odd number of pixels
     blocks = ocr_kernels.head.triton.fuse_blocks(channels, outputs, regions, 2, scattered, shared_memory)
     output_tiles = triton.cdiv(outputs, blocks.outputs)
@@ -142,8 +142,8 @@ def spatial_size(monkeypatch: pytest.MonkeyPatch) -> tuple[int, int]:
     Programs do there what they do on the whole machine, and there are as many of them for each pixel. What is done once
     for an image weighs more than it does there, so what is counted is an upper bound.
     """
-    facts = ocr_kernels.tiles.device_facts(torch.device("cpu"))._replace(multiprocessors=4)
-    for module in (ocr_kernels.gather.triton, ocr_kernels.attention.triton, ocr_kernels.tiles):
+    facts = ocr_kernels.core.triton_host.device_facts(torch.device("cpu"))._replace(multiprocessors=4)
+    for module in (ocr_kernels.gather.triton, ocr_kernels.attention.triton, ocr_kernels.core.triton_host):
         monkeypatch.setattr(module, "device_facts", lambda device: facts)
     return 4 * 31, 32
 

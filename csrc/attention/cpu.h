@@ -1,7 +1,7 @@
 // y_i = sum_k softmax_k(scale * q_i . k_k) v_k: the softmax runs over regions.
 #pragma once
 
-#include "../common/tensor.h"
+#include "../tensor.h"
 
 namespace ocr_kernels::cpu {
 

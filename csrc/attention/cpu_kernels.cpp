@@ -2,7 +2,7 @@
 //
 // A task takes its pixels in tiles. A tile of the query is read once, and all that is made of it stays in the caches:
 // its scores [K, pixels], their softmax over regions, and the strips of the context on their way out.
-#include "operands.h"
+#include "cpu_operands.h"
 
 namespace ocr_kernels {
 inline namespace OCR_ISA {

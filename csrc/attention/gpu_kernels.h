@@ -1,7 +1,7 @@
 // The attention's kernels for GPUs. In every one a block has 256 threads and a tile of the result.
 #pragma once
 
-#include "../common/gpu_sums.h"
+#include "../gpu/splits.h"
 
 namespace ocr_kernels::gpu {
 

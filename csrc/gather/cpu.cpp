@@ -1,7 +1,7 @@
 // Chooses the compilation of cpu_kernels.cpp that this processor runs best.
 #include "cpu.h"
 
-#include "../common/isa.h"
+#include "../cpu/isa.h"
 
 #define OCR_DECLARE(isa)                                                                                               \
   namespace ocr_kernels::isa {                                                                                         \

@@ -1,6 +1,6 @@
 // The gather's kernels, compiled once per instruction set; cpu.cpp chooses among the compilations.
-#include "../common/tiles.h"
-#include "products.h"
+#include "../cpu/tiles.h"
+#include "cpu_products.h"
 
 namespace ocr_kernels {
 inline namespace OCR_ISA {

@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from ocr_kernels.attention.registration import pixel_region_attention_op
-from ocr_kernels.backends import resolve_backend
-from ocr_kernels.library import check_tensors
+from ocr_kernels.core.arguments import check_tensors
+from ocr_kernels.core.backends import resolve_backend
 
 
 def pixel_region_attention(

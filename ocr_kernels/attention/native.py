@@ -7,7 +7,7 @@ others are copied over there.
 
 from __future__ import annotations
 
-from ocr_kernels import native
+from ocr_kernels.core import libraries
 
-forward = native.ops().attention_forward.default
-backward = native.ops().attention_backward.default
+forward = libraries.ops().attention_forward.default
+backward = libraries.ops().attention_backward.default

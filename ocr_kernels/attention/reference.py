@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ocr_kernels.layout import statistics_dtype
+from ocr_kernels.core.layout import statistics_dtype
 
 
 def pixel_region_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> Tensor:

@@ -16,27 +16,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ocr_kernels.layout import statistics_dtype
-from ocr_kernels.tiles import (
+from ocr_kernels.core.layout import statistics_dtype
+from ocr_kernels.core.triton_device import aligned, image_of, load_tile, narrow, product, store_tile
+from ocr_kernels.core.triton_host import (
     TL,
     Blocks,
-    aligned,
     alignment,
     blocks_from,
     device_facts,
     dot_dtype,
     extent,
-    image_of,
     input_precision,
     lift,
-    load_tile,
-    narrow,
     padded,
-    product,
     requires_int64_offsets,
     round_up,
     split,
-    store_tile,
 )
 
 

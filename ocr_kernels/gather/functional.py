@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ocr_kernels.backends import resolve_backend
+from ocr_kernels.core.arguments import check_tensors
+from ocr_kernels.core.backends import resolve_backend
 from ocr_kernels.gather.registration import spatial_gather_op
-from ocr_kernels.library import check_tensors
 
 
 def spatial_gather(feats: Tensor, logits: Tensor, scale: float = 1.0, *, backend: str | None = None) -> Tensor:

@@ -7,7 +7,7 @@ channels last ones; others are copied over there.
 
 from __future__ import annotations
 
-from ocr_kernels import native
+from ocr_kernels.core import libraries
 
-forward = native.ops().gather_forward.default
-backward = native.ops().gather_backward.default
+forward = libraries.ops().gather_forward.default
+backward = libraries.ops().gather_backward.default

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ocr_kernels.layout import statistics_dtype
+from ocr_kernels.core.layout import statistics_dtype
 
 
 def spatial_gather(feats: Tensor, logits: Tensor, scale: float = 1.0) -> Tensor:

@@ -10,21 +10,19 @@ from typing import Any
 
 from torch import Tensor
 
-from ocr_kernels import native
-from ocr_kernels.gather import reference
-from ocr_kernels.layout import empty_in_format, pixels, statistics_dtype
-from ocr_kernels.library import (
+from ocr_kernels.core import libraries
+from ocr_kernels.core.arguments import check_device, check_dtype, check_shape
+from ocr_kernels.core.layout import empty_in_format, pixels, statistics_dtype
+from ocr_kernels.core.registration import (
     batch_back,
     batch_first,
-    check_device,
-    check_dtype,
-    check_shape,
     differentiate,
     differentiate_twice,
     register_autocast,
     register_decomposition,
     register_op,
 )
+from ocr_kernels.gather import reference
 
 
 def _check(feats: Tensor, logits: Tensor) -> None:
@@ -89,7 +87,7 @@ def _backward(
 @functools.cache
 def _implementation(backend: str, on_gpu: bool) -> Any:
     if backend == "native":
-        native.ops("cuda" if on_gpu else "cpu")
+        libraries.ops("cuda" if on_gpu else "cpu")
     return importlib.import_module(f"ocr_kernels.gather.{backend}")
 
 

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ocr_kernels.backends import resolve_backend
+from ocr_kernels.core.arguments import check_device, check_shape, check_tensors
+from ocr_kernels.core.backends import resolve_backend
 from ocr_kernels.head.registration import ocr_head_op
-from ocr_kernels.library import check_device, check_shape, check_tensors
 
 Output = Literal["features", "logits", "classes"]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ocr_kernels.layout import empty_in_format, pixels
-from ocr_kernels.library import batch_back, batch_first, register_inference_op
+from ocr_kernels.core.layout import empty_in_format, pixels
+from ocr_kernels.core.registration import batch_back, batch_first, register_inference_op
 
 # Arguments have been checked by the public call. `weights`: pixel_in [D, C], its bias [D], pixel_out [D, D], its bias
 # [D], up's bias [C], context [O, C], pixels [O, C], their bias [O], and for logits and classes classes [L, O] and its

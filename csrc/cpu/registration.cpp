@@ -1,7 +1,7 @@
 // The ops on CPUs, and the schemas of all.
 #include <torch/headeronly/version.h>
 
-#include "ops.h"
+#include "../ops.h"
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -9,9 +9,9 @@
 
 #include <string>
 
-#include "attention/cpu.h"
-#include "common/isa.h"
-#include "gather/cpu.h"
+#include "../attention/cpu.h"
+#include "isa.h"
+#include "../gather/cpu.h"
 
 namespace ocr_kernels {
 namespace {

@@ -18,8 +18,8 @@ _NAMES = {"cpu": "compiled library", "cuda": "compiled library for GPUs"}
 
 
 def library(device_type: str = "cpu") -> Path:
-    """The file: beside this one, unless the environment names another for CPUs; the one for GPUs lies beside that."""
-    path = Path(os.environ.get("OCR_KERNELS_LIBRARY") or Path(__file__).with_name("libocr_kernels_cpu.so"))
+    """The file: in the package, unless the environment names another for CPUs; the one for GPUs lies beside that."""
+    path = Path(os.environ.get("OCR_KERNELS_LIBRARY") or Path(__file__).parent.parent / "libocr_kernels_cpu.so")
     return path if device_type == "cpu" else path.with_name("libocr_kernels_cuda.so")
 
 

@@ -3,7 +3,7 @@
 
 #include <type_traits>
 
-#include "gpu_tiles.h"
+#include "tiles.h"
 
 namespace ocr_kernels::gpu {
 

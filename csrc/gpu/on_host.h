@@ -14,7 +14,7 @@
 #include <memory>
 #include <vector>
 
-#include "simd.h"
+#include "../cpu/simd.h"
 
 #define OCR_KERNEL inline void
 #define OCR_DEVICE inline

@@ -1,8 +1,8 @@
 // The two register-blocked products that every pass of the gather is made of.
 #pragma once
 
-#include "../common/simd.h"
-#include "../common/tensor.h"
+#include "../cpu/simd.h"
+#include "../tensor.h"
 
 namespace ocr_kernels {
 inline namespace OCR_ISA {

@@ -1,5 +1,5 @@
 // The attention's kernels for every element type.
-#include "cuda.h"
+#include "gpu.h"
 #include "gpu_kernels.h"
 
 namespace ocr_kernels::gpu {

@@ -1,5 +1,5 @@
 // The gather's kernels for every element type. Sums in float64 take every operand as float64.
-#include "cuda.h"
+#include "gpu.h"
 #include "gpu_kernels.h"
 
 namespace ocr_kernels::gpu {

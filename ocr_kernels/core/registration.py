@@ -18,8 +18,6 @@ from torch._C._functorch import TransformType, get_interpreter_stack
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
-from ocr_kernels.layout import DTYPES
-
 LIBRARY = torch.library.Library("ocr_kernels", "DEF")
 
 
@@ -238,27 +236,6 @@ def differentiate_twice(
 
     derivatives: tuple[Tensor, ...] = torch.func.vjp(gradients, grad, *inputs)[1](tuple(cotangents[i] for i in wanted))
     return derivatives
-
-
-def check_tensors(**arguments: object) -> None:
-    for name, argument in arguments.items():
-        if not isinstance(argument, Tensor):
-            raise TypeError(f"{name} must be a tensor, but is {type(argument).__name__}")
-
-
-def check_dtype(name: str, tensor: Tensor) -> None:
-    if tensor.dtype not in DTYPES:
-        raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, but is {tensor.dtype}")
-
-
-def check_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
-    if tensor.device != other.device:
-        raise ValueError(f"{name} must be on the device of {other_name}, {other.device}, but is on {tensor.device}")
-
-
-def check_shape(name: str, tensor: Tensor, layout: str, matches: bool) -> None:
-    if not matches:
-        raise ValueError(f"{name} must have shape {layout}, but has {tuple(tensor.shape)}")
 
 
 def batch_first(tensors: Sequence[Tensor], in_dims: Sequence[int | None], size: int) -> list[Tensor]:

@@ -1,7 +1,7 @@
 // f_k = sum_i softmax_i(scale * M_ki) x_i on a GPU; what the arguments are is said in cpu.h.
 #pragma once
 
-#include "../common/tensor.h"
+#include "../tensor.h"
 
 namespace ocr_kernels::gpu {
 

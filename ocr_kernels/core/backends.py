@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import torch
 
-from ocr_kernels import native
+from ocr_kernels.core import libraries
 
 BACKENDS = ("reference", "triton", "native")
 # of those that no one asked for, what to try before the reference
@@ -106,7 +106,7 @@ def _find_problem(name: str, device_type: str | None) -> str | None:
     if name == "reference":
         return None
     if name == "native":
-        return native.problem(device_type or "cpu")  # the library for GPUs needs that for CPUs
+        return libraries.problem(device_type or "cpu")  # the library for GPUs needs that for CPUs
     problem = _triton_problem() if device_type is None else _problem(name, None)
     if problem is None and device_type not in (None, "cuda") and not interpreting():
         return "it needs a GPU tensor, or TRITON_INTERPRET=1 set before Python starts"

@@ -9,7 +9,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "tensor.h"
+#include "../tensor.h"
 
 #if defined(__AVX2__)
 #include <immintrin.h>

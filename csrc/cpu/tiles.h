@@ -4,7 +4,7 @@
 #include <new>
 
 #include "simd.h"
-#include "tensor.h"
+#include "../tensor.h"
 
 namespace ocr_kernels {
 inline namespace OCR_ISA {

@@ -1,8 +1,8 @@
 // What the kernels for GPUs are written with, in namespace gpu. nvcc makes CUDA of it. Any other compiler makes the
-// same kernels run on a CPU, thread by thread (gpu_on_host.h): so they are tested where there is no GPU.
+// same kernels run on a CPU, thread by thread (on_host.h): so they are tested where there is no GPU.
 #pragma once
 
-#include "tensor.h"
+#include "../tensor.h"
 
 namespace ocr_kernels::gpu {
 
@@ -176,5 +176,5 @@ void launch(void (*kernel)(Parameters...), int64_t blocks, int shared_bytes, con
 }  // namespace ocr_kernels::gpu
 
 #else
-#include "gpu_on_host.h"
+#include "on_host.h"
 #endif

@@ -1,8 +1,8 @@
 // The products of the attention: result = A B with the columns of B in vectors, all of them in dense buffers.
 #pragma once
 
-#include "../common/simd.h"
-#include "../common/tiles.h"
+#include "../cpu/simd.h"
+#include "../cpu/tiles.h"
 
 namespace ocr_kernels {
 inline namespace OCR_ISA {

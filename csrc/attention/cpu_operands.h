@@ -1,7 +1,7 @@
 // From tensors to the operands of products, and from products to tensors: layouts and element types end here.
 #pragma once
 
-#include "products.h"
+#include "cpu_products.h"
 
 namespace ocr_kernels {
 inline namespace OCR_ISA {

@@ -4,9 +4,9 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/headeronly/version.h>
 
-#include "attention/cuda.h"
-#include "gather/cuda.h"
-#include "ops.h"
+#include "../attention/gpu.h"
+#include "../gather/gpu.h"
+#include "../ops.h"
 
 namespace ocr_kernels {
 namespace {

@@ -1,7 +1,7 @@
 // y_i = sum_k softmax_k(scale * q_i . k_k) v_k on a GPU; what the arguments are is said in cpu.h.
 #pragma once
 
-#include "../common/tensor.h"
+#include "../tensor.h"
 
 namespace ocr_kernels::gpu {
 

@@ -3,7 +3,7 @@
 
 #include <type_traits>
 
-#include "gpu.h"
+#include "device.h"
 
 namespace ocr_kernels::gpu {
 
