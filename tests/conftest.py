@@ -51,5 +51,5 @@ def head_target(request: pytest.FixtureRequest) -> tuple[str, str]:
 
 
 settings.register_profile("default", deadline=None, max_examples=150, derandomize=True)
-settings.register_profile("thorough", deadline=None, max_examples=10_000)
+settings.register_profile("thorough", deadline=None, max_examples=2_000)
 settings.load_profile("default")
