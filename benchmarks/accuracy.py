@@ -13,7 +13,7 @@ import argparse
 import itertools
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -70,7 +70,7 @@ def case(
     peak: float,
     names: Sequence[str],
     definition: Callable[..., Tensor],
-    calls: dict[str, Callable[..., Tensor]],
+    calls: Mapping[str, Callable[..., Tensor]],
     draw: Callable[..., tuple[Tensor, ...]],
     seeds: int,
 ) -> Iterator[dict[str, Any]]:
