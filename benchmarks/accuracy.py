@@ -52,6 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def measured(backends: Sequence[str], seeds: int) -> Iterator[dict[str, Any]]:
+    draw: Callable[..., tuple[Tensor, ...]]
+    names: tuple[str, ...]
     for dtype, logits_dtype, peak in itertools.product(DTYPES, DTYPES, PEAKS):
         draw = partial(gather_inputs, dtype=dtype, logits_dtype=logits_dtype, peak=peak, requires_grad=True, **SIZES)
         calls = {name: partial(spatial_gather, backend=name) for name in backends}
