@@ -113,7 +113,7 @@ class Shape:
         logits = pixels(case.regions, self.logits_dtype or self.dtype)
         key = query.new_empty((case.batch, case.key_channels, case.regions))
         out, stats = gather._forward(feats, logits, 1.0, "triton")
-        gather._backward(out, feats, logits, out, stats, 1.0, True, True, "triton")
+        gather._backward(out, feats, logits, stats, 1.0, True, True, "triton")
         context = attention._forward(query, key, key, None, "triton")
         attention._backward(context, query, key, key, None, True, True, True, "triton")
 

@@ -122,22 +122,21 @@ struct Ops {
     expect(m, "logits", x->batch, m->rows, x->columns, m->dtype);
     STD_TORCH_CHECK(x->columns >= 1, "feats must have a pixel");
     Device::gather_forward(output(device, out, "out", x->batch, x->rows, m->rows, x->dtype),
-                           output(device, stats, "stats", x->batch, 2, m->rows, statistics_dtype(x, m)), x, m, scale,
-                           device.resources());
+                           output(device, stats, "stats", x->batch, x->rows + 2, m->rows, statistics_dtype(x, m)), x, m,
+                           scale, device.resources());
   }
 
   static void gather_backward(const std::optional<Argument>& dfeats, const std::optional<Argument>& dlogits,
-                              const Argument& grad, const Argument& feats, const Argument& logits, const Argument& out,
+                              const Argument& grad, const Argument& feats, const Argument& logits,
                               const Argument& stats, double scale) {
     const Device device(feats);
     const Input<Device> x(device, feats, "feats"), m(device, logits, "logits");
     expect(m, "logits", x->batch, m->rows, x->columns, m->dtype);
     STD_TORCH_CHECK(x->columns >= 1, "feats must have a pixel");
     const Input<Device> g(device, grad, "grad", x->batch, x->rows, m->rows, x->dtype);
-    const Input<Device> f(device, out, "out", x->batch, x->rows, m->rows, x->dtype);
-    const Input<Device> s(device, stats, "stats", x->batch, 2, m->rows, statistics_dtype(x, m));
-    Device::gather_backward(gradient(device, dfeats, "dfeats", x), gradient(device, dlogits, "dlogits", m), g, x, m, f,
-                            s, scale, device.resources());
+    const Input<Device> s(device, stats, "stats", x->batch, x->rows + 2, m->rows, statistics_dtype(x, m));
+    Device::gather_backward(gradient(device, dfeats, "dfeats", x), gradient(device, dlogits, "dlogits", m), g, x, m, s,
+                            scale, device.resources());
   }
 
   static void attention_forward(const Argument& out, const Argument& query, const Argument& key, const Argument& value,
@@ -171,7 +170,7 @@ struct Ops {
     const Tensor x = Input<Device>(device, feats, "feats"), m = Input<Device>(device, logits, "logits");
     const auto wide = statistics_dtype(x, m) == Dtype::Float64 ? ScalarType::Double : ScalarType::Float;
     Argument out = torch::stable::new_empty(feats, {x.batch, x.rows, m.rows});
-    const Argument stats = torch::stable::new_empty(feats, {x.batch, 2, m.rows}, wide);
+    const Argument stats = torch::stable::new_empty(feats, {x.batch, x.rows + 2, m.rows}, wide);
     gather_forward(out, stats, feats, logits, scale);
     return out;
   }
@@ -201,8 +200,8 @@ struct Ops {
 inline void define_schemas(torch::stable::detail::StableLibrary& m) {
   m.def("gather_forward(Tensor(a!) out, Tensor(b!) stats, Tensor feats, Tensor logits, float scale) -> ()");
   m.def(
-      "gather_backward(Tensor(a!)? dfeats, Tensor(b!)? dlogits, Tensor grad, Tensor feats, Tensor logits, Tensor out,"
-      " Tensor stats, float scale) -> ()");
+      "gather_backward(Tensor(a!)? dfeats, Tensor(b!)? dlogits, Tensor grad, Tensor feats, Tensor logits, Tensor stats,"
+      " float scale) -> ()");
   m.def("attention_forward(Tensor(a!) out, Tensor query, Tensor key, Tensor value, float scale) -> ()");
   m.def(
       "attention_backward(Tensor(a!)? dquery, Tensor(b!)? dkey, Tensor(c!)? dvalue, Tensor grad, Tensor query,"

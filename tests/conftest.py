@@ -16,6 +16,7 @@ if str(ROOT) not in os.environ.get("PYTHONPATH", "").split(os.pathsep):
 
 import pytest
 import torch
+from hypothesis import settings
 
 import ocr_kernels
 from ocr_kernels.core.libraries import problem
@@ -67,3 +68,8 @@ def kernels(request: pytest.FixtureRequest) -> tuple[str, str]:
 def head_target(request: pytest.FixtureRequest) -> tuple[str, str]:
     """(backend, device) of the inference head, which has no compiled kernels."""
     return request.param
+
+
+settings.register_profile("default", deadline=None, max_examples=150, derandomize=True)
+settings.register_profile("thorough", deadline=None, max_examples=10_000)
+settings.load_profile("default")

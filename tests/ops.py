@@ -14,7 +14,7 @@ from torch import Tensor
 import ocr_kernels
 from ocr_kernels.attention.reference import pixel_region_attention as attention_definition
 from ocr_kernels.gather.reference import spatial_gather as gather_definition
-from ocr_kernels.testing import Measurement, assert_parity, attention_inputs, gather_cancellation, gather_inputs
+from ocr_kernels.testing import Measurement, assert_parity, attention_inputs, gather_inputs
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,6 @@ class Op:
     call: Callable[..., Tensor]
     definition: Callable[..., Tensor]
     inputs: Callable[..., tuple[Tensor, ...]]
-    cancellation: Callable[..., Any] | None
 
     @property
     def overload(self) -> torch._ops.OpOverload:
@@ -36,19 +35,11 @@ class Op:
         return partial(self.call, backend=backend)
 
     def assert_parity(self, backend: str, inputs: Sequence[Any], **options: Any) -> list[Measurement]:
-        return assert_parity(
-            self.on(backend),
-            self.definition,
-            inputs,
-            name=f"{self.name} on {backend}",
-            **({"cancellation": self.cancellation} | options),
-        )
+        return assert_parity(self.on(backend), self.definition, inputs, name=f"{self.name} on {backend}", **options)
 
 
-GATHER = Op("spatial_gather", ocr_kernels.spatial_gather, gather_definition, gather_inputs, gather_cancellation)
-ATTENTION = Op(
-    "pixel_region_attention", ocr_kernels.pixel_region_attention, attention_definition, attention_inputs, None
-)
+GATHER = Op("spatial_gather", ocr_kernels.spatial_gather, gather_definition, gather_inputs)
+ATTENTION = Op("pixel_region_attention", ocr_kernels.pixel_region_attention, attention_definition, attention_inputs)
 both_ops = pytest.mark.parametrize("op", [GATHER, ATTENTION], ids=lambda op: op.name)
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 all_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))

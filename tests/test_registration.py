@@ -26,7 +26,7 @@ def backward_call(op: Op, inputs: tuple, backend: str) -> tuple:
     needs = (True,) * len(inputs)
     overload = getattr(torch.ops.ocr_kernels, op.name + "_backward").default
     if op is GATHER:
-        return overload, (torch.ones_like(forward[0]), *inputs, *forward, 0.5, *needs, backend)
+        return overload, (torch.ones_like(forward[0]), *inputs, forward[1], 0.5, *needs, backend)
     return overload, (torch.ones_like(forward), *inputs, 0.5, *needs, backend)
 
 

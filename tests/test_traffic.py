@@ -86,7 +86,7 @@ class TestPixelsPassOnce:
             out, stats = gather._forward(feats, logits, 1.0, "triton")
         assert_once(launches, read=[feats], written=[out, stats])
         with record_traffic() as launches:
-            gradients = gather._backward(out, feats, logits, out, stats, 1.0, True, True, "triton")
+            gradients = gather._backward(out, feats, logits, stats, 1.0, True, True, "triton")
         assert_once(launches, read=[feats, logits], written=gradients)
 
     def test_attention(self, regions: int, dtype: torch.dtype, memory_format: torch.memory_format) -> None:

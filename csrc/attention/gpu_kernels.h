@@ -279,7 +279,7 @@ void sum_over_pixels(const Tensor& out, const Tensor& pixels, const Tensor& map,
   Number* const partial = queue.scratch<Number>(out.batch * parts.count * out.rows * out.columns);
   launch(sum_over_pixels_kernel<T, REGIONS>, blocks * parts.count, kSumOverPixelsBytes<T, REGIONS>, queue,
          SumOverPixels<Number>{pixels, map, partial, parts});
-  join_parts(JoinParts<Number>{out, partial, nullptr, parts.count, Number(factor)}, queue);
+  join_parts(JoinParts<Number>{out, {}, partial, nullptr, parts.count, Number(factor)}, queue);
 }
 
 template <class T, int REGIONS>

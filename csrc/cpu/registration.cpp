@@ -10,8 +10,8 @@
 #include <string>
 
 #include "../attention/cpu.h"
-#include "isa.h"
 #include "../gather/cpu.h"
+#include "isa.h"
 
 namespace ocr_kernels {
 namespace {

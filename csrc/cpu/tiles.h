@@ -3,8 +3,8 @@
 
 #include <new>
 
-#include "simd.h"
 #include "../tensor.h"
+#include "simd.h"
 
 namespace ocr_kernels {
 inline namespace OCR_ISA {

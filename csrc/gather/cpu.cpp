@@ -8,7 +8,7 @@
   void gather_forward(const Tensor& out, const Tensor& stats, const Tensor& feats, const Tensor& logits, double scale, \
                       Parallel parallel);                                                                              \
   void gather_backward(const Tensor& dfeats, const Tensor& dlogits, const Tensor& grad, const Tensor& feats,           \
-                       const Tensor& logits, const Tensor& out, const Tensor& stats, double scale, Parallel parallel); \
+                       const Tensor& logits, const Tensor& stats, double scale, Parallel parallel);                    \
   }
 
 OCR_FOR_EACH_ISA(OCR_DECLARE)
@@ -22,9 +22,9 @@ void gather_forward(const Tensor& out, const Tensor& stats, const Tensor& feats,
 }
 
 void gather_backward(const Tensor& dfeats, const Tensor& dlogits, const Tensor& grad, const Tensor& feats,
-                     const Tensor& logits, const Tensor& out, const Tensor& stats, double scale, Parallel parallel) {
+                     const Tensor& logits, const Tensor& stats, double scale, Parallel parallel) {
   static constexpr decltype(&gather_backward) variants[] = OCR_VARIANTS(gather_backward);
-  variants[int(chosen_isa())](dfeats, dlogits, grad, feats, logits, out, stats, scale, parallel);
+  variants[int(chosen_isa())](dfeats, dlogits, grad, feats, logits, stats, scale, parallel);
 }
 
 }  // namespace ocr_kernels::cpu

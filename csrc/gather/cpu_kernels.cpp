@@ -265,15 +265,14 @@ struct Forward {
       }
       if (largest == A(-INFINITY)) total = A(NAN);
       for (A* p = of_chunk + k; p < end; p += 2 * K) *p /= total;
-      *element<A>(stats, b, 0, k) = largest;
-      *element<A>(stats, b, 1, k) = total;
+      *element<A>(stats, b, C, k) = largest;
+      *element<A>(stats, b, C + 1, k) = total;
     }
   }
 
   void merge_sums(int64_t task) const {
     const int64_t slabs = divide_up(sums_rows, kSlab), b = task / slabs, first = task % slabs * kSlab;
-    const Tensor target = channels_last ? transposed(out) : out;
-    const int64_t rows = smaller(kSlab, target.rows - first);
+    const int64_t rows = smaller(kSlab, (channels_last ? K : C) - first), columns = channels_last ? C : K;
     const Buffer<A> merged(kSlab * sums_columns);
     fill(merged.data(), kSlab * sums_columns, A(0));
     for (int64_t chunk = b * chunks.per_image; chunk < (b + 1) * chunks.per_image; ++chunk)
@@ -286,7 +285,11 @@ struct Forward {
         else
           for (int64_t k = 0; k < K; ++k) to[k] += sums[k] * factors[k];
       }
-    if (rows > 0) write_tile(target, {b, first, rows, 0, target.columns}, plain_tile(merged.data(), sums_columns));
+    if (rows <= 0) return;
+    const Tensor both[] = {out, stats};
+    for (const Tensor& target : both)
+      write_tile(channels_last ? transposed(target) : target, {b, first, rows, 0, columns},
+                 plain_tile(merged.data(), sums_columns));
   }
 
   void operator()(Parallel parallel) const {
@@ -296,14 +299,15 @@ struct Forward {
   }
 };
 
-// dX = dF P and dM = scale * P * (dF^T X - rowsum(dF * F)): no sum runs over pixels, so tiles are independent.
+// dX = dF P and dM = scale * P * (dF^T X - delta) with delta = sum_c dF F: no sum runs over pixels, so tiles are
+// independent.
 template <class Lane>
 struct Backward {
   using A = AccumulatorOf<Lane>;
   static constexpr int kElements = Holds<Lane>::elements, kPanel = kPanelOf<Lane>;
   static constexpr int kChannels = 64;  // whose pixels are held at a time
 
-  const Tensor &dfeats, &dlogits, &grad, &feats, &logits, &out, &stats;
+  const Tensor &dfeats, &dlogits, &grad, &feats, &logits, &stats;
   const A scale;
 
   const int64_t B = feats.batch, C = feats.rows, K = logits.rows, N = feats.columns;
@@ -313,7 +317,7 @@ struct Backward {
   const int64_t padded_C = round_up(C, 128) + 32, padded_K = round_up(round_up(K, kRegionsMultiple), 32);
   const int64_t channels_size = round_up(C, kOuterRows) * padded_K, regions_size = padded_K * padded_C;
   const Buffer<Lane> by_channel{B * channels_size}, by_region{B * regions_size}, by_pair{B * regions_size};
-  const Buffer<A> grad_dot_out{B * K};
+  const Buffer<A> delta{B * K};
 
   struct Scratch {
     Buffer<A> weights, dweights, result;
@@ -332,11 +336,11 @@ struct Backward {
     const Buffer<A> rows(2 * padded_C);
     for (int64_t k = 0; k < K; ++k) {
       read_tile(plain_tile(rows.data(), padded_C), padded_C, transposed(grad), {b, k, 1, 0, C});
-      read_tile(plain_tile(rows.data() + padded_C, padded_C), padded_C, transposed(out), {b, k, 1, 0, C});
+      read_tile(plain_tile(rows.data() + padded_C, padded_C), padded_C, transposed(stats), {b, k, 1, 0, C});
       Vec<A> total = broadcast(A(0));
       for (const A* p = rows.data(); p < rows.data() + padded_C; p += Vec<A>::size)
         total = fma(load<A>(p), load<A>(p + padded_C), total);
-      grad_dot_out.data()[b * K + k] = sum(total);
+      delta.data()[b * K + k] = sum(total);
     }
   }
 
@@ -360,8 +364,8 @@ struct Backward {
   void weigh(const Scratch& s, Window w) const {
     read_tile(plain_tile(s.weights.data(), tile), round_up(w.columns, Vec<A>::size), logits, w);
     for (int64_t k = 0; k < K; ++k) {
-      const Vec<A> maximum = broadcast(*element<A>(stats, w.batch, 0, k));
-      const Vec<A> reciprocal = broadcast(A(1) / *element<A>(stats, w.batch, 1, k));
+      const Vec<A> maximum = broadcast(*element<A>(stats, w.batch, C, k));
+      const Vec<A> reciprocal = broadcast(A(1) / *element<A>(stats, w.batch, C + 1, k));
       for (A* p = s.weights.data() + k * tile; p < s.weights.data() + k * tile + w.columns; p += Vec<A>::size)
         store(p, exp(load<A>(p) * broadcast(scale) - maximum) * reciprocal);
     }
@@ -370,10 +374,10 @@ struct Backward {
   void differentiate_logits(const Scratch& s, Window w) const {
     neighbours_are_rows(feats) ? dweights_along_channels(s, w) : dweights_along_pixels(s, w);
     for (int64_t k = 0; k < K; ++k) {
-      const Vec<A> row = broadcast(grad_dot_out.data()[w.batch * K + k]);
+      const Vec<A> subtracted = broadcast(delta.data()[w.batch * K + k]);
       for (int64_t i = k * tile; i < k * tile + w.columns; i += Vec<A>::size)
         store(s.dweights.data() + i,
-              broadcast(scale) * load<A>(s.weights.data() + i) * (load<A>(s.dweights.data() + i) - row));
+              broadcast(scale) * load<A>(s.weights.data() + i) * (load<A>(s.dweights.data() + i) - subtracted));
     }
     write_tile(dlogits, w, plain_tile(s.dweights.data(), tile));
   }
@@ -452,14 +456,14 @@ void gather_forward(const Tensor& out, const Tensor& stats, const Tensor& feats,
 }
 
 void gather_backward(const Tensor& dfeats, const Tensor& dlogits, const Tensor& grad, const Tensor& feats,
-                     const Tensor& logits, const Tensor& out, const Tensor& stats, double scale, Parallel parallel) {
+                     const Tensor& logits, const Tensor& stats, double scale, Parallel parallel) {
   if (stats.dtype == Dtype::Float64)
-    return Backward<double>{dfeats, dlogits, grad, feats, logits, out, stats, scale}(parallel);
+    return Backward<double>{dfeats, dlogits, grad, feats, logits, stats, scale}(parallel);
 #if defined(__AVX512BF16__)
   if (feats.dtype == Dtype::BFloat16 && grad.dtype == Dtype::BFloat16)
-    return Backward<Pair>{dfeats, dlogits, grad, feats, logits, out, stats, float(scale)}(parallel);
+    return Backward<Pair>{dfeats, dlogits, grad, feats, logits, stats, float(scale)}(parallel);
 #endif
-  Backward<float>{dfeats, dlogits, grad, feats, logits, out, stats, float(scale)}(parallel);
+  Backward<float>{dfeats, dlogits, grad, feats, logits, stats, float(scale)}(parallel);
 }
 
 }  // namespace OCR_ISA

@@ -12,9 +12,9 @@ void gather_forward(const Tensor& out, const Tensor& stats, const Tensor& feats,
 }
 
 void gather_backward(const Tensor& dfeats, const Tensor& dlogits, const Tensor& grad, const Tensor& feats,
-                     const Tensor& logits, const Tensor& out, const Tensor& stats, double scale, const Queue& queue) {
+                     const Tensor& logits, const Tensor& stats, double scale, const Queue& queue) {
   with_tiles(stats.dtype == Dtype::Float64 ? stats.dtype : feats.dtype, logits.rows, [&](auto type, auto regions) {
-    gather_backward<decltype(type), decltype(regions)::value>(dfeats, dlogits, grad, feats, logits, out, stats, scale,
+    gather_backward<decltype(type), decltype(regions)::value>(dfeats, dlogits, grad, feats, logits, stats, scale,
                                                               queue);
   });
 }

@@ -9,6 +9,6 @@ void gather_forward(const Tensor& out, const Tensor& stats, const Tensor& feats,
                     const Queue& queue);
 
 void gather_backward(const Tensor& dfeats, const Tensor& dlogits, const Tensor& grad, const Tensor& feats,
-                     const Tensor& logits, const Tensor& out, const Tensor& stats, double scale, const Queue& queue);
+                     const Tensor& logits, const Tensor& stats, double scale, const Queue& queue);
 
 }  // namespace ocr_kernels::gpu

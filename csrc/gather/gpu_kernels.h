@@ -107,7 +107,7 @@ OCR_KERNEL gather_forward_kernel(GatherForward<NumberOf<T>> a) {
 
 template <class Number>
 struct GatherStatistics {
-  Tensor stats;         // [B, 2, K]
+  Tensor stats;         // [B, C + 2, K]
   const Number* parts;  // [B, count, 3, K]
   Number* shares;       // [B, count, K]: what each part counts in the sum of all
   int64_t count;
@@ -138,8 +138,8 @@ OCR_KERNEL gather_statistics_kernel(GatherStatistics<Number> a) {
         exponential(parts[p * 3 * regions] - shift(maximum)) / rounded_total;
   if (lane > 0) return;
   const Image stats(a.stats, image);
-  *stats.at<Number>(0, k) = maximum;
-  *stats.at<Number>(1, k) = total;
+  *stats.at<Number>(stats.rows - 2, k) = maximum;
+  *stats.at<Number>(stats.rows - 1, k) = total;
 }
 
 template <class T, int REGIONS>
@@ -156,32 +156,33 @@ void gather_forward(const Tensor& out, const Tensor& stats, const Tensor& feats,
          GatherForward<Number>{feats, logits, Number(scale), partial, partial_stats, parts});
   launch(gather_statistics_kernel<Number>, batch * tiles(regions, kWarps), 0, queue,
          GatherStatistics<Number>{stats, partial_stats, shares, parts.count});
-  join_parts(JoinParts<Number>{out, partial, shares, parts.count, Number(1)}, queue);
+  join_parts(JoinParts<Number>{out, stats, partial, shares, parts.count, Number(1)}, queue);
 }
 
 template <class Number>
-struct GatherRow {
-  Tensor grad, out;  // [B, C, K]
-  Number* row;       // [B, K]
+struct GatherDelta {
+  Tensor grad, stats;  // [B, C, K], [B, C + 2, K]
+  Number* delta;       // [B, K]
 };
 
-// row = the sum over channels of grad * out, which all pixels of a region share in the softmax's derivative.
+// delta = the sum over channels of grad * the unrounded result, which all pixels of a region share in the softmax's
+// derivative.
 template <class Number>
-OCR_KERNEL gather_row_kernel(GatherRow<Number> a) {
-  const int64_t channels = a.out.rows, regions = a.out.columns, blocks = tiles(regions, 32);
+OCR_KERNEL gather_delta_kernel(GatherDelta<Number> a) {
+  const int64_t channels = a.grad.rows, regions = a.grad.columns, blocks = tiles(regions, 32);
   const int64_t image = block_index() / blocks;
   const int lane = thread_index() % 32, warp = thread_index() / 32;
   const int64_t k = block_index() % blocks * 32 + lane;
-  const Image grad(a.grad, image), out(a.out, image);
+  const Image grad(a.grad, image), stats(a.stats, image);
   Number* const sums = reinterpret_cast<Number*>(shared_memory());  // [warps, 32]
   Number sum = 0;
   if (k < regions)
-    for (int64_t c = warp; c < channels; c += kWarps) sum += grad.number<Number>(c, k) * out.number<Number>(c, k);
+    for (int64_t c = warp; c < channels; c += kWarps) sum += grad.number<Number>(c, k) * *stats.at<Number>(c, k);
   sums[warp * 32 + lane] = sum;
   synchronize();
   if (warp > 0 || k >= regions) return;
   for (int w = 1; w < kWarps; ++w) sum += sums[w * 32 + lane];
-  a.row[image * regions + k] = sum;
+  a.delta[image * regions + k] = sum;
 }
 
 // P = exp(scale * M - maximum) / sum: a region's softmax over pixels, from its saved statistics.
@@ -222,7 +223,9 @@ class GatherWeightsTile {
     for (int e = 0; e < kEach; ++e) {
       const int64_t k = first_region_ + region_of(e);
       Number weight = 0;
-      if (k < logits_.rows) weight = exponential(scores_[e] - *stats_.at<Number>(0, k)) / *stats_.at<Number>(1, k);
+      if (k < logits_.rows)
+        weight =
+            exponential(scores_[e] - *stats_.at<Number>(stats_.rows - 2, k)) / *stats_.at<Number>(stats_.rows - 1, k);
       tile.at(region_of(e), pixel_of(e)) = Narrow<T>::value(weight * Arithmetic<T>::lift);
     }
     return tile;
@@ -246,14 +249,14 @@ template <class Number>
 struct GatherBackwardLogits {
   Tensor dlogits, grad, feats;
   GatherWeights<Number> weights;
-  const Number* row;  // [B, K]
+  const Number* delta;  // [B, K]
 };
 
 template <class T, int REGIONS>
 constexpr int kGatherBackwardLogitsBytes =
     most(kSumOverChannels<T, REGIONS, kPixels<T>>, Result<NumberOf<T>, REGIONS, kPixels<T>>::kBytes);
 
-// dM = scale * P * (dF^T X - row)
+// dM = scale * P * (dF^T X - delta)
 template <class T, int REGIONS>
 OCR_KERNEL gather_backward_logits_kernel(GatherBackwardLogits<NumberOf<T>> a) {
   using Number = NumberOf<T>;
@@ -275,27 +278,28 @@ OCR_KERNEL gather_backward_logits_kernel(GatherBackwardLogits<NumberOf<T>> a) {
   dweights.for_each([&](int k, int i, Number sum) { dlogits.tile.at(k, i) = sum; });
   synchronize();
   const Image logits(a.weights.logits, image), stats(a.weights.stats, image);
-  const Number* const row = a.row + image * regions;
+  const Number* const delta = a.delta + image * regions;
   dlogits.write(region, pixel, [&](int64_t k, int64_t i, Number dweight) {
     const Number weight =
-        exponential(a.weights.scale * logits.number<Number>(k, i) - *stats.at<Number>(0, k)) / *stats.at<Number>(1, k);
-    return a.weights.scale * weight * (dweight - row[k]);
+        exponential(a.weights.scale * logits.number<Number>(k, i) - *stats.at<Number>(stats.rows - 2, k)) /
+        *stats.at<Number>(stats.rows - 1, k);
+    return a.weights.scale * weight * (dweight - delta[k]);
   });
 }
 
 template <class T, int REGIONS>
 void gather_backward(const Tensor& dfeats, const Tensor& dlogits, const Tensor& grad, const Tensor& feats,
-                     const Tensor& logits, const Tensor& out, const Tensor& stats, double scale, const Queue& queue) {
+                     const Tensor& logits, const Tensor& stats, double scale, const Queue& queue) {
   using Number = NumberOf<T>;
   const int64_t batch = feats.batch, regions = logits.rows;
   const GatherWeights<Number> weights{logits, stats, Number(scale)};
   if (dlogits.data) {
-    Number* const row = queue.scratch<Number>(batch * regions);
-    launch(gather_row_kernel<Number>, batch * tiles(regions, 32), int(sizeof(Number)) * kThreads, queue,
-           GatherRow<Number>{grad, out, row});
+    Number* const delta = queue.scratch<Number>(batch * regions);
+    launch(gather_delta_kernel<Number>, batch * tiles(regions, 32), int(sizeof(Number)) * kThreads, queue,
+           GatherDelta<Number>{grad, stats, delta});
     launch(gather_backward_logits_kernel<T, REGIONS>,
            batch * tiles(regions, REGIONS) * tiles(feats.columns, kPixels<T>), kGatherBackwardLogitsBytes<T, REGIONS>,
-           queue, GatherBackwardLogits<Number>{dlogits, grad, feats, weights, row});
+           queue, GatherBackwardLogits<Number>{dlogits, grad, feats, weights, delta});
   }
   if (dfeats.data)
     sum_over_regions<T, GatherWeightsTile<T>>({dfeats, grad, weights, Number(1) / Arithmetic<T>::lift}, queue);

@@ -47,6 +47,7 @@ OCR_DEVICE void write_part(Sums<T, CHANNELS, REGIONS>& sums, NumberOf<T>* partia
 template <class Number>
 struct JoinParts {
   Tensor out;            // [B, channels, regions]
+  Tensor unrounded;      // the same in Number, in its first rows; null data where it is not wanted
   const Number* parts;   // [B, count, channels, regions]
   const Number* shares;  // [B, count, regions], what each part counts; all count 1 where this is null
   int64_t count;
@@ -69,8 +70,9 @@ OCR_KERNEL join_parts_kernel(JoinParts<Number> a) {
   synchronize();
   if (warp > 0 || at >= size) return;
   for (int w = 1; w < kWarps; ++w) sum += sums[w * 32 + lane];
-  const Image out(a.out, image);
+  const Image out(a.out, image), unrounded(a.unrounded, image);
   out.set(at / regions, at % regions, a.factor * sum);
+  if (a.unrounded.data) *unrounded.at<Number>(at / regions, at % regions) = a.factor * sum;
 }
 
 template <class Number>
