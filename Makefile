@@ -8,16 +8,22 @@ STAMP := .venv/stamp
 PYTHON_GIVEN := $(filter-out file,$(origin PYTHON))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test sanitize integration lint format bench report gpu clean
+.PHONY: help demo test test-all sanitize integration lint format bench report gpu clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(STAMP) ## train a small OCR network on a photo, with and without the kernels, and draw what it sees
 	$(BIN)/ocr-kernels demo
 
-test: $(STAMP) ## every test that this machine can run
-	$(BIN)/python -m pytest
+WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadgroup --timeout 900
+
+test: $(STAMP) ## the tests that this machine can run; WORKERS=2
+	$(PYTEST) -m "not wide"
+
+test-all: $(STAMP) ## the same over the whole grid of dtypes, layouts and sizes
+	$(PYTEST)
 
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
 CXX ?= c++

@@ -1,18 +1,38 @@
-"""Where the ops run in these tests: on the GPU if there is one, else in Triton's interpreter, and on the CPU."""
+"""Which package is tested, and where its ops run: on the GPU, without one in Triton's interpreter, and on the CPU."""
 
 from __future__ import annotations
 
 import os
+import sys
+from pathlib import Path
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # one of several workers, which share the cores
+    os.environ["OMP_NUM_THREADS"] = "1"
+
+ROOT = Path(__file__).parent.parent
+if str(ROOT) not in os.environ.get("PYTHONPATH", "").split(os.pathsep):
+    # the checkout, which `python -m` puts first, goes last: `ocr_kernels` comes from there only if it is not installed
+    sys.path[:] = [*(path for path in sys.path if path and Path(path) != ROOT), str(ROOT)]
 
 import pytest
 import torch
 from hypothesis import settings
 
+import ocr_kernels
 from ocr_kernels.core.libraries import problem
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is first imported
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs to be reproducible
+
+
+def pytest_report_header() -> str:
+    return f"package: {Path(ocr_kernels.__file__).parent}"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The slow ones first, so that no worker begins one when the others are done."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 def native_on(device_type: str) -> pytest.MarkDecorator:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import ast
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from fresh import run
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "ocr_kernels"
@@ -21,19 +19,6 @@ class Blocked(importlib.abc.MetaPathFinder):
             raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
 sys.meta_path.insert(0, Blocked())
 """
-
-
-def run(code: str, **environment: str) -> str:
-    """The output of `code` in a fresh Python."""
-    clean = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "OCR_KERNELS_BACKEND")}
-    process = subprocess.run(
-        [sys.executable, "-c", code],
-        env=clean | {"PYTHONPATH": str(ROOT)} | environment,
-        capture_output=True,
-        text=True,
-    )
-    assert process.returncode == 0, process.stderr
-    return process.stdout
 
 
 def test_compiles_where_CI_is_set() -> None:

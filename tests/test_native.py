@@ -6,13 +6,13 @@ import math
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+from fresh import run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ops import DTYPES, Op, all_dtypes, both_ops
@@ -21,22 +21,7 @@ from torch import Tensor
 from ocr_kernels.core import libraries
 from ocr_kernels.core.libraries import problem
 
-ROOT = Path(__file__).parent.parent
 built = pytest.mark.skipif(problem() is not None, reason=str(problem()))
-
-
-def run(code: str, **environment: str) -> str:
-    """The output of `code` in a fresh Python, beside the tests."""
-    clean = {k: v for k, v in os.environ.items() if k not in ("OCR_KERNELS_BACKEND", "OCR_KERNELS_ISA")}
-    paths = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
-    process = subprocess.run(
-        [sys.executable, "-c", code],
-        env=clean | {"PYTHONPATH": paths} | environment,
-        capture_output=True,
-        text=True,
-    )
-    assert process.returncode == 0, process.stderr
-    return process.stdout
 
 
 def values_and_gradients(op: Op, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
