@@ -63,7 +63,7 @@ report: $(STAMP) ## the README's tables and pictures of speed, from benchmarks/r
 	$(BIN)/python -m benchmarks.readme
 
 gpu: $(if $(PYTHON_GIVEN),,$(STAMP)) ## tests and benchmarks on a GPU; PYTHON=python3 OUT=dir COMMIT=hash
-	@PYTHONPATH="$(CURDIR)" $(if $(PYTHON_GIVEN),$(PYTHON),$(BIN)/python) -m benchmarks.gpu_round --out "$(OUT)" --commit "$(COMMIT)"
+	@PYTHONPATH="$(CURDIR)" $(if $(PYTHON_GIVEN),$(PYTHON),$(BIN)/python) -m benchmarks.gpu --out "$(OUT)" --commit "$(COMMIT)"
 
 clean: ## remove everything that these commands made
 	rm -rf .venv build dist *.egg-info demo-output gpu-results .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
