@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 from pathlib import Path
@@ -30,9 +31,34 @@ def pytest_report_header() -> str:
     return f"package: {Path(ocr_kernels.__file__).parent}"
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The slow ones first, so that no worker begins one when the others are done."""
+    """Of a test that is to be thinned most cases are `wide`. The slow ones go first, so that none begins at the end."""
+    grids: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("thinned"):
+            grids.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for grid in grids.values():
+        for item in set(grid) - pairwise_items(grid):
+            item.add_marker("wide")
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+def pairwise_items(grid: list[pytest.Item]) -> set[pytest.Item]:
+    """A few in which every two arguments occur together; an op on a backend counts as one argument."""
+    covered = {}
+    for item in grid:
+        arguments = {name: repr(value) for name, value in item.callspec.params.items()}
+        subject = tuple(arguments.pop(name, None) for name in ("op", "target", "kernels", "head_target"))
+        arguments = [subject, *arguments.items()]
+        covered[item] = set(itertools.combinations(arguments, 2))
+    left = set().union(*covered.values())
+    chosen = set()
+    while left:
+        best = max(grid, key=lambda item: len(covered[item] & left))
+        left -= covered[best]
+        chosen.add(best)
+    return chosen
 
 
 def native_on(device_type: str) -> pytest.MarkDecorator:
