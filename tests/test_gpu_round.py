@@ -167,7 +167,7 @@ def test_skipped(): pass
 def test_tests_are_shared_out_and_survive_a_crash(out: Path) -> None:
     (out / "test_parity.py").write_text(TESTS)
     (out / "test_broken.py").write_text("import no_such_module\n")
-    command = [*gpu_round.PYTEST, "-m", "not gpu", "--continue-on-collection-errors", str(out)]
+    command = [*gpu_round.PYTEST, "-m", "not gpu", str(out)]
     found = play(out, [Step("tests", command)])
     short = {subject.rpartition("::")[2]: line for subject, line in found.of("tests").items()}
     broken = next(line for subject, line in short.items() if "test_broken" in subject)

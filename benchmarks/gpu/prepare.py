@@ -42,7 +42,6 @@ def kernels() -> dict[str, Callable[[], object]]:
 
     from benchmarks.gpu import smoke, times
 
-    torch.set_num_threads(1)  # many processes work on this
     device = torch.device("cuda")
     runs: dict[str, Callable[[], object]] = dict(smoke.launches(device, ("triton",)))
     runs |= {str(job): partial(times.launch, job) for job in times.first(device)}
