@@ -11,7 +11,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 
 from benchmarks import measure
 from benchmarks.cases import CASES, COMPILED, EAGER, MEMORY_FORMATS, NAMED, NETWORKS, OPS, PEERS, SUBJECTS
@@ -64,8 +63,6 @@ def launch(job: Job) -> None:
     workload = replace(job.workload, peers=())
     for function in workload.variants().values():
         for what in workload.subject.passes[::2]:
-            if isinstance(function, nn.Module):
-                function.train(what != "forward")
             measure.run(what, function, workload.inputs())
 
 
