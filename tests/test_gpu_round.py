@@ -269,8 +269,9 @@ def test_results_come_out_as_those_of_the_benchmarks(share: journal.Share, tmp_p
 
 
 def test_a_page_of_everything(share: journal.Share, tmp_path: Path) -> None:
-    line = result(eager=2.0, compile=4.0, triton=1.0)
-    backward = {**result(eager=2.0, triton=4.0, native=2.5), "pass": "backward", "ours": ["triton", "native"]}
+    line = {**result(eager=2e-3, compile=4e-3, triton=1e-3), "floor": 5e-4}
+    backward = {**result(eager=2e-3, triton=4e-3, native=2.5e-3), "floor": 5e-4}
+    backward |= {"pass": "backward", "ours": ["triton", "native"]}
     wrong = {**result(eager=2.0), "memory_format": "channels_last", "problems": {"triton": "wrong: output 0"}}
     subjects = {f"test_parity.py::test_regions[{i}]": "failed" for i in range(30)} | {"test_x": "crashed"}
     write = share.journal.write
@@ -290,7 +291,7 @@ def test_a_page_of_everything(share: journal.Share, tmp_path: Path) -> None:
     text = page.write(tmp_path)
     assert "commit abcdef, torch 2.11.0, 540 s at most" in text
     assert "A large copy ran at 3000 GB/s, a large product in bfloat16 at 790 TFLOP/s." in text
-    assert "| attention | tiny | t 50% 2.00x 4.00x | n 20% 0.80x - | triton wrong |  |" in text
+    assert "| attention | tiny | t 1000 us 50% 2.00x 4.00x | n 2500 us 20% 0.80x - | triton wrong |  |" in text
     assert "* tests crashed: test_x: E   assert\n* tests failed: test_parity.py::test_regions, 30 times: E" in text
     assert text.count("memcheck: Invalid __global__ read") == 1
     assert "| triton attention tiny | gather_kernel | 85.6 | 41.2% | 20% | 12.5% | long_scoreboard |" in text

@@ -83,6 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     about = {"gpu": gpu["name"], "commit": args.commit, "seconds": args.seconds}
     journal = play(stages(args.commit, gpu["capability"]), about, out, start)
     subprocess.run([sys.executable, "-m", "benchmarks.gpu.page", out], cwd=runner.ROOT)
+    print(f"{time.time() - start:.0f} s")
     return int(any(line["state"] in ("failed", "crashed") for line in journal.ended.values()))
 
 

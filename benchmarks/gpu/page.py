@@ -65,8 +65,8 @@ def blocks(journal: Journal, results: Results, log: Path) -> Iterator[str]:
     yield "## What went wrong\n" + _list(problems)
     if results:
         yield (
-            "## Speed\nOf the floor, then how many times faster than eager and than torch.compile; "
-            "t: triton, n: native, the faster one.\n\n" + _speed(results).markdown()
+            "## Speed\nThe faster of ours, t(riton) or n(ative): its time, the floor's share of that, "
+            "and how many times faster it is than eager and than torch.compile.\n\n" + _speed(results).markdown()
         )
     kernels = journal.results("profile")
     if kernels:
@@ -128,7 +128,8 @@ def _cell(lines: Results) -> str:
         return "; ".join(f"{name} {text.partition(':')[0]}" for name, text in lines[0]["problems"].items())
     share, name = max(timed)
     ratios = (times_faster(lines, name, peer) for peer in (EAGER, COMPILED))
-    return f"{name[0]} {share:.0%} " + " ".join(f"{ratio[0]:.2f}x" if ratio else "-" for ratio in ratios)
+    cells = [f"{ratio[0]:.2f}x" if ratio else "-" for ratio in ratios]
+    return " ".join([name[0], f"{lines[0]['times'][name]['median'] * 1e6:.0f} us", f"{share:.0%}", *cells])
 
 
 def _kernels(found: dict[str, Sequence[dict[str, Any]]]) -> Grid:
