@@ -119,7 +119,7 @@ print(json.dumps({"name": torch.cuda.get_device_name(), "capability": capability
         return "PyTorch does not answer"
     if process.returncode != 0:
         return (process.stderr.strip().splitlines() or [f"exit status {process.returncode}"])[-1]
-    found: dict[str, Any] = json.loads(process.stdout)
+    found: dict[str, Any] = json.loads(process.stdout.splitlines()[-1])
     return found
 
 

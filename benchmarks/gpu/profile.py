@@ -90,7 +90,7 @@ def parse(text: str) -> list[dict[str, Any]]:
 
 def launch(job: str, backend: str) -> None:
     """What is profiled: the job's passes, once everything is compiled."""
-    found = next(one for one in times.first(torch.device("cuda")) if str(one) == job)
+    found = next(one for one in times.first(times.DEVICE) if str(one) == job)
     workload = replace(found.workload, peers=())
     function, inputs = workload.variants()[backend], workload.inputs()
     what = workload.subject.passes[-1]
