@@ -293,6 +293,30 @@ def test_a_job_that_fails_does_not_end_the_run(
     assert failed == {"gather lip float32 contiguous": "OutOfMemoryError: too large"}
 
 
+def test_a_lost_device_ends_the_run(
+    tiny_cases: None, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lost = []
+
+    def fault(*_: Any) -> None:
+        lost.append(True)
+        raise RuntimeError("CUDA error: misaligned address")
+
+    def synchronize(_: torch.device) -> None:
+        if lost:
+            raise RuntimeError("CUDA error: misaligned address")
+
+    monkeypatch.setattr(measure.ocr_kernels.gather.reference, "forward", fault)
+    monkeypatch.setattr(measure, "synchronize", synchronize)
+    path = tmp_path / "a.json"
+    assert command.main([*RUN, str(path), "--cases", "lip", "--subjects", *OPS, "--peers", "eager"]) == 1
+    data = json.loads(path.read_text())
+    reason = "DeviceLost: reference failed: RuntimeError: CUDA error: misaligned address"
+    assert data["failed"] == {"gather lip float32 contiguous": reason}
+    assert data["missing"] == ["attention lip float32 contiguous"]
+    assert "Nothing runs on cpu after gather lip float32 contiguous." in capsys.readouterr().out
+
+
 def test_the_most_telling_jobs_come_first(tiny_cases: None) -> None:
     args = command._parse(["--device", "cpu", "--no-quick", "--memory-format", "contiguous", "channels_last"], "")
     options = args.dtype, args.memory_format, args.cases, args.subjects, args.peers

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import json
 import time
 import types
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from test_benchmarks import CPU, result, tiny
+from test_benchmarks import CPU, LAYERS, result, tiny
 
-from benchmarks import measure
+from benchmarks import cases, measure
+from benchmarks.cases import CASES
 from benchmarks.gpu import __main__ as gpu_round
 from benchmarks.gpu import journal, page, prepare, profile, runner, smoke, times
 from benchmarks.gpu.__main__ import Stage
@@ -167,7 +169,7 @@ def test_skipped(): pass
 def test_tests_are_shared_out_and_survive_a_crash(out: Path) -> None:
     (out / "test_parity.py").write_text(TESTS)
     (out / "test_broken.py").write_text("import no_such_module\n")
-    command = [*gpu_round.PYTEST, "-m", "not gpu", "--continue-on-collection-errors", str(out)]
+    command = [*gpu_round.PYTEST, "-m", "not gpu", str(out)]
     found = play(out, [Step("tests", command)])
     short = {subject.rpartition("::")[2]: line for subject, line in found.of("tests").items()}
     broken = next(line for subject, line in short.items() if "test_broken" in subject)
@@ -197,6 +199,7 @@ def test_without_a_gpu_it_says_so_in_one_line(tmp_path: Path, capfd: pytest.Capt
 def test_a_round_ends_with_its_page(
     out: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(gpu_round.signal, "signal", lambda *_: None)  # this process keeps its own
     monkeypatch.setattr(gpu_round, "find_gpu", lambda: {"name": "NVIDIA H100 80GB", "capability": "9.0"})
     monkeypatch.setattr(gpu_round, "stages", lambda *_: [Stage(1, [step("smoke", "one", "wrong")])])
     assert gpu_round.main(["--out", str(out / "results"), "--commit", "abc", "--seconds", "50"]) == 1
@@ -215,15 +218,7 @@ def test_the_plan_can_be_run() -> None:
     first, later = times.first(gpu), times.later(gpu)
     assert {str(job) for job in first} < {str(job) for job in later}
     assert len(set(map(str, later))) == len(later)
-    assert list(prepare.kernels()) == [*smoke.launches(gpu, ["triton"]), *map(str, first)]
-
-
-def test_what_is_timed_first_runs_once_before() -> None:
-    with tiny():
-        jobs = times.first(CPU)
-        assert [job.workload.subject.name for job in jobs[:3]] == ["gather", "attention", "folded-module"]
-        for job in jobs[:3]:
-            times.launch(job)
+    assert len(prepare.kernels()) == len(smoke.launches(gpu, ["triton"])) + len(first)
 
 
 @pytest.fixture
@@ -241,36 +236,64 @@ def share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> journal.Share:
     return journal.Share()
 
 
-def test_results_come_out_as_those_of_the_benchmarks(share: journal.Share, tmp_path: Path) -> None:
-    name = "attention lip bfloat16 contiguous"
-    about = {"gpu": "NVIDIA H100", "commit": "abc", "seconds": 540, "steps": ["times"]}
+@pytest.fixture
+def on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The jobs of one case, tiny, on the CPU."""
     with tiny():
-        found = times.subjects([job for job in times.first(CPU) if " lip " in str(job)][:2], share.journal)
-        right = measure.measure
-        for name in found:
-            assert name.endswith("lip bfloat16 contiguous")
-        with pytest.MonkeyPatch.context() as patch:
+        monkeypatch.setattr(times, "DEVICE", CPU)
+        monkeypatch.setattr(times, "NAMED", [CASES["lip"]])
+        monkeypatch.setattr(times, "CASES", ["lip"])
+        monkeypatch.setattr(times, "SUBJECTS", times.FIRST)
+        monkeypatch.setattr(times, "PEERS", ["eager"])
+        monkeypatch.setattr(times, "SECONDS", 0.001)
+        times.limits.cache_clear()
+        yield
 
-            def lost(work: Any, *args: Any) -> Any:
-                yield from right(work, *args)
-                if work.subject.name == "attention":
-                    raise measure.DeviceLost("triton failed: CUDA error")
 
-            patch.setattr(measure, "measure", lost)
-            journal.work(found, share)
-    share.journal.write(about=about)
+@pytest.mark.parametrize("which", ["first", "later"])
+def test_results_come_out_as_those_of_the_benchmarks(
+    which: str, on_a_cpu: None, share: journal.Share, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = measure.measure
+
+    def lost(work: Any, *args: Any) -> Any:
+        yield from right(work, *args)
+        if (work.subject.name, work.memory_format) == ("attention", "channels_last"):
+            raise measure.DeviceLost("triton failed: CUDA error")
+
+    monkeypatch.setattr(measure, "measure", lost)
+    monkeypatch.setattr("sys.argv", ["times", which])
+    share.journal.write(about={"gpu": "NVIDIA H100", "commit": "abc", "seconds": 540, "steps": ["times"]})
+    times.main()
     page.write(tmp_path)
     data = json.loads((tmp_path / "nvidia-h100.json").read_text())
-    assert [(line["subject"], line["pass"]) for line in data["results"]] == [
-        (subject, what) for subject in ("gather", "attention") for what in ("forward", "backward", "forward+backward")
-    ]
-    assert data["failed"] == {name: "DeviceLost: triton failed: CUDA error"}
-    assert {"device", "quick", "limits", "host", "missing", "commit"} <= data.keys()
+    for memory_format in cases.MEMORY_FORMATS:
+        lines = [line for line in data["results"] if line["memory_format"] == memory_format]
+        expected = {(name, what) for name in times.FIRST for what in LAYERS[name].passes}
+        assert {(line["subject"], line["pass"]) for line in lines} == expected
+    assert data["failed"] == {"attention lip bfloat16 channels_last": "DeviceLost: triton failed: CUDA error"}
+    assert data["limits"] == (
+        {"bfloat16": {"bytes_per_second": 1e10, "flops_per_second": 1e11}} if which == "first" else {}
+    )
+    assert {"device", "quick", "host", "commit"} <= data.keys()
+    assert data["missing"] == []
+
+
+def test_what_is_compiled_and_profiled_runs(on_a_cpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    for name in ("synchronize", "profiler.start", "profiler.stop"):
+        monkeypatch.setattr(f"torch.cuda.{name}", functools.partial(calls.append, name))
+    for job in times.first(CPU)[:3]:
+        if job.workload.subject.name in cases.OPS:
+            times.launch(job)
+        profile.launch(str(job), "reference")
+    assert calls == ["synchronize", "profiler.start", "synchronize", "profiler.stop"] * 3
 
 
 def test_a_page_of_everything(share: journal.Share, tmp_path: Path) -> None:
-    line = result(eager=2.0, compile=4.0, triton=1.0)
-    backward = {**result(eager=2.0, triton=4.0, native=2.5), "pass": "backward", "ours": ["triton", "native"]}
+    line = {**result(eager=2e-3, compile=4e-3, triton=1e-3), "floor": 5e-4}
+    backward = {**result(eager=2e-3, triton=4e-3, native=2.5e-3), "floor": 5e-4}
+    backward |= {"pass": "backward", "ours": ["triton", "native"]}
     wrong = {**result(eager=2.0), "memory_format": "channels_last", "problems": {"triton": "wrong: output 0"}}
     subjects = {f"test_parity.py::test_regions[{i}]": "failed" for i in range(30)} | {"test_x": "crashed"}
     write = share.journal.write
@@ -290,8 +313,8 @@ def test_a_page_of_everything(share: journal.Share, tmp_path: Path) -> None:
     text = page.write(tmp_path)
     assert "commit abcdef, torch 2.11.0, 540 s at most" in text
     assert "A large copy ran at 3000 GB/s, a large product in bfloat16 at 790 TFLOP/s." in text
-    assert "| attention | tiny | t 50% 2.00x 4.00x | n 20% 0.80x - | triton wrong |  |" in text
-    assert "* tests crashed: test_x: E   assert\n* tests failed: test_parity.py::test_regions, 30 times: E" in text
+    assert "| attention | tiny | t 1000 us 50% 2.00x 4.00x | n 2500 us 20% 0.80x - | triton wrong |  |" in text
+    assert "* tests crashed: test_x: E   assert\n* tests failed: test_parity.py::test_regions[0] (30 times): E" in text
     assert text.count("memcheck: Invalid __global__ read") == 1
     assert "| triton attention tiny | gather_kernel | 85.6 | 41.2% | 20% | 12.5% | long_scoreboard |" in text
     assert len(text.splitlines()) < 60

@@ -25,7 +25,7 @@ from benchmarks.gpu.runner import Step
 
 CORES = os.cpu_count() or 1
 SANITIZER = ("compute-sanitizer", "--target-processes", "application-only", "--report-api-errors", "no")
-PYTEST = ("pytest", "-p", "benchmarks.gpu.pytest_share", "-p", "no:cacheprovider", "-m", "gpu", "-q", "--tb=short")
+PYTEST = ("pytest", "-p", "benchmarks.gpu.pytest_share", "-p", "no:cacheprovider", "-m", "gpu", "--tb=short")
 
 
 @dataclass(frozen=True)
@@ -39,13 +39,14 @@ class Stage:
 def stages(commit: str, capability: str) -> list[Stage]:
     prepare, times = "benchmarks.gpu.prepare", "benchmarks.gpu.times"
     architecture = {"TORCH_CUDA_ARCH_LIST": capability}
+    one_thread = {"OMP_NUM_THREADS": "1"}  # in each of many processes
     uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # each tensor an allocation, with an end that can be seen
     return [
         Stage(
             110,
             [
                 Step("build", [prepare, "libraries"], limit=150, variables=architecture),
-                Step("compile", [prepare, "kernels"], max(1, CORES - 4)),
+                Step("compile", [prepare, "kernels"], max(1, CORES - 4), variables=one_thread),
             ],
         ),
         Stage(
@@ -57,7 +58,7 @@ def stages(commit: str, capability: str) -> list[Stage]:
             ],
         ),
         Stage(110, [Step("times", [times, "first"])]),
-        Stage(120, [Step("tests", [*PYTEST, "--continue-on-collection-errors"], max(1, min(12, CORES - 2)), limit=90)]),
+        Stage(120, [Step("tests", PYTEST, max(1, min(12, CORES - 2)), limit=90, variables=one_thread)]),
         Stage(45, [Step("profile", ["benchmarks.gpu.profile"], limit=40)]),
         Stage(80, [Step("peers", [times, "later"], limit=90)]),
         Stage(20, []),  # for the page, and what was under way
@@ -82,6 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     about = {"gpu": gpu["name"], "commit": args.commit, "seconds": args.seconds}
     journal = play(stages(args.commit, gpu["capability"]), about, out, start)
     subprocess.run([sys.executable, "-m", "benchmarks.gpu.page", out], cwd=runner.ROOT)
+    print(f"{time.time() - start:.0f} s")
     return int(any(line["state"] in ("failed", "crashed") for line in journal.ended.values()))
 
 
@@ -117,7 +119,7 @@ print(json.dumps({"name": torch.cuda.get_device_name(), "capability": capability
         return "PyTorch does not answer"
     if process.returncode != 0:
         return (process.stderr.strip().splitlines() or [f"exit status {process.returncode}"])[-1]
-    found: dict[str, Any] = json.loads(process.stdout)
+    found: dict[str, Any] = json.loads(process.stdout.splitlines()[-1])
     return found
 
 

@@ -113,7 +113,7 @@ class Share:
         self._who = {"step": about["step"], "process": about["process"]}
         self._end: float = about["end"]
         self._limit: float = about["limit"]
-        self.errors = os.fdopen(os.dup(2), "w")  # where pytest captures sys.stderr, too
+        self.errors = os.fdopen(os.dup(2), "w", closefd=False)  # where pytest captures sys.stderr, too
         faulthandler.enable(self.errors)
 
     def take(self, subjects: Sequence[str]) -> Iterator[str]:

@@ -10,9 +10,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cases import COMPILED, EAGER
+from benchmarks.cases import COMPILED, EAGER, sweep_of
 from benchmarks.gpu.journal import JOURNAL, LOG, STATES, Journal, Line
-from benchmarks.gpu.times import HOST, LIMITS, STEPS
+from benchmarks.gpu.times import FIRST, HOST, LIMITS, STEPS
 from benchmarks.report import Grid, Results, grouped, share_of_floor, times_faster
 
 MOST = 25  # entries of a list
@@ -65,8 +65,8 @@ def blocks(journal: Journal, results: Results, log: Path) -> Iterator[str]:
     yield "## What went wrong\n" + _list(problems)
     if results:
         yield (
-            "## Speed\nOf the floor, then how many times faster than eager and than torch.compile; "
-            "t: triton, n: native, the faster one.\n\n" + _speed(results).markdown()
+            "## Speed\nThe faster of ours, t(riton) or n(ative): its time, the floor's share of that, "
+            "and how many times faster it is than eager and than torch.compile.\n\n" + _speed(results).markdown()
         )
     kernels = journal.results("profile")
     if kernels:
@@ -88,15 +88,17 @@ def _steps(journal: Journal) -> Grid:
 
 
 def _problems(journal: Journal) -> list[str]:
-    """What failed, the worst first, with the tests of one function as one."""
+    """What failed, the worst first; a test with all its parameters as one, and whatever else has the same error."""
     found: dict[tuple[str, str, str], list[Line]] = {}
     for (step, subject), line in journal.ended.items():
-        found.setdefault((line["state"], step, subject.partition("[")[0]), []).append(line)
+        test, parameters, _ = subject.partition("[")
+        found.setdefault((line["state"], step, test if parameters else line.get("error", "")), []).append(line)
     problems = []
     for state in ("crashed", "failed", "cut off"):
-        for (_, step, what), lines in (item for item in found.items() if item[0][0] == state):
-            name = lines[0]["subject"] if len(lines) == 1 else f"{what}, {len(lines)} times"
-            problems.append(f"{step} {state}: {name}: {lines[0].get('error', '')[:300]}".replace("\n", " "))
+        for (_, step, _), lines in (item for item in found.items() if item[0][0] == state):
+            times = f" ({len(lines)} times)" if len(lines) > 1 else ""
+            text = f"{step} {state}: {lines[0]['subject']}{times}: {lines[0].get('error', '')[:300]}"
+            problems.append(text.replace("\n", " "))
     return problems
 
 
@@ -107,7 +109,7 @@ def _sanitizer(log: Path) -> list[str]:
 
 
 def _speed(results: Results) -> Grid:
-    """A line for each subject and case, a column for each memory format and pass."""
+    """A line for each subject and case of those timed first, a column for each memory format and pass."""
     columns = {
         (memory_format, what): f"{name} {short}"
         for memory_format, name in (("contiguous", "NCHW"), ("channels_last", "NHWC"))
@@ -115,6 +117,8 @@ def _speed(results: Results) -> Grid:
     }
     grid = Grid("", ["subject", "case", *columns.values()], 2)
     for (subject, case), lines in grouped(results, lambda line: (line["subject"], line["case"])).items():
+        if subject not in FIRST or sweep_of(case):
+            continue
         cells = grouped(lines, lambda line: (line["memory_format"], line["pass"]))
         grid.rows.append([subject, case, *(_cell(cells.get(column, [])) for column in columns)])
     return grid
@@ -128,7 +132,8 @@ def _cell(lines: Results) -> str:
         return "; ".join(f"{name} {text.partition(':')[0]}" for name, text in lines[0]["problems"].items())
     share, name = max(timed)
     ratios = (times_faster(lines, name, peer) for peer in (EAGER, COMPILED))
-    return f"{name[0]} {share:.0%} " + " ".join(f"{ratio[0]:.2f}x" if ratio else "-" for ratio in ratios)
+    cells = [f"{ratio[0]:.2f}x" if ratio else "-" for ratio in ratios]
+    return " ".join([name[0], f"{lines[0]['times'][name]['median'] * 1e6:.0f} us", f"{share:.0%}", *cells])
 
 
 def _kernels(found: dict[str, Sequence[dict[str, Any]]]) -> Grid:

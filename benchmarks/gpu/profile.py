@@ -19,7 +19,7 @@ from benchmarks.gpu.journal import Failed, Journal, Share, Skipped, work
 from benchmarks.gpu.runner import find_tool
 
 SUBJECTS = 6
-LAUNCHES = 8  # of a subject, at most
+LAUNCHES = 12  # of a subject, at most
 SHORTEST = 10e-6  # of the floors: below, what is seen is how long a launch takes at all
 OPTIONS = "--clock-control none --profile-from-start off --target-processes application-only --page raw --csv"
 SECTIONS = ("SpeedOfLight", "Occupancy", "WarpStateStats")
@@ -74,10 +74,8 @@ def parse(text: str) -> list[dict[str, Any]]:
             continue
         numbers = {}
         for name, value in row.items():
-            try:
+            if re.fullmatch(r"[\d.,]+", value or ""):
                 numbers[name] = float(value.replace(",", ""))
-            except (AttributeError, ValueError):  # text, and lines that are shorter
-                continue
         kernel: dict[str, Any] = {"kernel": row["Kernel Name"]}
         for column, pattern in COLUMNS.items():
             kernel[column] = next((value for name, value in numbers.items() if re.fullmatch(pattern, name)), None)
@@ -92,7 +90,7 @@ def parse(text: str) -> list[dict[str, Any]]:
 
 def launch(job: str, backend: str) -> None:
     """What is profiled: the job's passes, once everything is compiled."""
-    found = next(one for one in times.first(torch.device("cuda")) if str(one) == job)
+    found = next(one for one in times.first(times.DEVICE) if str(one) == job)
     workload = replace(found.workload, peers=())
     function, inputs = workload.variants()[backend], workload.inputs()
     what = workload.subject.passes[-1]

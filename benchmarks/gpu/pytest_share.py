@@ -16,9 +16,10 @@ reports: list[pytest.TestReport] = []  # of the test that runs
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    def rank(item: pytest.Item) -> tuple[int, bool]:
-        usual = "float16" not in item.name.replace("bfloat16", "") and "float64" not in item.name
-        return FIRST.index(item.path.name) if item.path.name in FIRST else len(FIRST), not usual
+    def rank(item: pytest.Item) -> tuple[bool, int, bool]:
+        wide = item.get_closest_marker("wide") is not None
+        rare = "float16" in item.name.replace("bfloat16", "") or "float64" in item.name
+        return wide, FIRST.index(item.path.name) if item.path.name in FIRST else len(FIRST), rare
 
     items.sort(key=rank)
 

@@ -129,12 +129,15 @@ class _Process:
             self._reason = self._reason or TIME_UP  # the whole round's
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._popen.pid, signal.SIGKILL)
-        status = self._popen.wait()
+        try:
+            status = self._popen.wait(5)
+            ending = signal.Signals(-status).name if status < 0 else f"exit status {status}"
+        except subprocess.TimeoutExpired:
+            ending = "it cannot be ended"  # the driver holds it
         self._reader.join(1)
         self._journal.update()
         about = {"step": self.step.name, "process": self.name}
-        signalled = signal.Signals(-status).name if status < 0 else f"exit status {status}"
-        reason = "; ".join([self._reason or signalled, *self._last_lines])
+        reason = "; ".join([self._reason or ending, *self._last_lines])
         subject = self._journal.processes.get(self.name)
         if subject:
             state = "cut off" if self._reason == TIME_UP else "crashed"

@@ -1,6 +1,6 @@
 """A first look at every kernel: each launched once or twice at sizes that are odd, and held against float64.
 
-The bound is coarse, for faults and not for accuracy, which the tests judge.
+The bounds are coarse, for faults and not for accuracy, which the tests judge.
 """
 
 from __future__ import annotations
@@ -8,17 +8,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import ocr_kernels
-from benchmarks.cases import SUBJECTS, Case, Workload
 from benchmarks.gpu.journal import Skipped, work
 from ocr_kernels import testing
 from ocr_kernels.attention.reference import pixel_region_attention
 from ocr_kernels.gather.reference import spatial_gather
+from ocr_kernels.head import HeadWeights, ocr_head
+from ocr_kernels.head.functional import Output
 
 BOUNDS = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5, torch.float64: 1e-12}  # of relative L2 errors
 CHANNELS = 72  # one tile, and a part of one
@@ -104,20 +105,28 @@ def launch_op(op: str, backend: str, size: Size, device: torch.device) -> Launch
     return results, exact, BOUNDS[size.dtype]
 
 
-def launch_head(size: Size, device: torch.device) -> Launched:
-    case = Case("smoke", size.batch, CHANNELS, 40, size.regions, *size.spatial, in_channels=16)
-    workload = Workload(SUBJECTS["folded-head"], case, size.dtype, device, size.layout, peers=())
-    (head,) = cast("list[nn.Module]", workload.variants().values())
-    inputs = workload.inputs()[0]
-    with torch.no_grad(), testing.poisoned_memory():
-        results = head.eval()(*inputs)
+def launch_head(size: Size, device: torch.device, channels: int = CHANNELS, keys: int = 40) -> Launched:
+    """z or, for several images, the class logits. The head knows no float64; float32 on a CPU is as good here."""
+    c, d, k = channels, keys, size.regions
+    shapes = [(d, c), (d,), (d, d), (d,), (d, c), (d,), (d, d), (d,), (d, c), (d,), (c, d), (c,)]
+    shapes += [(c, c), (c, c), (c,), (k, c), (k,)]
+    generator = torch.Generator(device).manual_seed(0)
+
+    def draw(*shape: int, dtype: torch.dtype = size.dtype) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device).to(dtype)
+
+    weights = [draw(*s, dtype=size.dtype if len(s) == 2 else torch.float32) * s[-1] ** -0.5 for s in shapes]
+    feats = testing.lay_out(draw(size.batch, c, *size.spatial), size.layout)
+    regions = draw(size.batch, c, k)
+    output: Output = "features" if size.batch == 1 else "logits"
+    with testing.poisoned_memory():
+        result = ocr_head(feats, regions, HeadWeights(*weights), output)
 
     def exact() -> Sequence[Tensor]:
-        plain = cast(nn.Module, workload.eager()).eval().cpu().double()
-        with torch.no_grad():
-            return list(plain(*(tensor.cpu().double() for tensor in inputs)))
+        x, f, *w = (tensor.cpu().float() for tensor in (feats, regions, *weights))
+        return [ocr_head(x, f, HeadWeights(*w), output, backend="reference")]
 
-    return results, exact, 4 * BOUNDS[size.dtype]  # two convolutions and the gather come before it
+    return [result], exact, BOUNDS[size.dtype]
 
 
 def check(results: Sequence[Tensor], exact: Callable[[], Sequence[Tensor]], bound: float) -> dict[str, float]:
@@ -144,5 +153,4 @@ def _checked(launch: Callable[[], Launched]) -> dict[str, float]:
 
 if __name__ == "__main__":
     torch.set_num_threads(2)  # several processes work on this
-    torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]  # as in our kernels
     work(subjects(torch.device("cuda"), ("triton", "native")))

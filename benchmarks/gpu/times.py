@@ -11,7 +11,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 
 from benchmarks import measure
 from benchmarks.cases import CASES, COMPILED, EAGER, MEMORY_FORMATS, NAMED, NETWORKS, OPS, PEERS, SUBJECTS
@@ -19,14 +18,14 @@ from benchmarks.gpu.journal import Failed, Journal, Share, work
 from benchmarks.jobs import Job, jobs
 
 STEPS = ("times", "peers")  # in which first and later jobs are run
-DTYPE = "bfloat16"
+DEVICE, DTYPE = torch.device("cuda"), "bfloat16"
+FIRST = (*OPS, "folded-module")  # every kernel is in one of them
 LIMITS, HOST = "a large copy and a large product", "host times"  # subjects beside the jobs
 SECONDS = 0.2  # to spend on timing one pass
 
 
 def first(device: torch.device) -> list[Job]:
-    subjects = [*OPS, "folded-module"]  # every kernel is in one of them
-    return jobs(device, [DTYPE], list(MEMORY_FORMATS), [case.name for case in NAMED], subjects, [EAGER])
+    return jobs(device, [DTYPE], list(MEMORY_FORMATS), [case.name for case in NAMED], FIRST, [EAGER])
 
 
 def later(device: torch.device) -> list[Job]:
@@ -64,8 +63,6 @@ def launch(job: Job) -> None:
     workload = replace(job.workload, peers=())
     for function in workload.variants().values():
         for what in workload.subject.passes[::2]:
-            if isinstance(function, nn.Module):
-                function.train(what != "forward")
             measure.run(what, function, workload.inputs())
 
 
@@ -73,13 +70,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("which", choices=("first", "later"))
     args = parser.parse_args()
-    device, share = torch.device("cuda"), Share()
+    share = Share()
     share.journal.update()
     if args.which == "first":
-        found = {LIMITS: lambda: vars(limits(device, share.journal))} | subjects(first(device), share.journal)
+        found = {LIMITS: lambda: vars(limits(DEVICE, share.journal))} | subjects(first(DEVICE), share.journal)
     else:
-        workload = replace(first(device)[0].workload, peers=(EAGER, COMPILED))
-        found = {HOST: lambda: measure.host_times(workload)} | subjects(later(device), share.journal)
+        workload = replace(first(DEVICE)[0].workload, peers=(EAGER, COMPILED))
+        found = {HOST: lambda: measure.host_times(workload)} | subjects(later(DEVICE), share.journal)
     work(found, share)
 
 
