@@ -71,7 +71,7 @@ OCR_KERNEL attention_forward_kernel(AttentionForward a) {
       Transfer<T, kInner<T>, PIXELS> query(a.query, image);
       Sums<T, REGIONS, PIXELS> products;
       products.clear();
-      add_sum_over_channels(products, key, region, query, pixel, shared);
+      add_sum_over_channels(products, key, region, query, pixel, shared, /*one_chain=*/true);
       products.for_each([&](int k, int j, Accumulator sum) { scores.at(k, j) = scale * sum; });
     }
     value.fetch(channel, region);

@@ -346,7 +346,8 @@ constexpr int kSumOverChannels = Transfer<T, kInner<T>, ROWS>::kBytes + Transfer
 
 template <class T, int ROWS, int COLUMNS>
 OCR_DEVICE void add_sum_over_channels(Sums<T, ROWS, COLUMNS>& sums, Transfer<T, kInner<T>, ROWS>& a, int64_t a_column,
-                                      Transfer<T, kInner<T>, COLUMNS>& b, int64_t b_column, unsigned char* shared) {
+                                      Transfer<T, kInner<T>, COLUMNS>& b, int64_t b_column, unsigned char* shared,
+                                      bool one_chain = false) {
   const int64_t channels = a.image().rows;
   OCR_UNROLL_BY(1)
   for (int64_t channel = 0;; channel += kInner<T>) {  // one tile is multiplied while the next is on its way
@@ -360,7 +361,7 @@ OCR_DEVICE void add_sum_over_channels(Sums<T, ROWS, COLUMNS>& sums, Transfer<T, 
       a.fetch(channel, a_column);
       b.fetch(channel, b_column);
     }
-    if (channel > 0) sums.add_product(rows, columns, kInner<T>);
+    if (channel > 0) sums.add_product(rows, columns, kInner<T>, one_chain);
     synchronize();
     if (channel >= channels) break;
   }
