@@ -71,7 +71,7 @@ OCR_KERNEL attention_forward_kernel(AttentionForward a) {
       Transfer<T, kInner<T>, PIXELS> query(a.query, image);
       Sums<T, REGIONS, PIXELS> products;
       products.clear();
-      add_sum_over_channels(products, key, region, query, pixel, shared);
+      add_sum_over_channels(products, key, region, query, pixel, shared, /*one_chain=*/true);
       products.for_each([&](int k, int j, Accumulator sum) { scores.at(k, j) = scale * sum; });
     }
     value.fetch(channel, region);
@@ -105,7 +105,7 @@ OCR_KERNEL attention_forward_kernel(AttentionForward a) {
       if (channel + (c + 1) * COLUMNS < channels && c + 1 < kColumnTiles)
         value.fetch(channel + (c + 1) * COLUMNS, region);
       if (region) sums[c].for_each([&](int, int j, Accumulator& x) { x *= of_pixel[j]; });
-      sums[c].add_product(rows.by_rows(), weights.by_columns(), REGIONS);
+      sums[c].add_product(rows.by_rows(), weights.by_columns(), REGIONS, /*one_chain=*/true);
       synchronize();
     }
   }

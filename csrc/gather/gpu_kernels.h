@@ -8,9 +8,8 @@ namespace ocr_kernels::gpu {
 template <class Accumulator>
 struct GatherSplits {
   Splits splits;
-  Accumulator* sums;  // [B, splits, C, K], over the split's pixels, of exp(score - maximum) x, not normalised
-  Accumulator*
-      stats;  // [B, splits, 3, K]: the split's maximum, sum of weights, and sum of weights as they were rounded
+  Accumulator* sums;    // [B, splits, C, K]: of exp(score - maximum) x, not normalised
+  Accumulator* stats;   // [B, splits, 3, K]: maxima, sums of weights, sums of weights as they were rounded
   Accumulator* shares;  // [B, splits, K]: what each split counts in the sum of all
 };
 
@@ -23,6 +22,7 @@ template <class T, int REGIONS>
 OCR_KERNEL gather_forward_kernel(GatherForward a, GatherSplits<AccumulatorOf<T>> to) {
   using Accumulator = AccumulatorOf<T>;
   constexpr int CHANNELS = kChannels<T>, PIXELS = kInner<T>;
+  constexpr bool one_chain = sizeof(T) == 8 || REGIONS > 32;    // no registers are left for another
   constexpr int kRows = REGIONS / kWarps, kEach = PIXELS / 32;  // regions of a warp, pixels of a lane
   const int64_t channels = a.feats.rows, regions = a.logits.rows;
   const SplitTile tile(a.feats, regions, to.splits, CHANNELS, REGIONS);
@@ -86,7 +86,7 @@ OCR_KERNEL gather_forward_kernel(GatherForward a, GatherSplits<AccumulatorOf<T>>
     synchronize();
     if (pixel + PIXELS < end) fetch(pixel + PIXELS);
     sums.for_each([&](int, int k, Accumulator& sum) { sum *= decays[k]; });
-    sums.add_product(pixels.by_rows(), weights.by_rows(), PIXELS);
+    sums.add_product(pixels.by_rows(), weights.by_rows(), PIXELS, one_chain);
     synchronize();
   }
 

@@ -16,8 +16,8 @@ struct Splits {
 };
 inline Splits splits_of(int64_t pixels, int64_t step, int64_t blocks_of_a_split) {
   const int64_t steps = tiles(pixels, step);
-  const int64_t wanted =
-      tiles(512, blocks_of_a_split < 1 ? 1 : blocks_of_a_split);  // some blocks for every GPU's units
+  // some blocks for every GPU's units
+  const int64_t wanted = tiles(512, blocks_of_a_split < 1 ? 1 : blocks_of_a_split);
   const int64_t length = tiles(steps, wanted < steps ? wanted : steps) * step;
   return {length, tiles(pixels, length)};
 }
@@ -57,8 +57,7 @@ struct ReduceSplits {
   Accumulator factor;
 };
 
-// out = factor * the sum of the splits. A block has 32 neighbours of an image's results, its warps a split each in
-// turn.
+// out = factor * the sum of the splits. A block has 32 neighbours of an image's results; its warps take turns.
 template <class Accumulator>
 OCR_KERNEL reduce_splits_kernel(ReduceSplits<Accumulator> a) {
   const int64_t regions = a.out.columns, size = a.out.rows * regions, blocks = tiles(size, 32);
