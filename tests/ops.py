@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -43,3 +45,43 @@ ATTENTION = Op("pixel_region_attention", ocr_kernels.pixel_region_attention, att
 both_ops = pytest.mark.parametrize("op", [GATHER, ATTENTION], ids=lambda op: op.name)
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 all_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+
+
+# Grids: a case is a dict of options of `inputs`
+
+
+def product(**axes: Sequence[Any]) -> Iterator[dict[str, Any]]:
+    """Every combination of the axes' values."""
+    return (dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values()))
+
+
+def pairwise(**axes: Sequence[Any]) -> Iterator[dict[str, Any]]:
+    """Few combinations, the same each time, in which any two values of two axes occur together."""
+    rng = random.Random(0)
+    points = [(name, i) for name, values in axes.items() for i in range(len(values))]
+    pairs = [frozenset(pair) for pair in itertools.combinations(points, 2) if pair[0][0] != pair[1][0]]
+    rng.shuffle(pairs)
+    left = set(pairs)
+    for pair in pairs:
+        if pair not in left:
+            continue
+        case = dict(pair)
+        for name in sorted(axes.keys() - case, key=lambda name: (-len(axes[name]), name)):
+            gains = [sum(frozenset(((name, i), p)) in left for p in case.items()) for i in range(len(axes[name]))]
+            case[name] = rng.choice([i for i, gain in enumerate(gains) if gain == max(gains)])
+        left -= {frozenset(pair) for pair in itertools.combinations(case.items(), 2)}
+        yield {name: axes[name][case[name]] for name in axes}
+
+
+Grids = Iterable[Iterable[dict[str, Any]]]
+
+
+def over(thinned: Grids, wide: Grids) -> pytest.MarkDecorator:
+    """Runs a test over all cases, of which `make test` takes the thinned grids' alone."""
+
+    def name(value: Any) -> str:
+        return "x".join(map(str, value)) if isinstance(value, tuple) else str(value).removeprefix("torch.")
+
+    cases = [(case, mark) for grids, mark in ((thinned, ()), (wide, pytest.mark.wide)) for g in grids for case in g]
+    ids = ["-".join(f"{axis}_{name(value)}" for axis, value in case.items()) for case, _ in cases]
+    return pytest.mark.parametrize("case", [pytest.param(case, marks=marks) for case, marks in cases], ids=ids)

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+from fresh import python
 
 pytest.importorskip("triton", reason="compiles with Triton")
 
@@ -17,14 +13,7 @@ from benchmarks.codegen import ARCHITECTURES
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_machine_code(architecture: str) -> None:
-    root = Path(__file__).parent.parent
-    process = subprocess.run(
-        [sys.executable, "-m", "benchmarks.codegen", "--quick", architecture],
-        cwd=root,
-        env=os.environ | {"PYTHONPATH": str(root), "TRITON_INTERPRET": "0"},
-        capture_output=True,
-        text=True,
-    )
+    process = python("-m", "benchmarks.codegen", "--quick", architecture)
     assert process.returncode == 0, process.stdout + process.stderr
     lines = process.stdout.splitlines()
     assert max(map(len, lines)) <= 120

@@ -6,14 +6,13 @@ import copy
 import datetime
 import functools
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from fresh import run
 from ops import Op, both_ops
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
@@ -88,9 +87,7 @@ with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
     ocr_kernels.spatial_gather(torch.ones(2, 3, 5), torch.ones(2, 7, 5))
 print(counter.get_total_flops())
 """
-    out = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent, capture_output=True, text=True)
-    assert out.returncode == 0, out.stderr
-    loaded, count = out.stdout.split()
+    loaded, count = run(code).split()
     assert int(count) == 2 * 2 * 3 * 5 * 7
     assert first != "ocr_kernels" or loaded == "False"
 

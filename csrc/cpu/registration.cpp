@@ -84,10 +84,9 @@ std::string build_facts() {
 #else
   const std::string compiler = "GCC " __VERSION__;
 #endif
-  const char* const sets[] = {"portable", "avx2", "avx512", "avx512bf16"};
   return "version=" OCR_KERNELS_VERSION "\ncompiler=" + compiler +
          "\ntorch=" TORCH_VERSION "\ninstruction_sets=" OCR_INSTRUCTION_SETS "\ninstruction_set=" +
-         sets[int(chosen_isa())];
+         kIsaNames[int(chosen_isa())];
 }
 
 }  // namespace

@@ -19,7 +19,6 @@ from ocr_kernels.core.registration import (
     differentiate,
     differentiate_twice,
     register_autocast,
-    register_decomposition,
     register_op,
 )
 
@@ -216,4 +215,3 @@ pixel_region_attention_backward_op = register_op(
     vmap=_vmap_backward,
 )
 register_autocast(pixel_region_attention_op, leading=3)
-register_decomposition(pixel_region_attention_op, _define)

@@ -18,7 +18,6 @@ from ocr_kernels.core.registration import (
     differentiate,
     differentiate_twice,
     register_autocast,
-    register_decomposition,
     register_op,
 )
 from ocr_kernels.gather import reference
@@ -215,4 +214,3 @@ spatial_gather_backward_op = register_op(
     vmap=_vmap_backward,
 )
 register_autocast(spatial_gather_op, leading=1)  # feats; the logits are taken as they are
-register_decomposition(spatial_gather_op, _define)
