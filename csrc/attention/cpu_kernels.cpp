@@ -60,20 +60,26 @@ void scale_pixels(A* matrix, int64_t regions, const A* factors, int64_t pixels) 
   }
 }
 
-// dweights become dscores = scale * weights * (dweights - sum_k weights dweights).
+// dweights become dscores = scale * weights * (dweights - sum_k weights dweights). A region with more than half of the
+// weight is subtracted from all dweights before, so that it does not swallow the terms of the others in that sum.
 template <class A>
 void softmax_backward(A* dweights, const A* weights, int64_t regions, A scale, int64_t pixels) {
   constexpr int size = Vec<A>::size;
   for (int64_t i = 0; i < kPixels; i += kColumns * size) {
-    Vec<A> delta[kColumns];
+    Vec<A> base[kColumns], delta[kColumns];
+    sum_over_regions(base, regions, [&](int64_t k, int v, Vec<A> sum) {
+      const int64_t at = k * kPixels + i + v * size;
+      return sum + if_above(load<A>(weights + at), A(0.5), load<A>(dweights + at));
+    });
     sum_over_regions(delta, regions, [&](int64_t k, int v, Vec<A> sum) {
       const int64_t at = k * kPixels + i + v * size;
-      return fma(load<A>(weights + at), load<A>(dweights + at), sum);
+      return fma(load<A>(weights + at), load<A>(dweights + at) - base[v], sum);
     });
     for (int64_t k = 0; k < regions; ++k)
       for (int v = 0; v < kColumns; ++v) {
         const int64_t at = k * kPixels + i + v * size;
-        store(dweights + at, broadcast(scale) * (load<A>(weights + at) * (load<A>(dweights + at) - delta[v])));
+        const Vec<A> difference = load<A>(dweights + at) - base[v] - delta[v];
+        store(dweights + at, broadcast(scale) * (load<A>(weights + at) * difference));
       }
   }
   for (int64_t k = 0; k < regions; ++k)

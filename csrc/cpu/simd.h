@@ -287,6 +287,17 @@ OCR_INLINE Vec<Lane> zero_at_one(Vec<Lane> weight, Vec<Lane> x) {
 #endif
 }
 
+// x where a is above the limit, else 0
+template <class Lane>
+OCR_INLINE Vec<Lane> if_above(Vec<Lane> a, Lane limit, Vec<Lane> x) {
+#if defined(__GNUC__)
+  return {a.v > limit ? x.v : Lanes<Lane>{}};
+#else
+  for (int i = 0; i < Vec<Lane>::size; ++i) x.v[i] = a.v[i] > limit ? x.v[i] : Lane(0);
+  return x;
+#endif
+}
+
 // Over the lanes, in halves: a fixed order.
 template <class Lane>
 OCR_INLINE Lane sum(Vec<Lane> x) {

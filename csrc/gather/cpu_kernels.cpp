@@ -184,23 +184,22 @@ struct Backward {
     Buffer<Lane> across, feats;
   };
 
+  // In float64: where a pixel has nearly all the weight, little is left of what delta is subtracted from.
   void sum_delta(int64_t b) const {
-    const int64_t slab_stride = row_stride<A>(K);
-    const Buffer<A> gradient(kChannels, slab_stride), result(kChannels, slab_stride);
-    A* const delta = deltas.data() + b * K;
-    fill(delta, K, A(0));
+    constexpr int size = Vec<double>::size;
+    const int64_t slab_stride = row_stride<double>(K), padded = round_up(K, size);
+    const Buffer<double> gradient(kChannels, slab_stride), result(kChannels, slab_stride), delta(slab_stride);
+    fill(delta.data(), slab_stride, 0.);
     for (int64_t c = 0; c < C; c += kChannels) {
       const Window w{b, c, min(kChannels, C - c), 0, K};
-      read_across(gradient.data(), slab_stride, round_up(K, Vec<A>::size), a.grad, w);
-      read_across(result.data(), slab_stride, round_up(K, Vec<A>::size), a.stats, w);
-      for (int64_t k = 0; k < K; k += Vec<A>::size) {
-        Vec<A> sum = broadcast(A(0));
-        for (int64_t at = k; at < w.rows * slab_stride; at += slab_stride)
-          sum = fma(load<A>(gradient.data() + at), load<A>(result.data() + at), sum);
-        const int64_t regions = min(Vec<A>::size, K - k);
-        store(delta + k, load<A>(delta + k, regions) + sum, regions);
-      }
+      read_across(gradient.data(), slab_stride, padded, a.grad, w);
+      read_across(result.data(), slab_stride, padded, a.stats, w);
+      for (int64_t at = 0; at < w.rows * slab_stride; at += slab_stride)
+        for (int64_t k = 0; k < padded; k += size)
+          store(delta.data() + k, fma(load<double>(gradient.data() + at + k), load<double>(result.data() + at + k),
+                                      load<double>(delta.data() + k)));
     }
+    for (int64_t k = 0; k < K; ++k) deltas.data()[b * K + k] = A(delta.data()[k]);
   }
 
   void differentiate_split(int64_t task) const {
