@@ -7,6 +7,7 @@ from torch import Tensor
 from ocr_kernels.attention.registration import pixel_region_attention_op
 from ocr_kernels.core.arguments import check_tensors
 from ocr_kernels.core.backends import resolve_backend
+from ocr_kernels.core.registration import exportable
 
 
 def pixel_region_attention(
@@ -37,5 +38,7 @@ def pixel_region_attention(
         RuntimeError: the backend asked for cannot run here; the message says why.
     """
     check_tensors(query=query, key=key, value=value)
-    out: Tensor = pixel_region_attention_op(query, key, value, scale, resolve_backend(query.device, backend))
+    out: Tensor = exportable(pixel_region_attention_op)(
+        query, key, value, scale, resolve_backend(query.device, backend)
+    )
     return out

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from ocr_kernels.core.arguments import check_tensors
 from ocr_kernels.core.backends import resolve_backend
+from ocr_kernels.core.registration import exportable
 from ocr_kernels.gather.registration import spatial_gather_op
 
 
@@ -34,5 +35,5 @@ def spatial_gather(feats: Tensor, logits: Tensor, scale: float = 1.0, *, backend
         RuntimeError: the backend asked for cannot run here; the message says why.
     """
     check_tensors(feats=feats, logits=logits)
-    out: Tensor = spatial_gather_op(feats, logits, scale, resolve_backend(feats.device, backend))[0]
+    out: Tensor = exportable(spatial_gather_op)(feats, logits, scale, resolve_backend(feats.device, backend))[0]
     return out
