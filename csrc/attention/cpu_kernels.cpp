@@ -85,19 +85,19 @@ void forward(const AttentionForward& a, Parallel parallel) {
   using A = AccumulatorOf<Lane>;
   const int64_t B = a.query.batch, D = a.query.rows, K = a.key.columns;
   const Splits splits(a.query.columns, kPixels, kForwardTasks / B);  // nothing is summed over pixels
-  const SmallMatrix<Lane> keys(transposed(a.key), parallel), values(a.value, parallel);
+  const SmallMatrix<Lane> keys(transposed(a.key), parallel);
+  const OutputProduct<Lane> out(a.out, a.value, parallel);
 
   run_tasks(parallel, product(B, splits.count), [&](int64_t task) {
     const Buffer<Lane> query(lanes<Lane>(D), kPixels), across(lanes<Lane>(K), kPixels);
-    const Buffer<A> weights(K, kPixels), strip(kStrip);
+    const Buffer<A> weights(K, kPixels);
     A reciprocals[kPixels];
     splits.for_each_tile(task, [&](int64_t image, int64_t first, int64_t count) {
       const Window w{image, 0, D, first, count};
       read_across(query.data(), kPixels, kPixels, a.query, w);
       multiply(false, weights.data(), kPixels, keys.from(image, 0), query.data(), kPixels, K, lanes<Lane>(D), kPixels);
       exponentials(weights.data(), K, A(a.scale), lift<A>(K), reciprocals, Lane());
-      write_product(a.out, w, values, K, lanes_across(across.data(), weights.data(), K, kPixels), kPixels, strip.data(),
-                    reciprocals);
+      out.write(w, lanes_across(across.data(), weights.data(), K, kPixels), kPixels, reciprocals);
     });
   });
 }
@@ -128,14 +128,14 @@ void backward(const AttentionBackward& a, Parallel parallel) {
   const int64_t tasks = product(B, splits.count);
 
   const SmallMatrix<Lane> keys(transposed(a.key), parallel), values(transposed(a.value), parallel, dscores_wanted);
-  const SmallMatrix<Lane> keys_by_channel(a.key, parallel, a.dquery.data);
+  const OutputProduct<Lane> dquery(a.dquery, a.key, parallel);
   const int64_t dkey_stride = row_stride<A>(D), dvalue_stride = row_stride<A>(Dv);
   const Buffer<A> dkey_sums(a.dkey.data ? tasks : 0, K, dkey_stride);
   const Buffer<A> dvalue_sums(a.dvalue.data ? tasks : 0, K, dvalue_stride);
 
   run_tasks(parallel, tasks, [&](int64_t task) {
     const PixelTile<Lane> query{a.query}, grad{a.grad};
-    const Buffer<A> weights(K, kPixels), dscores(K, kPixels), strip(kStrip);
+    const Buffer<A> weights(K, kPixels), dscores(K, kPixels);
     const Buffer<Lane> made(K, kPixels);  // lanes of weights and dscores
     A reciprocals[kPixels];
     A* const dkey_sum = dkey_sums.data() + task * K * dkey_stride;
@@ -164,9 +164,7 @@ void backward(const AttentionBackward& a, Parallel parallel) {
                lanes<Lane>(Dv), kPixels);
       softmax_backward(dscores.data(), weights.data(), K, A(a.scale), count);
       if (a.dkey.data) add_sums(dkey_sum, dkey_stride, dscores.data(), query);
-      if (a.dquery.data)
-        write_product(a.dquery, w, keys_by_channel, K, lanes_across(made.data(), dscores.data(), K, kPixels), kPixels,
-                      strip.data());
+      if (a.dquery.data) dquery.write(w, lanes_across(made.data(), dscores.data(), K, kPixels), kPixels);
     });
   });
   const A* const same = nullptr;

@@ -37,10 +37,16 @@ struct Left {
   int64_t row, step;
 };
 
-// result[:][a panel] (+)= a [rows, length] b [length, a panel], then times the columns' factors if there are any
+// What a result is multiplied by at last, if anything: its rows, or its columns.
+template <class A>
+struct Factors {
+  const A *of_rows, *of_columns;
+};
+
+// result[:][a panel] (+)= a [rows, length] b [length, a panel], then times the factors
 template <int rows, class Lane, class A = AccumulatorOf<Lane>>
 OCR_INLINE void multiply_block(bool add, A* result, int64_t result_stride, Left<Lane> a, const Lane* b,
-                               int64_t b_stride, int64_t length, const A* factors) {
+                               int64_t b_stride, int64_t length, Factors<A> factors) {
   Vec<A> sums[rows][kVectors];
   OCR_UNROLL
   for (int r = 0; r < rows; ++r) OCR_UNROLL
@@ -61,10 +67,15 @@ OCR_INLINE void multiply_block(bool add, A* result, int64_t result_stride, Left<
     for (int r = 0; r < rows; ++r) OCR_UNROLL
     for (int v = 0; v < kVectors; ++v) sums[r][v] = load<A>(result + r * result_stride + v * Vec<A>::size) + sums[r][v];
   }
-  if (factors) {
+  if (factors.of_rows) {
+    OCR_UNROLL
+    for (int r = 0; r < rows; ++r) OCR_UNROLL
+    for (int v = 0; v < kVectors; ++v) sums[r][v] = sums[r][v] * broadcast(factors.of_rows[r]);
+  }
+  if (factors.of_columns) {
     OCR_UNROLL
     for (int v = 0; v < kVectors; ++v) {
-      const Vec<A> factor = load<A>(factors + v * Vec<A>::size);
+      const Vec<A> factor = load<A>(factors.of_columns + v * Vec<A>::size);
       OCR_UNROLL
       for (int r = 0; r < rows; ++r) sums[r][v] = sums[r][v] * factor;
     }
@@ -76,30 +87,33 @@ OCR_INLINE void multiply_block(bool add, A* result, int64_t result_stride, Left<
 
 template <int max_rows, class Lane, class A = AccumulatorOf<Lane>>
 OCR_INLINE void multiply_rows(int64_t rows, bool add, A* result, int64_t result_stride, Left<Lane> a, const Lane* b,
-                              int64_t b_stride, int64_t length, const A* factors) {
+                              int64_t b_stride, int64_t length, Factors<A> factors) {
   if constexpr (max_rows > 1)
     if (rows < max_rows)
       return multiply_rows<max_rows - 1>(rows, add, result, result_stride, a, b, b_stride, length, factors);
   multiply_block<max_rows>(add, result, result_stride, a, b, b_stride, length, factors);
 }
 
-// result [rows, columns] (+)= a [rows, length] b [length, columns], then times the columns' factors if there are any.
-// Columns are rounded up to whole panels.
+// result [rows, columns] (+)= a [rows, length] b [length, columns], then times the factors. Columns are rounded up to
+// whole panels.
 template <class Lane, class A = AccumulatorOf<Lane>>
 void multiply(bool add, A* result, int64_t result_stride, Left<Lane> a, const Lane* b, int64_t b_stride, int64_t rows,
-              int64_t length, int64_t columns, const A* factors = nullptr) {
+              int64_t length, int64_t columns, Factors<A> factors = {}) {
   const int64_t blocks = divide_up(rows, kRows), height = rows / blocks;  // of nearly the same height
   const int64_t higher = rows - blocks * height;                          // are higher by one
-  for (int64_t j = 0; j < length; j += kChain)
+  for (int64_t j = 0; j < length; j += kChain) {
+    const bool last = j + kChain >= length;
     for (int64_t i = 0; i < columns; i += kPanel<Lane>)  // a chain of a panel stays in the first cache for all rows
-      for (int64_t block = 0, first = 0; block < blocks; ++block) {
+      for (int64_t block = 0, r = 0; block < blocks; ++block) {
         const int64_t count = height + (block < higher);
-        multiply_rows<kRows>(count, add || j > 0, result + first * result_stride + i, result_stride,
-                             Left<Lane>{a.data + first * a.row + j * a.step, a.row, a.step}, b + j * b_stride + i,
-                             b_stride, min(kChain, length - j),
-                             factors && j + kChain >= length ? factors + i : nullptr);
-        first += count;
+        multiply_rows<kRows>(count, add || j > 0, result + r * result_stride + i, result_stride,
+                             Left<Lane>{a.data + r * a.row + j * a.step, a.row, a.step}, b + j * b_stride + i, b_stride,
+                             min(kChain, length - j),
+                             Factors<A>{last && factors.of_rows ? factors.of_rows + r : nullptr,
+                                        last && factors.of_columns ? factors.of_columns + i : nullptr});
+        r += count;
       }
+  }
 }
 
 // ---- dot products of rows
@@ -171,19 +185,20 @@ void dot_rows(const char** rows, Lane* buffer, int64_t stride, int64_t padded, c
 
 // ---- what both ops do with products
 
-// A small tensor [batch, rows, columns] as the left factor, with zeros after its rows, and after the last.
+// A small tensor [batch, rows, columns] as a factor, lanes along its rows or across them, with zeros after the last.
 template <class Lane>
 class SmallMatrix {
  public:
-  SmallMatrix(const Tensor& matrix, Parallel parallel, bool wanted = true)
-      : rows_(round_up(matrix.rows, kDotColumns)),
-        stride_(row_stride<Lane>(lanes<Lane>(matrix.columns))),
+  SmallMatrix(const Tensor& matrix, Parallel parallel, bool wanted = true, bool across = false)
+      : rows_(round_up(across ? lanes<Lane>(matrix.rows) : matrix.rows, kDotColumns)),
+        stride_(row_stride<Lane>(across ? matrix.columns : lanes<Lane>(matrix.columns))),
         lanes_(wanted ? matrix.batch : 0, rows_, stride_) {
     run_tasks(parallel, wanted ? matrix.batch : 0, [&](int64_t image) {
       Lane* const to = lanes_.data() + image * rows_ * stride_;
-      fill(to + matrix.rows * stride_, (rows_ - matrix.rows) * stride_, Lane(0));
-      read_along(to, stride_, round_up(lanes<Lane>(matrix.columns), Vec<Lane>::size), matrix,
-                 {image, 0, matrix.rows, 0, matrix.columns});
+      const Window all{image, 0, matrix.rows, 0, matrix.columns};
+      fill(to + (rows_ - kDotColumns) * stride_, kDotColumns * stride_, Lane(0));
+      if (across) read_across(to, stride_, round_up(matrix.columns, Vec<Lane>::size), matrix, all);
+      else read_along(to, stride_, round_up(lanes<Lane>(matrix.columns), Vec<Lane>::size), matrix, all);
     });
   }
   int64_t stride() const { return stride_; }
@@ -197,24 +212,48 @@ class SmallMatrix {
   Buffer<Lane> lanes_;
 };
 
-constexpr int64_t kStrip = 3072;      // numbers of a result that stay in the first cache until they are written
-constexpr int64_t kStripPixels = 64;  // at a time, where neighbours in memory are channels
+// out [B, C, N] = matrix [B, C, K] times weights [K, N], a strip at a time, which stays in the first cache until it is
+// written. Neighbours in memory are in one vector: pixels, or where out is channels_last channels.
+template <class Lane>
+class OutputProduct {
+  using A = AccumulatorOf<Lane>;
+  static constexpr int64_t kStrip = 3072, kChannels = 256;
 
-// out [B, rows, N], its columns in w, = matrix [B, rows, K] times weights [K, columns], lanes across the regions, then
-// times the columns' factors if there are any
-template <class Lane, class A = AccumulatorOf<Lane>>
-void write_product(const Tensor& out, Window w, const SmallMatrix<Lane>& matrix, int64_t regions, const Lane* weights,
-                   int64_t stride, A* strip, const A* factors = nullptr) {
-  const int64_t columns = channels_last(out) ? kStripPixels : round_up(w.columns, kPanel<A>);
-  const int64_t rows = kStrip / columns / kRows * kRows;
-  for (int64_t row = 0; row < out.rows; row += rows)
-    for (int64_t i = 0; i < w.columns; i += columns) {
-      const Window part{w.batch, row, min(rows, out.rows - row), w.column + i, min(columns, w.columns - i)};
-      multiply(false, strip, columns, matrix.from(w.batch, row), weights + i, stride, part.rows, lanes<Lane>(regions),
-               part.columns, factors ? factors + i : factors);
-      write_tile(out, part, strip, columns);
-    }
-}
+ public:
+  OutputProduct(const Tensor& out, const Tensor& matrix, Parallel parallel)
+      : out_(out),
+        regions_(matrix.columns),
+        matrix_(channels_last(out) ? transposed(matrix) : matrix, parallel, out.data != nullptr, channels_last(out)) {}
+
+  // Writes the columns in w from weights, lanes across regions, and multiplies each by its factor if there are any.
+  void write(Window w, const Lane* weights, int64_t stride, const A* factors = nullptr) const {
+    const bool by_pixel = channels_last(out_);
+    const int64_t columns = by_pixel ? min(kChannels, round_up(out_.rows, kPanel<A>)) : round_up(w.columns, kPanel<A>);
+    const int64_t rows = kStrip / columns / kRows * kRows, length = lanes<Lane>(regions_);
+    const int64_t channels = by_pixel ? columns : rows, pixels = by_pixel ? rows : columns;
+    alignas(64) A strip[kStrip];
+    for (int64_t c = 0; c < out_.rows; c += channels)
+      for (int64_t i = 0; i < w.columns; i += pixels) {
+        const Window part{w.batch, c, min(channels, out_.rows - c), w.column + i, min(pixels, w.columns - i)};
+        const A* const pixel_factors = factors ? factors + i : nullptr;
+        prefetch(out_, part);
+        if (by_pixel) {
+          multiply(false, strip, columns, Left<Lane>{weights + i, 1, stride}, matrix_.from(w.batch, 0, c).data,
+                   matrix_.stride(), part.columns, length, part.rows, Factors<A>{pixel_factors, nullptr});
+          write_tile(transposed(out_), transposed(part), strip, columns);
+        } else {
+          multiply(false, strip, columns, matrix_.from(w.batch, c), weights + i, stride, part.rows, length,
+                   part.columns, Factors<A>{nullptr, pixel_factors});
+          write_tile(out_, part, strip, columns);
+        }
+      }
+  }
+
+ private:
+  const Tensor out_;
+  const int64_t regions_;
+  const SmallMatrix<Lane> matrix_;
+};
 
 // out[:, k] of each image [B, C, K] = the sum over its splits of sums [split, K, stride], each times its factors [K] if
 // there are any. `unrounded` is filled with the same where it has data.

@@ -213,6 +213,18 @@ void read_along(Lane* to, int64_t stride, int64_t padded, const Tensor& tensor, 
   read_across(to, stride, padded, tensor, w);
 }
 
+// Asks for the memory of a window that is written soon.
+inline void prefetch(const Tensor& tensor, Window w) {
+  const Tensor lines = channels_last(tensor) ? transposed(tensor) : tensor;
+  if (channels_last(tensor)) w = transposed(w);
+  if (lines.stride_column != 1) return;
+  with_element_type(tensor.dtype, [&](auto type) {
+    for (int64_t r = 0; r < w.rows; ++r)
+      for (int64_t i = 0; i < w.columns; i += 64 / sizeof type)
+        OCR_PREFETCH(element<decltype(type)>(lines, w.batch, w.row + r, w.column + i));
+  });
+}
+
 // The window of the tensor = rows of whole vectors
 template <class Lane>
 void write_tile(const Tensor& tensor, Window w, const Lane* from, int64_t stride) {

@@ -31,11 +31,8 @@ struct Forward {
   const int64_t B = a.feats.batch, C = a.feats.rows, K = a.logits.rows, N = a.feats.columns;
   const A scale = A(a.scale), lift = ocr_kernels::lift<A>(N);
   const bool by_channel = channels_last(a.feats);
-  // Where channels are contiguous all of a tile's are copied, 128 KiB, so that memory is read in order.
-  const int64_t tile_of_all_channels = 131072 * kElements / int64_t(sizeof(Lane)) / C / 64 * 64;
-  const int64_t tile = by_channel ? max(64, min(512, tile_of_all_channels)) : (K <= 32 ? 1024 : 512) * kElements;
+  const int64_t tile = by_channel ? 512 : (K <= 32 ? 1024 : 512) * kElements;
   const int64_t weights_stride = tile / kElements;
-  const int64_t feats_stride = by_channel ? row_stride<Lane>(C) : weights_stride;
   const int64_t group = round_up(divide_up(K, divide_up(K, 192)), kDotColumns);  // regions weighed at a time
   const int64_t sums_stride = row_stride<A>(C);
   const int64_t max_splits = max(4, (int64_t(16) << 20) / int64_t(sizeof(A)) / product(K, sums_stride));
@@ -57,14 +54,11 @@ struct Forward {
                     Buffer<A>(kSlab, tile),
                     Buffer<A>(group),
                     Buffer<Lane>(group, weights_stride),
-                    Buffer<Lane>(by_channel ? lanes<Lane>(tile) : kDotRows, feats_stride)};
+                    Buffer<Lane>(by_channel ? kPanel<Lane> : kDotRows, weights_stride)};
     fill(s.maximum, K, A(-INFINITY));
     fill(s.total, K, A(0));
     fill(s.sums, K * sums_stride, A(0));
     splits.for_each_tile(task, [&](int64_t image, int64_t first, int64_t count) {
-      if (by_channel)
-        read_across(s.feats.data(), feats_stride, round_up(C, Vec<Lane>::size), transposed(a.feats),
-                    {image, first, count, 0, C});
       for (int64_t k = 0; k < K; k += group) {
         const Window w{image, k, min(group, K - k), first, count};
         weigh(s, w);
@@ -120,7 +114,7 @@ struct Forward {
     for (int64_t c = 0; c < C; c += kDotRows) {
       const char* rows[kDotRows];
       const int64_t channels = min(kDotRows, C - c);
-      dot_rows(rows, s.feats.data(), feats_stride, length, a.feats, {w.batch, c, channels, w.column, w.columns});
+      dot_rows(rows, s.feats.data(), weights_stride, length, a.feats, {w.batch, c, channels, w.column, w.columns});
       for (int64_t k = 0; k < w.rows; k += kDotColumns) {
         A block[kDotSums<A>];
         dot_block(block, rows, s.weights.data() + k * weights_stride, weights_stride, length);
@@ -133,8 +127,12 @@ struct Forward {
 
   // sums[k][:] += weights[k][i] feats[i][:]
   void sum_along_channels(const Scratch& s, Window w) const {
-    multiply(true, s.sums + w.row * sums_stride, sums_stride, Left<Lane>{s.weights.data(), weights_stride, 1},
-             s.feats.data(), feats_stride, w.rows, lanes<Lane>(w.columns), C);
+    for (int64_t c = 0; c < C; c += kPanel<Lane>) {
+      read_across(s.feats.data(), kPanel<Lane>, kPanel<Lane>, transposed(a.feats),
+                  {w.batch, w.column, w.columns, c, min(kPanel<Lane>, C - c)});
+      multiply(true, s.sums + w.row * sums_stride + c, sums_stride, Left<Lane>{s.weights.data(), weights_stride, 1},
+               s.feats.data(), kPanel<Lane>, w.rows, lanes<Lane>(w.columns), kPanel<Lane>);
+    }
   }
 
   // The image's maxima and sums of weights, and in place of each split's maxima what its sums are multiplied by.
@@ -177,28 +175,28 @@ struct Backward {
   const int64_t tile = K <= 64 ? 384 : 192;  // whole panels, whole blocks of rows
   const int64_t stride = row_stride<A>(tile);
   const Splits splits{N, tile, divide_up(64, B)};
-  const SmallMatrix<Lane> by_channel{a.grad, parallel, a.dfeats.data != nullptr};              // [C, K]
-  const SmallMatrix<Lane> by_region{transposed(a.grad), parallel, a.dlogits.data != nullptr};  // [K, C]
+  const OutputProduct<Lane> dfeats{a.dfeats, a.grad, parallel};
+  const SmallMatrix<Lane> grad{transposed(a.grad), parallel, a.dlogits.data != nullptr};  // [K, C]
   const Buffer<A> deltas{B, K};
 
   struct Scratch {
-    Buffer<A> weights, dweights, strip;
+    Buffer<A> weights, dweights;
     Buffer<Lane> across, feats;
   };
 
   void sum_delta(int64_t b) const {
     const int64_t slab_stride = row_stride<A>(K);
-    const Buffer<A> grad(kChannels, slab_stride), result(kChannels, slab_stride);
+    const Buffer<A> gradient(kChannels, slab_stride), result(kChannels, slab_stride);
     A* const delta = deltas.data() + b * K;
     fill(delta, K, A(0));
     for (int64_t c = 0; c < C; c += kChannels) {
       const Window w{b, c, min(kChannels, C - c), 0, K};
-      read_across(grad.data(), slab_stride, round_up(K, Vec<A>::size), a.grad, w);
+      read_across(gradient.data(), slab_stride, round_up(K, Vec<A>::size), a.grad, w);
       read_across(result.data(), slab_stride, round_up(K, Vec<A>::size), a.stats, w);
       for (int64_t k = 0; k < K; k += Vec<A>::size) {
         Vec<A> sum = broadcast(A(0));
         for (int64_t at = k; at < w.rows * slab_stride; at += slab_stride)
-          sum = fma(load<A>(grad.data() + at), load<A>(result.data() + at), sum);
+          sum = fma(load<A>(gradient.data() + at), load<A>(result.data() + at), sum);
         const int64_t regions = min(Vec<A>::size, K - k);
         store(delta + k, load<A>(delta + k, regions) + sum, regions);
       }
@@ -206,16 +204,14 @@ struct Backward {
   }
 
   void differentiate_split(int64_t task) const {
-    const Scratch s{Buffer<A>(K, stride), Buffer<A>(round_up(K, kDotColumns), stride), Buffer<A>(kStrip),
+    const Scratch s{Buffer<A>(K, stride), Buffer<A>(round_up(K, kDotColumns), stride),
                     Buffer<Lane>(kElements == 2 ? lanes<Lane>(K) : 0, stride),
-                    Buffer<Lane>(max(lanes<Lane>(kChannels) * stride, product(kDotRows, by_region.stride())))};
+                    Buffer<Lane>(max(lanes<Lane>(kChannels) * stride, product(kDotRows, grad.stride())))};
     splits.for_each_tile(task, [&](int64_t image, int64_t first, int64_t count) {
       const Window w{image, 0, K, first, count};
       weigh(s, w);
       if (a.dlogits.data) differentiate_logits(s, w);
-      if (a.dfeats.data)
-        write_product(a.dfeats, w, by_channel, K, lanes_across(s.across.data(), s.weights.data(), K, stride), stride,
-                      s.strip.data());
+      if (a.dfeats.data) dfeats.write(w, lanes_across(s.across.data(), s.weights.data(), K, stride), stride);
     });
   }
 
@@ -249,7 +245,7 @@ struct Backward {
       const int64_t channels = min(kChannels, C - c);
       read_across(s.feats.data(), stride, round_up(w.columns, Vec<A>::size), a.feats,
                   {w.batch, c, channels, w.column, w.columns});
-      multiply(c > 0, s.dweights.data(), stride, by_region.from(w.batch, 0, c / kElements), s.feats.data(), stride, K,
+      multiply(c > 0, s.dweights.data(), stride, grad.from(w.batch, 0, c / kElements), s.feats.data(), stride, K,
                lanes<Lane>(channels), w.columns);
     }
   }
@@ -259,11 +255,11 @@ struct Backward {
     const int64_t length = round_up(lanes<Lane>(C), Vec<Lane>::size);
     for (int64_t i = 0; i < w.columns; i += kDotRows) {
       const char* rows[kDotRows];
-      dot_rows(rows, s.feats.data(), by_region.stride(), length, transposed(a.feats),
+      dot_rows(rows, s.feats.data(), grad.stride(), length, transposed(a.feats),
                {w.batch, w.column + i, min(kDotRows, w.columns - i), 0, C});
       for (int64_t k = 0; k < K; k += kDotColumns) {
         A block[kDotSums<A>];
-        dot_block(block, rows, by_region.from(w.batch, k).data, by_region.stride(), length);
+        dot_block(block, rows, grad.from(w.batch, k).data, grad.stride(), length);
         for (int64_t q = 0; q < kDotColumns; ++q)
           for (int64_t r = 0; r < kDotRows; ++r) s.dweights.data()[(k + q) * stride + i + r] = block[q * kDotRows + r];
       }
