@@ -10,7 +10,7 @@ import torch
 from ops import ATTENTION, GATHER, Op, all_dtypes, both_ops
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.func import grad, hessian, jacfwd, jacrev, jvp, linearize, vjp, vmap
+from torch.func import functionalize, grad, hessian, jacfwd, jacrev, jvp, linearize, vjp, vmap
 
 from ocr_kernels.testing import gradcheck, gradgradcheck, saved_bytes
 
@@ -218,6 +218,9 @@ TRANSFORMS: dict[str, Callable[..., Any]] = {
     "jacfwd": lambda f, *x: jacfwd(f, everywhere(x))(*x),
     "hessian": lambda f, *x: hessian(scalar(f), everywhere(x))(*x),
     "jacrev of jacfwd": lambda f, *x: jacrev(jacfwd(scalar(f)), everywhere(x))(*x),
+    "jacfwd of jacfwd": lambda f, *x: jacfwd(jacfwd(scalar(f)), everywhere(x))(*x),
+    "vmap of jvp": lambda f, *x: vmap(lambda *y: jvp(f, y, tuple(t.cos() for t in y)), in_dims=1)(*stacked(x)),
+    "functionalize of grad": lambda f, *x: functionalize(grad(scalar(f), everywhere(x)))(*x),
     "linearize": lambda f, *x: linearize(f, *x)[1](*x),
     "dual numbers": by_dual_numbers,
     "backward of dual numbers": backward_of_dual_numbers,

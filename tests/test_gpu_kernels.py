@@ -96,7 +96,7 @@ def test_threads_in_reverse(host_library: Path) -> None:
 
 
 # ptxas keeps a kernel within the registers that let two blocks run on a multiprocessor, and parks what is left over.
-MOST_SPILLED = 256  # bytes of a thread
+MAX_SPILLED = 256  # bytes of a thread
 
 
 @pytest.mark.slow
@@ -115,4 +115,4 @@ def test_machine_code(architecture: int, tmp_path: Path) -> None:
             )
         }
         assert len(spilled) >= 20
-        assert {name: stored for name, stored in spilled.items() if stored > MOST_SPILLED} == {}
+        assert {name: stored for name, stored in spilled.items() if stored > MAX_SPILLED} == {}

@@ -187,7 +187,7 @@ def test_autocast_of_a_module(target: tuple[str, str], autocast_dtype: torch.dty
 
 
 @both_ops
-@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.hessian], ids=["grad", "hessian"])
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.jacfwd, torch.func.hessian])
 def test_compile_of_transforms(op: Op, transform: Callable[..., Any]) -> None:
     torch._dynamo.reset()
     inputs = op.inputs(batch=1, channels=2, regions=3, spatial=(2,))
