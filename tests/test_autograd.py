@@ -62,6 +62,7 @@ def test_one_tensor_as_two_arguments(op: Op, target: tuple[str, str]) -> None:
     gradgradcheck(lambda x: op.on(backend)(*(x for _ in arguments)), (x,))
 
 
+@pytest.mark.thinned
 @both_ops
 @pytest.mark.parametrize("regions", [5, 70])
 @pytest.mark.parametrize("wanted", range(1, 8), ids=lambda wanted: f"{wanted:03b}")
@@ -91,6 +92,7 @@ def test_unneeded_gradients_have_no_elements(op: Op, target: tuple[str, str]) ->
     assert [g.numel() for g in gradients] == [inputs[0].numel(), *(0 for _ in inputs[1:])]
 
 
+@pytest.mark.thinned
 @all_dtypes
 @pytest.mark.parametrize("regions", [19, 300])
 def test_saved_for_backward(target: tuple[str, str], dtype: torch.dtype, regions: int) -> None:

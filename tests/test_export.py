@@ -70,7 +70,7 @@ def assert_agrees(found: Callable[..., Any], expected: nn.Module, sizes: tuple[t
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["plain", "swapped", "ours"])
+@pytest.mark.parametrize("kind", ["swapped", "ours", pytest.param("plain", marks=pytest.mark.wide)])
 def test_compiled_heads_train(kind: str) -> None:
     model = head(kind).double().train()
     feats = torch.randn(SIZES[0], dtype=torch.float64)
@@ -97,7 +97,7 @@ def assert_one_graph(call: Callable[..., Any], backend: str, marked: bool, draw:
             torch.testing.assert_close(evaluate(compiled, inputs), evaluate(call, inputs), rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("kind", ["plain", "swapped", "ours"])
+@pytest.mark.parametrize("kind", ["swapped", "ours", pytest.param("plain", marks=pytest.mark.wide)])
 @pytest.mark.parametrize("marked", [True, False], ids=["mark_dynamic", "dynamic=True"])
 def test_heads_compile_once_for_every_size(kind: str, marked: bool) -> None:
     """Not with Inductor, which compiles a convolution on a CPU for one size."""

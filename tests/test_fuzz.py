@@ -12,10 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import native_on
 from hypothesis import given
 from hypothesis import strategies as st
-from ops import DTYPES, GATHER, Op, both_ops
+from ops import DTYPES, GATHER, Op, both_ops, native_on
 from torch import Tensor
 
 from ocr_kernels.core.layout import statistics_dtype

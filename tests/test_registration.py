@@ -30,6 +30,7 @@ def backward_call(op: Op, inputs: tuple, backend: str) -> tuple:
     return overload, (torch.ones_like(forward), *inputs, 0.5, *needs, backend)
 
 
+@pytest.mark.thinned
 @both_ops
 @all_dtypes
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -65,6 +66,7 @@ def test_opcheck_empty(op: Op, target: tuple[str, str]) -> None:
     torch.library.opcheck(op.overload, (*inputs, 1.0, backend))
 
 
+@pytest.mark.thinned
 @both_ops
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("spatial", [(6,), (3, 4), (2, 3, 4), (1, 1), (1, 4)])
