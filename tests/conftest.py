@@ -18,9 +18,9 @@ if str(ROOT) not in os.environ.get("PYTHONPATH", "").split(os.pathsep):
 import pytest
 import torch
 from hypothesis import settings
+from ops import native_on
 
 import ocr_kernels
-from ocr_kernels.core.libraries import problem
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is first imported
@@ -59,11 +59,6 @@ def pairwise_items(grid: list[pytest.Item]) -> set[pytest.Item]:
         left -= covered[best]
         chosen.add(best)
     return chosen
-
-
-def native_on(device_type: str) -> pytest.MarkDecorator:
-    reason = problem(device_type)
-    return pytest.mark.skipif(reason is not None, reason=str(reason))
 
 
 GPU = [

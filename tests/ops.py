@@ -15,6 +15,7 @@ from torch import Tensor
 
 import ocr_kernels
 from ocr_kernels.attention.reference import pixel_region_attention as attention_definition
+from ocr_kernels.core.libraries import problem
 from ocr_kernels.gather.reference import spatial_gather as gather_definition
 from ocr_kernels.testing import Measurement, assert_parity, attention_inputs, gather_inputs
 
@@ -42,6 +43,14 @@ class Op:
 
 GATHER = Op("spatial_gather", ocr_kernels.spatial_gather, gather_definition, gather_inputs)
 ATTENTION = Op("pixel_region_attention", ocr_kernels.pixel_region_attention, attention_definition, attention_inputs)
+
+
+def native_on(device_type: str) -> pytest.MarkDecorator:
+    """Skips what needs the compiled library for these devices, with the reason why it cannot run."""
+    reason = problem(device_type)
+    return pytest.mark.skipif(reason is not None, reason=str(reason))
+
+
 both_ops = pytest.mark.parametrize("op", [GATHER, ATTENTION], ids=lambda op: op.name)
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 all_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))

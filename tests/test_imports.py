@@ -22,7 +22,7 @@ sys.meta_path.insert(0, Blocked())
 
 
 def test_compiles_where_CI_is_set() -> None:
-    """Where it is, Inductor refuses ops that it does not know and that have a decomposition."""
+    """Where it is, Inductor refuses ops that it does not know and for which PyTorch has a decomposition."""
     code = """
 import torch
 from ocr_kernels import pixel_region_attention, spatial_gather

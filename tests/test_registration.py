@@ -30,6 +30,7 @@ def backward_call(op: Op, inputs: tuple, backend: str) -> tuple:
     return overload, (torch.ones_like(forward), *inputs, 0.5, *needs, backend)
 
 
+@pytest.mark.thinned
 @both_ops
 @all_dtypes
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -65,6 +66,7 @@ def test_opcheck_empty(op: Op, target: tuple[str, str]) -> None:
     torch.library.opcheck(op.overload, (*inputs, 1.0, backend))
 
 
+@pytest.mark.thinned
 @both_ops
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("spatial", [(6,), (3, 4), (2, 3, 4), (1, 1), (1, 4)])
@@ -185,7 +187,7 @@ def test_autocast_of_a_module(target: tuple[str, str], autocast_dtype: torch.dty
 
 
 @both_ops
-@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.hessian], ids=["grad", "hessian"])
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.jacfwd, torch.func.hessian])
 def test_compile_of_transforms(op: Op, transform: Callable[..., Any]) -> None:
     torch._dynamo.reset()
     inputs = op.inputs(batch=1, channels=2, regions=3, spatial=(2,))

@@ -7,6 +7,7 @@ from torch import Tensor
 from ocr_kernels.attention.registration import pixel_region_attention_op
 from ocr_kernels.core.arguments import check_tensors, split_scale
 from ocr_kernels.core.backends import resolve_backend
+from ocr_kernels.core.registration import exportable
 
 
 def pixel_region_attention(
@@ -39,5 +40,6 @@ def pixel_region_attention(
     check_tensors(query=query, key=key, value=value)
     if scale is not None:
         query, scale = split_scale(scale, query)
-    out: Tensor = pixel_region_attention_op(query, key, value, scale, resolve_backend(query.device, backend))
+    op = exportable(pixel_region_attention_op)
+    out: Tensor = op(query, key, value, scale, resolve_backend(query.device, backend))
     return out

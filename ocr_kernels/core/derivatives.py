@@ -7,6 +7,7 @@ is missing or does something else, the public form beside it takes over.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -38,9 +39,9 @@ def _function(name: str, **members: Op) -> Any:
 
 
 def _applies(apply: Callable[[Any], Op]) -> bool:
-    double = _function("double", forward=lambda _, x: x + x, backward=lambda _, grad: grad + grad)
+    function = _function("trial", forward=lambda _, x: x + x, backward=lambda _, grad: 3 * grad)
     x = torch.ones((), requires_grad=True)
-    return torch.autograd.grad(apply(double)(x), x)[0].item() == 2
+    return torch.autograd.grad(apply(function)(x), x)[0].item() == 3
 
 
 def _has_tangent(tensors: Sequence[Tensor], level: int | None = None) -> bool:
@@ -54,13 +55,6 @@ def _sees_levels(in_forward_mode: Callable[[Sequence[Tensor]], bool]) -> bool:
     return inside and not in_forward_mode(())
 
 
-def _receives_calls(key: str) -> bool:
-    library = torch.library.Library("ocr_kernels_trial", "DEF")
-    library.define("identity(Tensor x) -> Tensor")
-    library.impl("identity", lambda x: x + 1, key)
-    return bool(torch.func.vmap(torch.ops.ocr_kernels_trial.identity)(torch.ones(1)) == 2)
-
-
 # Runs an op below its derivative. Public: an op of another name that has none.
 _below_autograd = _private(lambda: torch._C._AutoDispatchBelowAutograd, _hides_autograd)
 _in_forward_mode = _private(lambda: lambda _: forward_ad._current_level >= 0, _sees_levels) or _has_tangent
@@ -68,8 +62,6 @@ _in_forward_mode = _private(lambda: lambda _: forward_ad._current_level >= 0, _s
 _apply = _private(lambda: lambda function: super(torch.autograd.Function, function).apply, _applies) or (
     lambda function: function.apply
 )
-# Its kernel is called before torch.func takes a call apart, into one for each transform. Public: the definition.
-_whole_call = _private(lambda: "FuncTorchDynamicLayerFrontMode", _receives_calls)
 
 
 def underived(op: Op, define_twin: Callable[[], Op]) -> Op:
@@ -111,21 +103,18 @@ def register_derivative(
         setup_context(ctx, args, output)
         return output
 
-    apply = _apply(_function(str(op), forward=forward, backward=backward, jvp=jvp))
+    apply = _apply(_function(str(op), forward=forward, backward=backward))
     function = _function(str(op), forward=run, setup_context=setup_context, backward=backward, jvp=jvp, vmap=vmap)
 
     def differentiate(*args: Any) -> Any:
         leading = args[:tensors]
-        if _whole_call is None and _is_transformed(leading[0]):
+        if _is_transformed(leading[0]) or _in_forward_mode(leading):
             return definition(*args)
         if torch.is_grad_enabled():
             for tensor in leading:
                 if tensor.requires_grad:
-                    try:
-                        return apply(*args)
-                    except _ForwardMode:
-                        break
-        return definition(*args) if _in_forward_mode(leading) else run(*args)
+                    return apply(*args)
+        return run(*args)
 
     def transform(*args: Any) -> Any:
         try:
@@ -138,8 +127,8 @@ def register_derivative(
         return definition(*args)
 
     library.impl(op, differentiate, "Autograd")
-    if _whole_call is not None:
-        library.impl(op, transform, _whole_call)
+    with contextlib.suppress(RuntimeError):  # where torch.func takes no whole calls, it gets the definition
+        library.impl(op, transform, "FuncTorchDynamicLayerFrontMode")
 
 
 def refuse_derivative(library: torch.library.Library, op: Op, run: Op, message: str) -> None:

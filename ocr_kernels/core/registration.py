@@ -21,8 +21,13 @@ _flop_formulas: dict[Any, Callable[..., int]] = {}
 
 
 def decompositions() -> dict[Op, Op]:
-    """Our ops in plain PyTorch, for `torch.export.ExportedProgram.run_decompositions`."""
+    """Our ops in plain PyTorch, a table for `torch.export.ExportedProgram.run_decompositions`."""
     return dict(_decompositions)
+
+
+def exportable(op: Op) -> Op:
+    """`op`, or its definition while `torch.onnx.export` traces a model: ONNX has no custom ops."""
+    return _decompositions[op] if torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export() else op
 
 
 def flop_formulas() -> dict[Any, Callable[..., int]]:

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from ocr_kernels.core.arguments import check_tensors, split_scale
 from ocr_kernels.core.backends import resolve_backend
+from ocr_kernels.core.registration import exportable
 from ocr_kernels.gather.registration import spatial_gather_op
 
 
@@ -36,5 +37,5 @@ def spatial_gather(feats: Tensor, logits: Tensor, scale: float | Tensor = 1.0, *
     """
     check_tensors(feats=feats, logits=logits)
     logits, factor = split_scale(scale, logits)
-    out: Tensor = spatial_gather_op(feats, logits, factor, resolve_backend(feats.device, backend))[0]
+    out: Tensor = exportable(spatial_gather_op)(feats, logits, factor, resolve_backend(feats.device, backend))[0]
     return out
