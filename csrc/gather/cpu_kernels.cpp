@@ -178,6 +178,8 @@ struct Backward {
   const OutputProduct<Lane> dfeats{a.dfeats, a.grad, parallel};
   const SmallMatrix<Lane> grad{transposed(a.grad), parallel, a.dlogits.data != nullptr};  // [K, C]
   const Buffer<A> deltas{B, K};
+  const Buffer<A> others{B, splits.count, K};  // what the logits' gradients add up to, less those of the peaks
+  const Buffer<int64_t> peaks{B, K};           // the pixel with more than half of a region's weight, or -1
 
   struct Scratch {
     Buffer<A> weights, dweights;
@@ -206,10 +208,11 @@ struct Backward {
     const Scratch s{Buffer<A>(K, stride), Buffer<A>(round_up(K, kDotColumns), stride),
                     Buffer<Lane>(kElements == 2 ? lanes<Lane>(K) : 0, stride),
                     Buffer<Lane>(max(lanes<Lane>(kChannels) * stride, product(kDotRows, grad.stride())))};
+    fill(others.data() + task * K, K, A(0));
     splits.for_each_tile(task, [&](int64_t image, int64_t first, int64_t count) {
       const Window w{image, 0, K, first, count};
       weigh(s, w);
-      if (a.dlogits.data) differentiate_logits(s, w);
+      if (a.dlogits.data) differentiate_logits(s, w, others.data() + task * K);
       if (a.dfeats.data) dfeats.write(w, lanes_across(s.across.data(), s.weights.data(), K, stride), stride);
     });
   }
@@ -225,17 +228,41 @@ struct Backward {
     }
   }
 
-  void differentiate_logits(const Scratch& s, Window w) const {
+  // A softmax's gradients add up to zero: that of a peak, in which nearly equal numbers are subtracted, is left to
+  // `differentiate_peaks`.
+  void differentiate_logits(const Scratch& s, Window w, A* sums) const {
     channels_last(a.feats) ? dweights_along_channels(s, w) : dweights_along_pixels(s, w);
     for (int64_t k = 0; k < K; ++k) {
+      A* const weights = s.weights.data() + k * stride;
+      A* const dweights = s.dweights.data() + k * stride;
       const Vec<A> delta = broadcast(deltas.data()[w.batch * K + k]);
-      for (int64_t i = k * stride; i < k * stride + w.columns; i += Vec<A>::size) {
-        const Vec<A> weight = load<A>(s.weights.data() + i);
-        store(s.dweights.data() + i,
-              broadcast(scale) * (weight * zero_at_one(weight, load<A>(s.dweights.data() + i) - delta)));
+      for (int64_t i = w.columns; i < round_up(w.columns, Vec<A>::size); ++i) weights[i] = dweights[i] = 0;
+      Vec<A> sum_of_others = broadcast(A(0)), highest = broadcast(A(0));
+      for (int64_t i = 0; i < w.columns; i += Vec<A>::size) {
+        const Vec<A> weight = load<A>(weights + i), term = weight * (load<A>(dweights + i) - delta);
+        sum_of_others = sum_of_others + (term - if_above(weight, A(0.5), term));  // 0 of a peak, or NaN
+        highest = max(highest, weight);
+        store(dweights + i, broadcast(scale) * term);
       }
+      sums[k] += sum(sum_of_others);
+      if (max_lane(highest) > A(0.5))
+        for (int64_t i = 0; i < w.columns; ++i)
+          if (weights[i] > A(0.5)) peaks.data()[w.batch * K + k] = w.column + i;
     }
     write_tile(a.dlogits, w, s.dweights.data(), stride);
+  }
+
+  void differentiate_peaks(int64_t b) const {
+    for (int64_t k = 0; k < K; ++k) {
+      const int64_t peak = peaks.data()[b * K + k];
+      if (peak < 0) continue;
+      A total = 0;
+      for (int64_t split = 0; split < splits.count; ++split) total += others.data()[(b * splits.count + split) * K + k];
+      with_element_type(a.dlogits.dtype, [&](auto type) {
+        using T = decltype(type);
+        *element<T>(a.dlogits, b, k, peak) = from_float<T>(-scale * total);
+      });
+    }
   }
 
   // dweights[k][:] = sum_c grad[k][c] feats[c][:]
@@ -266,8 +293,10 @@ struct Backward {
   }
 
   void operator()() const {
+    fill(peaks.data(), B * K, int64_t(-1));
     if (a.dlogits.data) run_tasks(parallel, B, [this](int64_t b) { sum_delta(b); });
     run_tasks(parallel, B * splits.count, [this](int64_t task) { differentiate_split(task); });
+    if (a.dlogits.data) run_tasks(parallel, B, [this](int64_t b) { differentiate_peaks(b); });
   }
 };
 
