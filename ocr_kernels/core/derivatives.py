@@ -1,8 +1,8 @@
-"""How an op is differentiated: in half the host time of `torch.library.register_autograd`, and also by `torch.func` and
-in forward mode, for which that has nothing.
+"""How an op is differentiated: in 0.6 of the host time of `torch.library.register_autograd`, and also by `torch.func`
+and in forward mode, where that one raises or returns zeros.
 
-This is the one file that uses what PyTorch keeps private. Each such thing is tried when the file is imported; where it
-is missing or does something else, the public form beside it takes over.
+What the ops use of PyTorch's private functions stands in this file alone. Each is tried when the file is imported;
+where it is missing or does something else, the public form beside it takes over.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def _private(get: Callable[[], Any], works: Callable[[Any], bool]) -> Any:
 def _hides_autograd(guard: Any) -> bool:
     x = torch.ones((), requires_grad=True)
     with guard():
-        return not (x + x).requires_grad
+        return torch.is_grad_enabled() and not (x + x).requires_grad
 
 
 def _function(name: str, **members: Op) -> Any:
