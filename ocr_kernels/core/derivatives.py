@@ -8,7 +8,7 @@ where it is missing or does something else, the public form beside it takes over
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -89,10 +89,11 @@ def register_derivative(
     setup_context: Callable[..., None],
     backward: Op,
     vmap: Op,
+    autocast: Mapping[str, Op],
 ) -> None:
     """Differentiate `op`, whose first `tensors` arguments are tensors; `run` is the op less its derivative.
 
-    Forward mode goes through the definition.
+    Forward mode goes through the definition. `autocast` has the rules by type of device.
     """
 
     def jvp(*_: Any) -> Any:
@@ -117,6 +118,9 @@ def register_derivative(
         return run(*args)
 
     def transform(*args: Any) -> Any:
+        kind = args[0].device.type
+        if kind in autocast and torch.is_autocast_enabled(kind):
+            return autocast[kind](*args)
         try:
             return function.apply(*args)
         except _ForwardMode:
