@@ -17,6 +17,7 @@ from ocr_kernels.core.triton_device import (
     image_of,
     load_tile,
     narrow,
+    part_of_sum,
     product,
     rows_of,
     split_of_program,
@@ -26,6 +27,7 @@ from ocr_kernels.core.triton_host import (
     NEVER_FUSED,
     Problem,
     alignment,
+    cdiv,
     device_facts,
     math_of,
     reduce_splits,
@@ -89,7 +91,7 @@ def forward(out: Tensor, stats: Tensor, feats: Tensor, logits: Tensor, scale: fl
     numbers, device = math_of(x, m), device_facts(x.device)
     scattered = m.dtype.itemsize > numbers.itemsize or m.stride(2) != 1
     tile = tiles.FORWARD.choose(Problem(numbers.itemsize, device, channels, regions, scattered=scattered))
-    programs = triton.cdiv(channels, tile.channels) * triton.cdiv(regions, tile.regions) * batch
+    programs = cdiv(channels, tile.channels) * cdiv(regions, tile.regions) * batch
     split_length, splits = split(pixels, tile.pixels, programs, 2 * device.multiprocessors)
     partial = stats.new_empty((batch, splits, channels, round_up(regions)))
     partial_stats = stats.new_empty((batch, splits, 3, regions))
@@ -100,7 +102,7 @@ def forward(out: Tensor, stats: Tensor, feats: Tensor, logits: Tensor, scale: fl
             MATH=numbers,
             ALIGNMENT=alignment(x, m),
             INT64=requires_int64_offsets((x, tile.channels, tile.pixels), (m, tile.regions, tile.pixels)),
-            **tile.arguments(),
+            **tile.arguments,
         )  # fmt: skip
         reduce_splits(out, partial, (partial_stats, stats))
 
@@ -247,7 +249,7 @@ def spatial_gather_backward_feats_kernel(
     for k0 in range(0, K, BLOCK_K):
         weights = softmax_over_pixels(logits, stats, k0, n0, factor, K, BLOCK_K, BLOCK_N)
         g = load_tile(grad, c0, k0, BLOCK_C, BLOCK_K)
-        dx += product(g, narrow(weights * MATH.lift, MATH.dot), MATH)  # each tile alone: one long sum is less exact
+        dx += part_of_sum(product(g, narrow(weights * MATH.lift, MATH.dot), MATH), n0, N)
     store_tile(dfeats, dx / MATH.lift, c0, n0)
 
 
@@ -268,14 +270,14 @@ def backward(
     dm = m if dlogits is None else dlogits.flatten(2)
     numbers = math_of(x, m)
     tile = tiles.BACKWARD.choose(Problem(numbers.itemsize, device_facts(x.device), channels, regions))
-    region_tiles = triton.cdiv(regions, tile.regions)
+    region_tiles = cdiv(regions, tile.regions)
     rows = grad.new_empty((batch, channels, round_up(regions)))
     delta = stats.new_empty((batch, regions))
     peaks = stats.new_empty((batch, regions), dtype=torch.int32)
-    pixel_tiles = triton.cdiv(pixels, tile.pixels)
+    pixel_tiles = cdiv(pixels, tile.pixels)
     others = stats.new_empty((batch, pixel_tiles, regions) if dlogits is not None else 1)
     sizes = channels, regions, pixels, rows.shape[2], scale
-    options = tile.arguments() | {
+    options = tile.arguments | {
         "MATH": numbers,
         "ALIGNMENT": alignment(x, m, dx, dm),
         "INT64": requires_int64_offsets(
@@ -283,7 +285,7 @@ def backward(
         ),
     }
     with torch.cuda.device_of(x):
-        spatial_gather_delta_kernel[(batch * triton.cdiv(regions, 16),)](
+        spatial_gather_delta_kernel[(batch * cdiv(regions, 16),)](
             rows, delta, peaks, grad, grad.stride(), stats, channels, regions, rows.shape[2],
             BLOCK_C=512, BLOCK_K=16, num_warps=8, **NEVER_FUSED,
         )  # fmt: skip
@@ -297,11 +299,11 @@ def backward(
                 **options,
             )  # fmt: skip
         if dlogits is not None:  # few regions a program, since there are few programs, and many tiles at once
-            spatial_gather_peaks_kernel[(batch * triton.cdiv(regions, 4),)](
+            spatial_gather_peaks_kernel[(batch * cdiv(regions, 4),)](
                 dm, dm.stride(), peaks, others, regions, pixel_tiles, scale,
                 BLOCK_K=4, BLOCK_T=512, num_warps=8, **NEVER_FUSED,
             )  # fmt: skip
         if region_tiles > 1 and dfeats is not None:
-            spatial_gather_backward_feats_kernel[(batch * pixel_tiles * triton.cdiv(channels, tile.channels),)](
+            spatial_gather_backward_feats_kernel[(batch * pixel_tiles * cdiv(channels, tile.channels),)](
                 dx, dx.stride(), rows, m, m.stride(), stats, *sizes, **options
             )
