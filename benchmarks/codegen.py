@@ -38,6 +38,7 @@ import ocr_kernels.core.triton_host
 import ocr_kernels.gather.triton
 import ocr_kernels.head.triton
 from benchmarks.cases import CASES, Case
+from ocr_kernels.core.layout import statistics_dtype
 from ocr_kernels.core.triton_host import DeviceFacts
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -73,14 +74,14 @@ class Architecture(NamedTuple):
 
 
 ARCHITECTURES = {
-    "sm_75": Architecture(GPUTarget("cuda", 75, 32), DeviceFacts(40, 65536, False), 1024, 16, reserved=0),
-    "sm_80": Architecture(GPUTarget("cuda", 80, 32), DeviceFacts(108, 166912, True), 2048, 32),
-    "sm_86": Architecture(GPUTarget("cuda", 86, 32), DeviceFacts(84, 101376, True), 1536, 16),
-    "sm_89": Architecture(GPUTarget("cuda", 89, 32), DeviceFacts(128, 101376, True), 1536, 24),
-    "sm_90": Architecture(GPUTarget("cuda", 90, 32), DeviceFacts(132, 232448, True), 2048, 32),
-    "sm_100": Architecture(GPUTarget("cuda", 100, 32), DeviceFacts(148, 232448, True), 2048, 32),
-    "sm_120": Architecture(GPUTarget("cuda", 120, 32), DeviceFacts(170, 101376, True), 1536, 24),
-    "gfx942": Architecture(GPUTarget("hip", "gfx942", 64), DeviceFacts(304, 65536, True), 2048, 32, reserved=0),
+    "sm_75": Architecture(GPUTarget("cuda", 75, 32), DeviceFacts(40, 65536, (7, 5)), 1024, 16, reserved=0),
+    "sm_80": Architecture(GPUTarget("cuda", 80, 32), DeviceFacts(108, 166912, (8, 0)), 2048, 32),
+    "sm_86": Architecture(GPUTarget("cuda", 86, 32), DeviceFacts(84, 101376, (8, 6)), 1536, 16),
+    "sm_89": Architecture(GPUTarget("cuda", 89, 32), DeviceFacts(128, 101376, (8, 9)), 1536, 24),
+    "sm_90": Architecture(GPUTarget("cuda", 90, 32), DeviceFacts(132, 232448, (9, 0)), 2048, 32),
+    "sm_100": Architecture(GPUTarget("cuda", 100, 32), DeviceFacts(148, 232448, (10, 0)), 2048, 32),
+    "sm_120": Architecture(GPUTarget("cuda", 120, 32), DeviceFacts(170, 101376, (12, 0)), 1536, 24),
+    "gfx942": Architecture(GPUTarget("hip", "gfx942", 64), DeviceFacts(304, 65536, None), 2048, 32, reserved=0),
 }
 
 
@@ -100,9 +101,7 @@ class Shape:
 
     def launch(self) -> None:
         """Run gather and attention forward and backward on meta tensors."""
-        from ocr_kernels.attention import registration as attention
-        from ocr_kernels.gather import registration as gather
-
+        gather, attention = ocr_kernels.gather.triton, ocr_kernels.attention.triton
         case = self.case
 
         def pixels(channels: int, dtype: torch.dtype) -> Tensor:
@@ -112,10 +111,13 @@ class Shape:
         feats, query = pixels(case.channels, self.dtype), pixels(case.key_channels, self.dtype)
         logits = pixels(case.regions, self.logits_dtype or self.dtype)
         key = query.new_empty((case.batch, case.key_channels, case.regions))
-        out, stats = gather._forward(feats, logits, 1.0, "triton")
-        gather._backward(out, feats, logits, stats, 1.0, True, True, "triton")
-        context = attention._forward(query, key, key, None, "triton")
-        attention._backward(context, query, key, key, None, True, True, True, "triton")
+        out = feats.new_empty((case.batch, case.channels, case.regions))
+        statistics = statistics_dtype(feats, logits)
+        stats = feats.new_empty((case.batch, case.channels + 2, case.regions), dtype=statistics)
+        gather.forward(out, stats, feats, logits, 1.0)
+        gather.backward(feats, logits, out, feats, logits, stats, 1.0)
+        attention.forward(query, query, key, key, 1.0)
+        attention.backward(query, key, key, query, query, key, key, 1.0)
 
 
 class HeadShape(Shape):
@@ -175,30 +177,34 @@ def shapes(quick: bool) -> list[Shape]:
     ]
 
 
+Position = tuple[int, ...]  # an argument's position, and an element's in it where it is a tuple
+
+
 @dataclass(frozen=True)
 class Launch:
     """One kernel launch: what Triton's just-in-time compiler would make of its arguments."""
 
     kernel: str  # module:name
-    signature: tuple[tuple[str, str], ...]
-    constants: tuple[tuple[str, Any], ...]
-    divisible_by_16: tuple[str, ...]
-    options: tuple[tuple[str, int], ...]
+    signature: tuple[tuple[str, Any], ...]  # a name and a type, or a tuple of types
+    constants: tuple[tuple[Position, Any], ...]
+    divisible_by_16: tuple[Position, ...]
+    options: tuple[tuple[str, Any], ...]
 
     def __str__(self) -> str:
         name = self.kernel.split(":")[1].removeprefix("spatial_").removeprefix("pixel_region_").removesuffix("_kernel")
-        tiles = [f"{name[6:]}{value}" for name, value in self.constants if name.startswith("BLOCK_")]
-        return f"{name:26} {' '.join(tiles + [f'{name[4]}{value}' for name, value in self.options]):25}"
+        named = [(name, self.constant(name)) for name, _ in self.signature]
+        tiles = [f"{name[6:]}{value}" for name, value in named if name.startswith("BLOCK_")]
+        runs = [f"{name[4]}{value}" for name, value in self.options if name.startswith("num_")]
+        return f"{name:26} {' '.join(tiles + runs):25}"
+
+    def constant(self, name: str) -> Any:
+        """The value of a parameter that is a constant; None where there is no such."""
+        positions = {name: (index,) for index, (name, _) in enumerate(self.signature)}
+        return dict(self.constants).get(positions.get(name, ()))
 
     def compile(self, target: GPUTarget) -> Any:
-        kernel = pkgutil.resolve_name(self.kernel)
-        position = {name: (index,) for index, name in enumerate(kernel.arg_names)}
-        source = ASTSource(
-            kernel,
-            dict(self.signature),
-            {position[name]: value for name, value in self.constants},
-            {position[name]: [["tt.divisibility", 16]] for name in self.divisible_by_16},
-        )
+        divisible = {position: [["tt.divisibility", 16]] for position in self.divisible_by_16}
+        source = ASTSource(pkgutil.resolve_name(self.kernel), dict(self.signature), dict(self.constants), divisible)
         return triton.compile(source, target=target, options=dict(self.options))
 
 
@@ -227,8 +233,8 @@ def launches(architecture: str, run: Callable[[], None]) -> list[Launch]:
     recorded: list[Launch] = []
     facts = ARCHITECTURES[architecture].facts
 
-    def record(kernel: JITFunction[Any], *args: Any, **kwargs: Any) -> None:
-        recorded.append(_launch(kernel, args, kwargs))
+    def record(kernel: JITFunction[Any], *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        recorded.append(_launch(kernel, args, options))
 
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(JITFunction, "run", record))
@@ -240,25 +246,30 @@ def launches(architecture: str, run: Callable[[], None]) -> list[Launch]:
 
 def _launch(kernel: JITFunction[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Launch:
     arguments = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
-    signature: dict[str, str] = {}
-    constants: dict[str, Any] = {}
-    divisible = []
-    for parameter in kernel.params:
-        name, value = parameter.name, arguments.pop(parameter.name)
-        if parameter.is_constexpr or (isinstance(value, int) and value == 1):
-            signature[name], constants[name] = "constexpr", value
-        elif isinstance(value, Tensor):
-            signature[name] = "*" + TYPES[value.dtype]
-            divisible.append(name)
-        elif isinstance(value, float):
-            signature[name] = parameter.annotation_type
-        else:
-            signature[name] = "i32" if value < 2**31 else "i64"
-            if value % 16 == 0:
-                divisible.append(name)
-    options = {name: arguments[name] for name in ("num_warps", "num_stages") if name in arguments}
+    constants: list[tuple[Position, Any]] = []
+    divisible: list[Position] = []
+
+    def type_of(value: Any, position: Position, parameter: Any) -> Any:
+        if parameter.is_constexpr or (isinstance(value, int) and value == 1 and not parameter.do_not_specialize):
+            constants.append((position, value))
+            return "constexpr"
+        if isinstance(value, tuple):  # whose elements Triton always specialises
+            return tuple(type_of(element, (*position, i), parameter) for i, element in enumerate(value))
+        if isinstance(value, float):
+            return parameter.annotation_type
+        if isinstance(value, Tensor):
+            divisible.append(position)
+            return "*" + TYPES[value.dtype]
+        if value % 16 == 0 and not parameter.do_not_specialize:
+            divisible.append(position)
+        return "i32" if value < 2**31 else "i64"
+
+    signature = tuple(
+        (parameter.name, type_of(arguments.pop(parameter.name), (index,), parameter))
+        for index, parameter in enumerate(kernel.params)
+    )
     path = f"{kernel.fn.__module__}:{kernel.fn.__name__}"
-    return Launch(path, tuple(signature.items()), tuple(constants.items()), tuple(divisible), tuple(options.items()))
+    return Launch(path, signature, tuple(constants), tuple(divisible), tuple(arguments.items()))
 
 
 def chosen(architecture: str, shapes: Iterable[Shape]) -> dict[Launch, list[Shape]]:
@@ -310,19 +321,21 @@ def allowed_spills(launch: Launch, found: Resources) -> int:
     """
     if found.registers < min(254, REGISTERS // dict(launch.options).get("num_warps", 4)):
         return 32
-    return 16 if dict(launch.constants).get("ALIGNMENT") == 1 else 0
+    return 16 if launch.constant("ALIGNMENT") == 1 else 0
 
 
 def faults(architecture: str, launch: Launch, found: Resources) -> list[str]:
     """What a launch should not be."""
     on = ARCHITECTURES[architecture]
     allowed = allowed_spills(launch, found)
-    operand = str(dict(launch.constants).get("DOT", "none"))  # what enters products, if there are any
+    numbers = launch.constant("MATH")
+    operand = str(numbers.dot) if numbers else "none"  # what enters products, if there are any
     problems = {
         f"spills more than {allowed}": found.spilled > allowed,
         f"exceeds {on.facts.shared_memory} bytes of shared memory": found.shared > on.facts.shared_memory,
         f"multiplies {operand} without matrix instructions": operand in ("bf16", "fp16") and not found.matrix,
         "rounds fp32 to multiply it": operand == "fp32" and on.target.backend == "cuda" and bool(found.matrix),
+        "may fuse products and sums": dict(launch.options).get("enable_fp_fusion", True),
     }
     return [problem for problem, present in problems.items() if present]
 

@@ -1,11 +1,23 @@
-"""What the Triton kernels of all ops are made of: addresses of tiles, loads, stores and products."""
+"""What the Triton kernels of all ops are made of: matrices in memory, tiles of them, products, sums of splits."""
 
 from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
 from ocr_kernels.core.backends import interpreting
+
+
+class Matrix(NamedTuple):
+    """A matrix in memory, of which kernels load and store tiles."""
+
+    base: Any  # its address
+    height: Any
+    width: Any
+    stride_row: Any
+    stride_column: Any
 
 
 @triton.jit
@@ -15,54 +27,57 @@ def aligned(x, ALIGNMENT: tl.constexpr):
 
 
 @triton.jit
-def image_of(base, image, stride_b, stride_c, ALIGNMENT: tl.constexpr):
-    """One image of a tensor [B, channels, N]: its address and its channel stride."""
-    return base + image * aligned(stride_b, ALIGNMENT), aligned(stride_c, ALIGNMENT)
+def image_of(base, strides, image, height, width, ALIGNMENT: tl.constexpr, INT64: tl.constexpr):
+    """One image of a tensor [B, height, width]. Offsets inside a tile are 64-bit where they need it: INT64."""
+    OFFSET: tl.constexpr = tl.int64 if INT64 else tl.int32
+    return Matrix(
+        base + image * aligned(strides[0], ALIGNMENT),
+        height,
+        aligned(width, ALIGNMENT),
+        tl.cast(aligned(strides[1], ALIGNMENT), OFFSET),
+        tl.cast(strides[2], OFFSET),
+    )
 
 
 @triton.jit
-def tile_pointers(
-    base, row, column, stride_row, stride_column,
-    INT64: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """Addresses of the [ROWS, COLUMNS] tile of a matrix at `base` whose corner is (row, column).
-
-    The corner is always addressed in 64 bits, offsets inside the tile only where they need it: INT64.
-    """
-    base += tl.cast(row, tl.int64) * stride_row + tl.cast(column, tl.int64) * stride_column
-    rows = tl.arange(0, ROWS)
-    columns = tl.arange(0, COLUMNS)
-    if INT64:
-        rows = rows.to(tl.int64)
-        columns = columns.to(tl.int64)
-    return base + rows[:, None] * stride_row + columns[None, :] * stride_column
+def rows_of(base, height, width, row_length):
+    """A contiguous matrix [height, row_length], of which `width` columns count."""
+    return Matrix(base, height, width, row_length, 1)
 
 
 @triton.jit
-def tile_mask(row, column, height, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Which elements of the tile lie inside a matrix [height, width]."""
-    return (row + tl.arange(0, ROWS) < height)[:, None] & (column + tl.arange(0, COLUMNS) < width)[None, :]
+def transposed(matrix):
+    return Matrix(matrix.base, matrix.width, matrix.height, matrix.stride_column, matrix.stride_row)
 
 
 @triton.jit
-def load_tile(
-    base, row, column, height, width, stride_row, stride_column,
-    INT64: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """The tile, with zeros where it lies outside the matrix [height, width]."""
-    pointers = tile_pointers(base, row, column, stride_row, stride_column, INT64, ROWS, COLUMNS)
-    return tl.load(pointers, mask=tile_mask(row, column, height, width, ROWS, COLUMNS), other=0.0)
+def tile_pointers(matrix, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Addresses of the [ROWS, COLUMNS] tile whose corner is (row, column), which is always addressed in 64 bits."""
+    corner = tl.cast(row, tl.int64) * matrix.stride_row + tl.cast(column, tl.int64) * matrix.stride_column
+    rows = tl.arange(0, ROWS)[:, None] * matrix.stride_row
+    return matrix.base + corner + rows + tl.arange(0, COLUMNS)[None, :] * matrix.stride_column
 
 
 @triton.jit
-def store_tile(
-    base, tile, row, column, height, width, stride_row, stride_column,
-    INT64: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """Store the part of the tile inside the matrix [height, width], rounded to its dtype."""
-    pointers = tile_pointers(base, row, column, stride_row, stride_column, INT64, ROWS, COLUMNS)
-    mask = tile_mask(row, column, height, width, ROWS, COLUMNS)
-    tl.store(pointers, narrow(tile, base.dtype.element_ty), mask=mask)
+def tile_mask(matrix, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Which elements of the tile lie inside the matrix."""
+    rows, columns = row + tl.arange(0, ROWS), column + tl.arange(0, COLUMNS)
+    return (rows < matrix.height)[:, None] & (columns < matrix.width)[None, :]
+
+
+@triton.jit
+def load_tile(matrix, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The [ROWS, COLUMNS] tile, with zeros where it lies outside the matrix."""
+    pointers = tile_pointers(matrix, row, column, ROWS, COLUMNS)
+    return tl.load(pointers, mask=tile_mask(matrix, row, column, ROWS, COLUMNS), other=0.0)
+
+
+@triton.jit
+def store_tile(matrix, tile, row, column):
+    """Store the part of the tile inside the matrix, rounded to its dtype."""
+    pointers = tile_pointers(matrix, row, column, tile.shape[0], tile.shape[1])
+    mask = tile_mask(matrix, row, column, tile.shape[0], tile.shape[1])
+    tl.store(pointers, narrow(tile, matrix.base.dtype.element_ty), mask=mask)
 
 
 # Triton's interpreter multiplies bfloat16 tiles as the integers that store them, and truncates when it narrows to
@@ -71,12 +86,20 @@ INTERPRETING = tl.constexpr(interpreting())
 
 
 @triton.jit
-def product(a, b, accumulator, INPUT_PRECISION: tl.constexpr):
-    """accumulator + a @ b, in the accumulator's dtype."""
+def add_product(total, a, b, MATH: tl.constexpr):
+    """total + a @ b."""
+    a = a.to(MATH.dot)
+    b = b.to(MATH.dot)
     if INTERPRETING:
-        a = a.to(accumulator.dtype)
-        b = b.to(accumulator.dtype)
-    return tl.dot(a, b, accumulator, input_precision=INPUT_PRECISION, out_dtype=accumulator.dtype)
+        a = a.to(MATH.accumulator)
+        b = b.to(MATH.accumulator)
+    return tl.dot(a, b, total, input_precision=MATH.input_precision, out_dtype=MATH.accumulator)
+
+
+@triton.jit
+def product(a, b, MATH: tl.constexpr):
+    """a @ b, in the accumulators' dtype."""
+    return add_product(tl.zeros([a.shape[0], b.shape[1]], MATH.accumulator), a, b, MATH)
 
 
 @triton.jit
@@ -86,3 +109,73 @@ def narrow(x, DTYPE: tl.constexpr):
         bits = x.to(tl.float32).to(tl.int32, bitcast=True)
         x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
     return x.to(DTYPE)
+
+
+@triton.jit
+def finite(maximum):
+    """What scores are lowered by before they are exponentiated: 0 where none is above -inf, since inf - inf is NaN."""
+    return tl.where(maximum == float("-inf"), 0.0, maximum)
+
+
+@triton.jit
+def split_of_program(C, K, splits, split_length, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr):
+    """What a program sums: the corner of its tile [BLOCK_C, BLOCK_K], its split among all images', its first pixel."""
+    # channels vary fastest, so that programs which share a tile of regions run together
+    program = tl.program_id(0)
+    c0 = (program % tl.cdiv(C, BLOCK_C)) * BLOCK_C
+    program //= tl.cdiv(C, BLOCK_C)
+    k0 = (program % tl.cdiv(K, BLOCK_K)) * BLOCK_K
+    program //= tl.cdiv(K, BLOCK_K)
+    return c0, k0, program, (program % splits) * split_length
+
+
+@triton.jit(do_not_specialize=["splits"])
+def reduce_splits_kernel(
+    out, out_strides,  # [B, C, K]
+    stats,  # [B, C + 2, K]: `out` before its rounding, the softmax's maxima and its sums
+    partial, partial_strides,  # [B, splits, C, at least K]
+    partial_stats,  # [B, splits, 3, K]: see spatial_gather_forward_kernel
+    C, K, splits,
+    SOFTMAX: tl.constexpr,  # whether there are statistics
+    BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Add up the splits in a fixed order; of a softmax, rescaled to their common maximum, and normalised."""
+    c0, k0, program, _ = split_of_program(C, K, 1, 0, BLOCK_C, BLOCK_K)
+    image = tl.cast(program, tl.int64)
+    c = c0 + tl.arange(0, BLOCK_C)
+    k = k0 + tl.arange(0, BLOCK_K)
+    partial += image * partial_strides[0]
+    partial_stats += image * splits * 3 * K
+
+    ACCUMULATOR: tl.constexpr = partial.dtype.element_ty
+    sums = tl.zeros([BLOCK_C, BLOCK_K], ACCUMULATOR)
+    maximum = tl.full([BLOCK_K], float("-inf"), ACCUMULATOR)
+    total = tl.zeros([BLOCK_K], ACCUMULATOR)
+    rounded_total = tl.zeros([BLOCK_K], ACCUMULATOR)
+    if SOFTMAX:
+        for s0 in range(0, splits, BLOCK_S):
+            split = tl.cast(s0 + tl.arange(0, BLOCK_S), tl.int64)
+            rows = partial_stats + split[:, None] * 3 * K + k[None, :]
+            maxima = tl.load(rows, mask=(split < splits)[:, None] & (k < K)[None, :], other=float("-inf"))
+            maximum = tl.maximum(maximum, tl.max(maxima, 0))
+    for s0 in range(0, splits, BLOCK_S):
+        split = tl.cast(s0 + tl.arange(0, BLOCK_S), tl.int64)
+        inside = (split < splits)[:, None] & (k < K)[None, :]
+        elements = (split * partial_strides[1])[:, None] + (c * partial_strides[2])[None, :]
+        elements = elements[:, :, None] + k[None, None, :]  # [BLOCK_S, BLOCK_C, BLOCK_K]
+        pieces = tl.load(partial + elements, mask=inside[:, None, :] & (c < C)[None, :, None], other=0.0)
+        if SOFTMAX:
+            rows = partial_stats + split[:, None] * 3 * K + k[None, :]
+            decay = tl.exp(tl.load(rows, mask=inside, other=float("-inf")) - finite(maximum)[None, :])
+            total += tl.sum(decay * tl.load(rows + K, mask=inside, other=0.0), 0)
+            rounded_total += tl.sum(decay * tl.load(rows + 2 * K, mask=inside, other=0.0), 0)
+            pieces *= decay[:, None, :]
+        sums += tl.sum(pieces, 0)
+    if SOFTMAX:
+        sums /= rounded_total[None, :]
+        stats += image * (C + 2) * K
+        store_tile(rows_of(stats, C, K, K), sums, c0, k0)
+        in_k = (k < K) & (c0 == 0)
+        tl.store(stats + C * K + k, maximum, mask=in_k)
+        tl.store(stats + (C + 1) * K + k, total, mask=in_k)
+    store_tile(image_of(out, out_strides, image, C, K, 1, False), sums, c0, k0)

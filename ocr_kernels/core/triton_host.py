@@ -1,10 +1,11 @@
-"""What the launchers of the Triton kernels share: tile sizes, splits, alignment, and facts about the device."""
+"""What the launchers of the Triton kernels share: dtypes, tiles, splits, alignment, and facts about the device."""
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -13,13 +14,177 @@ import triton.language as tl
 from torch import Tensor
 
 from ocr_kernels.core.backends import interpreting
+from ocr_kernels.core.layout import statistics_dtype
+from ocr_kernels.core.triton_device import reduce_splits_kernel
+
+TL = {torch.float64: tl.float64, torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 # In float16 a softmax weight under 2**-14 would be subnormal and one under 2**-24 zero. Weights are at most 1,
 # so they go into a product multiplied by 2**15 and come out of it divided.
 FLOAT16_LIFT = 2.0**15
 
 
-TL = {torch.float64: tl.float64, torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+class DeviceFacts(NamedTuple):
+    """What tiles depend on."""
+
+    multiprocessors: int
+    shared_memory: int  # bytes that one program may use
+    capability: tuple[int, int] | None  # compute capability; None: AMD's
+
+    @property
+    def has_matrix_units(self) -> bool:
+        """Whether Triton multiplies 16-bit tiles on matrix units."""
+        return self.capability is None or self.capability >= (8, 0)
+
+    @property
+    def has_wgmma(self) -> bool:
+        """Whether matrix units read their operands from shared memory: wgmma, and its successor tcgen05."""
+        return self.capability is not None and (9, 0) <= self.capability < (12, 0)
+
+    @property
+    def has_large_shared_memory(self) -> bool:
+        """More than the 64 KiB of Turing and of AMD's older GPUs."""
+        return self.shared_memory >= 96 * 1024
+
+
+@functools.cache
+def device_facts(device: torch.device) -> DeviceFacts:
+    if device.type != "cuda" or interpreting():
+        return DeviceFacts(2, 232448, (9, 0))  # the interpreter: splits enough to be tested, tiles as on a large GPU
+    properties = triton.runtime.driver.active.utils.get_device_properties(device.index)
+    capability = None if torch.version.hip else torch.cuda.get_device_capability(device)
+    return DeviceFacts(int(properties["multiprocessor_count"]), int(properties["max_shared_mem"]), capability)
+
+
+# Dtypes
+
+
+@dataclass(frozen=True)
+class Math:
+    """The numbers that a kernel computes with; a constant of it."""
+
+    dot: tl.dtype  # of tiles that enter products
+    accumulator: tl.dtype  # of sums and softmax statistics
+    lift: float  # what softmax weights are multiplied by where they are rounded
+    input_precision: str  # of float32 tiles: as PyTorch's own float32 matrix products have it, IEEE by default
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an element that enters a product."""
+        return int(self.dot.primitive_bitwidth) // 8
+
+
+def math_of(*tensors: Tensor) -> Math:
+    """Products in float64 if any tensor's dtype is that, else in that of the first; sums in the statistics' dtype."""
+    precision = "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+    return _math_of(
+        tensors[0].dtype, statistics_dtype(*tensors), device_facts(tensors[0].device).has_matrix_units, precision
+    )
+
+
+@functools.cache
+def _math_of(dtype: torch.dtype, accumulator: torch.dtype, matrix_units: bool, precision: str) -> Math:
+    dot = dtype
+    if accumulator == torch.float64 or (dtype.itemsize == 2 and not matrix_units):  # float32 holds 16 bits exactly
+        dot = accumulator
+    return Math(tl_dtype(dot), tl_dtype(accumulator), FLOAT16_LIFT if dtype == torch.float16 else 1.0, precision)
+
+
+def tl_dtype(dtype: torch.dtype) -> tl.dtype:
+    if dtype not in TL:
+        raise TypeError(f"the kernels take float64, float32, bfloat16 or float16, but not {dtype}")
+    return TL[dtype]
+
+
+# Tiles
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What the choice of a tile depends on."""
+
+    itemsize: int  # bytes of an element that enters a product
+    device: DeviceFacts
+    channels: int
+    regions: int = 0
+    outputs: int = 0  # channels that are made from others, or those of an attention's values
+    scattered: bool = False  # whether tiles take more registers: of wider elements, or with an address for each
+
+
+def always(problem: Problem) -> bool:
+    return True
+
+
+def has_wgmma(problem: Problem) -> bool:
+    return problem.device.has_wgmma
+
+
+def has_large_shared_memory(problem: Problem) -> bool:
+    return problem.device.has_large_shared_memory
+
+
+def is_scattered(problem: Problem) -> bool:
+    return problem.scattered
+
+
+ANY = 1 << 62  # number of regions
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How much of each dimension a program holds at a time, in powers of two, and how it runs."""
+
+    regions: int = 0
+    channels: int = 0
+    outputs: int = 0
+    pixels: int = 0
+    warps: int = 8
+    stages: int = 1  # of the pipeline of loads
+    up_to: int = 0  # the most regions that the tile is for, by default those that it holds
+    when: Callable[[Problem], bool] = field(default=always, compare=False)
+
+    def fits(self, problem: Problem) -> bool:
+        return problem.regions <= (self.up_to or self.regions) and self.when(problem)
+
+    def cut_to(self, problem: Problem) -> Tile:
+        """The tile, no larger than the problem."""
+        return replace(
+            self,
+            regions=self.regions and padded(problem.regions, self.regions),
+            channels=self.channels and padded(problem.channels, self.channels),
+            outputs=self.outputs and padded(problem.outputs, self.outputs),
+        )
+
+    def arguments(self) -> dict[str, int]:
+        """As arguments of a launch."""
+        sizes = {"BLOCK_K": self.regions, "BLOCK_C": self.channels, "BLOCK_O": self.outputs, "BLOCK_N": self.pixels}
+        blocks = {name: size for name, size in sizes.items() if size}
+        return blocks | {"num_warps": self.warps, "num_stages": self.stages} | NEVER_FUSED
+
+
+# A product and a sum that become one instruction are rounded once. A score would then be another number in the backward
+# pass than in the forward one, by as much as its rounding, which is no small number where the score is large.
+NEVER_FUSED = {"enable_fp_fusion": False}
+
+
+class TileTable:
+    """The tiles of a kernel, by the bytes of an element that enters a product. The first that fits is taken."""
+
+    def __init__(self, tiles: Mapping[int, Sequence[Tile]]) -> None:
+        self.tiles = tiles
+        self.choose = functools.cache(lambda problem: self.candidates(problem)[0])
+
+    def candidates(self, problem: Problem) -> list[Tile]:
+        """All that could be taken."""
+        return [tile.cut_to(problem) for tile in self.tiles[problem.itemsize] if tile.fits(problem)]
+
+
+def padded(size: int, most: int = 1 << 30) -> int:
+    """A tile's length along a dimension of `size`: a power of two from 16, the least a matrix unit takes, to `most`."""
+    return max(16, min(1 << (size - 1).bit_length(), most))
+
+
+# Addresses
 
 
 def alignment(*tensors: Tensor) -> int:
@@ -30,103 +195,56 @@ def alignment(*tensors: Tensor) -> int:
     return math.gcd(16, *(length for t in tensors for length in (t.shape[2], *t.stride()[:2])))
 
 
-def requires_int64_offsets(*extents: int) -> bool:
-    """Whether an offset inside a tile can pass 2**31, given its extents (last index times stride, summed)."""
-    return max(extents) >= 2**31
+def requires_int64_offsets(*tiles: tuple[Tensor, int, int]) -> bool:
+    """Whether an offset can pass 2**31 inside a tile of a tensor [B, height, width]: (tensor, rows, columns)."""
+    return any((rows - 1) * abs(t.stride(1)) + (columns - 1) * abs(t.stride(2)) >= 2**31 for t, rows, columns in tiles)
 
 
-def extent(rows: int, stride_row: int, columns: int, stride_column: int) -> int:
-    """The largest offset inside a tile of `rows` by `columns` elements."""
-    return (rows - 1) * abs(stride_row) + (columns - 1) * abs(stride_column)
-
-
-def padded(size: int, most: int) -> int:
-    """A tile's length along a dimension of `size`: a power of two from 16, the least a matrix unit takes, to `most`."""
-    return max(16, min(1 << (size - 1).bit_length(), most))
-
-
-def round_up(length: int, multiple: int) -> int:
-    """Rows of partial sums are padded to a multiple of 16, so that they are stored with one address for several."""
+def round_up(length: int, multiple: int = 16) -> int:
+    """Rows of partial results have a multiple of 16, so that they are stored with one address for several."""
     return -(-length // multiple) * multiple
 
 
-def dot_dtype(*tensors: Tensor) -> torch.dtype:
-    """The dtype in which tiles enter products: float64 if any tensor's is, else the first tensor's.
-
-    Where no matrix unit takes 16-bit tiles, they are multiplied as float32, which holds them exactly.
-    """
-    if any(t.dtype == torch.float64 for t in tensors):
-        return torch.float64
-    dtype = tensors[0].dtype
-    return dtype if dtype.itemsize > 2 or device_facts(tensors[0].device).matrix_units else torch.float32
-
-
-def lift(dtype: torch.dtype) -> float:
-    return FLOAT16_LIFT if dtype == torch.float16 else 1.0
+def aligned_rows(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """Two tensors [B, channels, K] with such rows, zeros at the end: then one address serves for several."""
+    batch, channels, regions = first.shape
+    if regions % 16 == 0 and first.stride(2) == second.stride(2) == 1:
+        return first, second
+    rows = first.new_zeros((batch, channels + second.shape[1], round_up(regions)))
+    torch.cat((first, second), 1, out=rows[..., :regions])
+    return rows[:, :channels], rows[:, channels:]
 
 
-def input_precision() -> str:
-    """How float32 tiles are multiplied: as PyTorch's own float32 matrix products are, IEEE by default."""
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+# Splits
 
 
 def split(length: int, block: int, programs: int, wanted: int) -> tuple[int, int]:
-    """Cut `length` into chunks of whole blocks so that `programs` times as many programs reach `wanted`.
+    """Cut `length` into splits of whole blocks so that `programs` times as many programs reach `wanted`.
 
-    Returns (chunk, number of chunks); no chunk is empty.
+    Returns (length of a split, number of splits); none is empty.
     """
     blocks = triton.cdiv(length, block)
-    chunk = triton.cdiv(blocks, max(1, min(blocks, triton.cdiv(wanted, programs)))) * block
-    return chunk, triton.cdiv(length, chunk)
+    split_length = triton.cdiv(blocks, max(1, min(blocks, triton.cdiv(wanted, programs)))) * block
+    return split_length, triton.cdiv(length, split_length)
 
 
-class Blocks(NamedTuple):
-    """Tile sizes along channels, regions and pixels, and how a program runs."""
+def reduce_splits(out: Tensor, partial: Tensor, statistics: tuple[Tensor, Tensor] | None = None) -> None:
+    """Fill `out` [B, C, K] with the sums over the splits of `partial` [B, splits, C, at least K], in a fixed order.
 
-    channels: int
-    regions: int
-    pixels: int
-    num_warps: int
-    num_stages: int
-
-    def arguments(self) -> dict[str, int]:
-        """As arguments of a launch."""
-        return {
-            "BLOCK_C": self.channels,
-            "BLOCK_K": self.regions,
-            "BLOCK_N": self.pixels,
-            "num_warps": self.num_warps,
-            "num_stages": self.num_stages,
-        }
-
-
-# For each size of a tile's elements in bytes: (channels, pixels, num_warps, num_stages) where the region tile holds
-# up to 32, 64, 128 and 256 regions, and where more than 256 come in tiles of 128. Chosen so that registers do not spill
-# on any architecture.
-TileTable = Mapping[int, tuple[tuple[int, int, int, int], ...]]
-
-
-def blocks_from(table: TileTable, channels: int, regions: int, itemsize: int, most_regions: int = 256) -> Blocks:
-    """Tiles for `channels` channels and all regions up to `most_regions`."""
-    many = regions > most_regions
-    block_k = most_regions // 2 if many else padded(regions, most_regions)
-    row = -1 if many else max(block_k.bit_length() - 6, 0)
-    block_c, pixels, num_warps, num_stages = table[itemsize][row]
-    return Blocks(padded(channels, block_c), block_k, pixels, num_warps, num_stages)
-
-
-class DeviceFacts(NamedTuple):
-    """What tile sizes depend on."""
-
-    multiprocessors: int
-    shared_memory: int  # bytes that one program may use
-    matrix_units: bool  # whether they take 16-bit tiles; Triton uses none before compute capability 8.0
-
-
-@functools.cache
-def device_facts(device: torch.device) -> DeviceFacts:
-    if device.type != "cuda" or interpreting():
-        return DeviceFacts(2, 232448, True)  # the interpreter: splits enough to be tested, tiles as on a large GPU
-    properties = triton.runtime.driver.active.utils.get_device_properties(device.index)
-    matrix_units = torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
-    return DeviceFacts(int(properties["multiprocessor_count"]), int(properties["max_shared_mem"]), matrix_units)
+    With the statistics of a softmax over pixels, those of the splits [B, splits, 3, K] and the whole's, which are
+    filled, [B, C + 2, K], the sums are normalised.
+    """
+    batch, channels, regions = out.shape
+    partial_stats, stats = statistics or (partial, partial)
+    block_k = padded(regions, 32)
+    block_s = padded(partial.shape[1], 512 // partial.itemsize)  # all splits at once: many independent loads
+    block_c = 4 if block_s * partial.itemsize <= 256 else 2
+    reduce_splits_kernel[(batch * triton.cdiv(channels, block_c) * triton.cdiv(regions, block_k),)](
+        out, out.stride(), stats, partial, partial.stride(), partial_stats, channels, regions, partial.shape[1],
+        SOFTMAX=statistics is not None,
+        BLOCK_S=block_s,
+        BLOCK_C=block_c,
+        BLOCK_K=block_k,
+        num_warps=8,
+        **NEVER_FUSED,
+    )  # fmt: skip

@@ -1,0 +1,59 @@
+"""The gather's tiles: the file to tune. Chosen so that no architecture spills registers; never measured."""
+
+from __future__ import annotations
+
+from ocr_kernels.core.triton_host import ANY, Tile, TileTable, has_large_shared_memory, has_wgmma, is_scattered
+
+# All regions if they are up to 256, then as many channels as registers hold. Logits are scattered or not.
+FORWARD = TileTable(
+    {
+        2: (
+            Tile(regions=32, channels=128, pixels=32, warps=4, stages=2),
+            Tile(regions=64, channels=128, pixels=64, stages=2),
+            Tile(regions=128, channels=128, pixels=32, stages=2),
+            Tile(regions=256, channels=64, pixels=32, when=is_scattered),
+            Tile(regions=256, channels=128, pixels=32, when=has_wgmma),
+            Tile(regions=256, channels=128, pixels=16, warps=16),
+            Tile(regions=128, up_to=ANY, channels=128, pixels=32, stages=2),
+        ),
+        4: (
+            Tile(regions=64, channels=64, pixels=16, stages=2),
+            Tile(regions=128, channels=64, pixels=16),
+            Tile(regions=256, channels=32, pixels=16, when=is_scattered),
+            Tile(regions=256, channels=64, pixels=16),
+            Tile(regions=128, up_to=ANY, channels=64, pixels=16),
+        ),
+        8: (
+            Tile(regions=128, channels=32, pixels=16),
+            Tile(regions=256, channels=16, pixels=16),
+            Tile(regions=128, up_to=ANY, channels=32, pixels=16),
+        ),
+    }
+)
+
+# All regions if they are up to 256, then pixels, then channels.
+BACKWARD = TileTable(
+    {
+        2: (
+            Tile(regions=256, channels=64, pixels=64, stages=2, when=has_wgmma),
+            Tile(regions=64, channels=64, pixels=64, stages=2),
+            Tile(regions=128, channels=64, pixels=64),
+            Tile(regions=256, channels=64, pixels=32),
+            Tile(regions=128, up_to=ANY, channels=64, pixels=64, stages=2, when=has_wgmma),
+            Tile(regions=128, up_to=ANY, channels=64, pixels=32),
+        ),
+        4: (
+            Tile(regions=32, channels=32, pixels=32, warps=4, stages=2),
+            Tile(regions=64, channels=32, pixels=32, stages=2),
+            Tile(regions=128, channels=16, pixels=16, stages=2),
+            Tile(regions=256, channels=32, pixels=16),
+            Tile(regions=128, up_to=ANY, channels=16, pixels=16),
+        ),
+        8: (
+            Tile(regions=128, channels=16, pixels=16),
+            Tile(regions=256, channels=16, pixels=16, when=has_large_shared_memory),
+            Tile(regions=128, up_to=ANY, channels=16, pixels=16, when=has_large_shared_memory),
+            Tile(regions=64, up_to=ANY, channels=16, pixels=16),
+        ),
+    }
+)

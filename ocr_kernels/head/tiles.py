@@ -1,0 +1,43 @@
+"""The head's tiles: the file to tune. Chosen so that no architecture spills registers; never measured."""
+
+from __future__ import annotations
+
+from ocr_kernels.core.triton_host import Problem, Tile, TileTable, has_wgmma, is_scattered
+
+MOST = 256  # regions, and channels of keys, that fit in a program's registers
+
+
+def has_scattered_wgmma(problem: Problem) -> bool:
+    return has_wgmma(problem) and is_scattered(problem)
+
+
+# All of D and all regions, then pixels, then channels; `outputs` are channels of q.
+WEIGHTS = TileTable(
+    {
+        2: (
+            Tile(regions=32, channels=64, outputs=64, pixels=128, stages=3, when=has_wgmma),
+            Tile(regions=64, channels=64, outputs=32, pixels=128, stages=2, when=has_wgmma),
+            Tile(regions=256, channels=64, outputs=64, pixels=64, stages=2, when=has_wgmma),
+            Tile(regions=256, channels=32, outputs=32, pixels=64, stages=2),
+        )
+    }
+)
+
+# As many outputs and pixels as registers hold, regions by 64. Each pixel of feats and z is scattered or not.
+FUSE = TileTable(
+    {
+        2: (
+            Tile(regions=64, channels=64, outputs=128, pixels=128, stages=3, when=has_scattered_wgmma),
+            Tile(regions=64, up_to=192, channels=64, outputs=128, pixels=128, stages=2, when=has_scattered_wgmma),
+            Tile(regions=64, up_to=256, channels=32, outputs=128, pixels=128, stages=2, when=has_scattered_wgmma),
+            Tile(regions=64, channels=64, outputs=256, pixels=128, stages=3, when=has_wgmma),
+            Tile(regions=64, up_to=192, channels=64, outputs=256, pixels=128, stages=2, when=has_wgmma),
+            Tile(regions=64, up_to=256, channels=32, outputs=256, pixels=128, stages=2, when=has_wgmma),
+            Tile(regions=64, channels=32, outputs=128, pixels=128, stages=3),
+            Tile(regions=64, up_to=256, channels=32, outputs=128, pixels=128, stages=2),
+        )
+    }
+)
+
+# A product with nothing else in it.
+LINEAR = TileTable({2: (Tile(channels=32, outputs=128, pixels=128, stages=2),)})
