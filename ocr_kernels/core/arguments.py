@@ -18,7 +18,9 @@ def check_tensors(**arguments: object) -> None:
 
 def split_scale(scale: object, scores: Tensor) -> tuple[Tensor, float]:
     """`scores` and the number to multiply them by; a tensor of one element is multiplied in, so that it is trained."""
-    if isinstance(scale, (float, int, Real, torch.SymInt, torch.SymFloat)):
+    if isinstance(scale, (float, int, torch.SymInt, torch.SymFloat)):  # as it is: it may be symbolic
+        return scores, scale
+    if isinstance(scale, Real):
         return scores, float(scale)
     if not isinstance(scale, Tensor):
         raise TypeError(f"scale must be a number or a tensor of one element, but is {type(scale).__name__}")
