@@ -86,7 +86,7 @@ def test_unneeded_gradients_have_no_elements(op: Op, target: tuple[str, str]) ->
     inputs = op.inputs(device=device)
     backward = getattr(torch.ops.ocr_kernels, op.name + "_backward")
     forward = op.overload(*inputs, 1.0, backend)
-    extra = forward if op is GATHER else ()
+    extra = forward[1:] if op is GATHER else ()
     out = forward[0] if op is GATHER else forward
     gradients = backward(out, *inputs, *extra, 1.0, True, *(False for _ in inputs[1:]), backend)
     assert [g.numel() for g in gradients] == [inputs[0].numel(), *(0 for _ in inputs[1:])]
@@ -96,10 +96,10 @@ def test_unneeded_gradients_have_no_elements(op: Op, target: tuple[str, str]) ->
 @all_dtypes
 @pytest.mark.parametrize("regions", [19, 300])
 def test_saved_for_backward(target: tuple[str, str], dtype: torch.dtype, regions: int) -> None:
-    """The gather keeps its inputs, its result and 16 bytes a region at most; the attention its inputs alone."""
+    """The gather keeps its inputs, its unrounded result and 16 bytes a region at most; the attention its inputs."""
     backend, device = target
     feats, logits = GATHER.inputs(regions=regions, dtype=dtype, device=device, requires_grad=True)
-    result = 2 * feats.shape[1] * regions * dtype.itemsize
+    result = 2 * feats.shape[1] * regions * max(4, dtype.itemsize)
     kept = saved_bytes(GATHER.on(backend), feats, logits, exclude=(feats, logits))
     assert kept <= result + 16 * 2 * regions
     inputs = ATTENTION.inputs(regions=regions, dtype=dtype, device=device, requires_grad=True)
@@ -140,19 +140,15 @@ def test_inputs_changed_in_place_are_noticed(op: Op, target: tuple[str, str]) ->
 
 @both_ops
 def test_results_changed_in_place(op: Op, target: tuple[str, str]) -> None:
-    """The attention saves no result, so its gradient stays right; the gather saves its own and notices."""
+    """Neither op saves the result that it returns, so gradients stay right."""
     backend, device = target
     inputs = op.inputs(device=device, requires_grad=True)
     out = op.on(backend)(*inputs).add_(1)
     out[0].relu_()
-    if op is GATHER:
-        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-            out.sum().backward()
-    else:
-        expected = op.on(backend)(*inputs).add(1)
-        expected = torch.cat([expected[:1].relu(), expected[1:]])
-        gradients = torch.autograd.grad(out.sum(), inputs), torch.autograd.grad(expected.sum(), inputs)
-        torch.testing.assert_close(*gradients)
+    expected = op.on(backend)(*inputs).add(1)
+    expected = torch.cat([expected[:1].relu(), expected[1:]])
+    gradients = torch.autograd.grad(out.sum(), inputs), torch.autograd.grad(expected.sum(), inputs)
+    torch.testing.assert_close(*gradients)
 
 
 @both_ops
