@@ -8,7 +8,7 @@ STAMP := .venv/stamp
 PYTHON_GIVEN := $(filter-out file,$(origin PYTHON))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all sanitize integration lint format bench report gpu clean
+.PHONY: help demo test test-all compat sanitize integration lint format bench report gpu clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -24,6 +24,20 @@ test: $(STAMP) ## the tests that this machine can run; WORKERS=2
 
 test-all: $(STAMP) ## the same over the whole grid of dtypes, layouts and sizes
 	$(PYTEST)
+
+# The Triton that belongs to a PyTorch: builds for GPUs ask for it themselves, builds for CPUs do not.
+TRITON ?= $(patsubst $(basename $(TORCH)):%,%,$(filter $(basename $(TORCH)):%,2.11:3.6.0 2.13:3.7.1 2.14:3.8.0))
+COMPAT = build/compat-$(or $(TORCH),newest)
+
+compat: ## every test but the slow ones on another PyTorch, in an environment of its own; TORCH=2.11.0, else the newest
+	$(PYTHON) -m venv $(COMPAT)
+	grep -vE '^(setuptools|torch|triton)==' constraints.txt > $(COMPAT)/constraints.txt
+	$(COMPAT)/bin/pip install 'setuptools>=77' torch$(TORCH:%===%) 'triton$(TRITON:%===%); platform_system == "Linux"'
+	OCR_KERNELS_BUILD=none $(COMPAT)/bin/pip install --no-build-isolation -c $(COMPAT)/constraints.txt -e '.[test]'
+	OCR_KERNELS_BUILD=cpu $(COMPAT)/bin/python setup.py -q build_ext --build-lib $(COMPAT) --build-temp $(COMPAT)/objects
+	$(COMPAT)/bin/pip list | grep -E '^(numpy|onnx|onnxscript|torch|triton) '
+	OCR_KERNELS_LIBRARY="$(CURDIR)/$(COMPAT)/ocr_kernels/libocr_kernels_cpu.so" \
+		$(COMPAT)/bin/python -m pytest -q -rfE --numprocesses $(WORKERS) --dist loadgroup -m "not slow and not wide and not integration"
 
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
 CXX ?= c++

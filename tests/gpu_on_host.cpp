@@ -32,7 +32,15 @@ struct Host {
   Buffers scratch_;
 };
 
-STABLE_TORCH_LIBRARY(ocr_kernels_native, m) { define_schemas(m); }
+std::string build_facts() { return ""; }
+
+STABLE_TORCH_LIBRARY(ocr_kernels_native, m) {
+  define_schemas(m);
+  m.def("build_facts() -> str");
+}
+STABLE_TORCH_LIBRARY_IMPL(ocr_kernels_native, CompositeExplicitAutograd, m) {
+  m.impl("build_facts", TORCH_BOX(&build_facts));
+}
 STABLE_TORCH_LIBRARY_IMPL(ocr_kernels_native, CPU, m) { Ops<Host>::implement(m); }
 
 }  // namespace ocr_kernels

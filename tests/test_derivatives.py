@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -60,6 +61,7 @@ def test_public_forms(changes: list[tuple[str, str]]) -> None:
 
 @pytest.mark.parametrize(("found", "works"), [
     (torch.enable_grad, derivatives._hides_autograd),
+    (torch.no_grad, derivatives._hides_autograd),
     (lambda: 1 / 0, derivatives._hides_autograd),
     (lambda _: False, derivatives._sees_levels),
     (lambda _: True, derivatives._sees_levels),
@@ -67,6 +69,17 @@ def test_public_forms(changes: list[tuple[str, str]]) -> None:
 ])  # fmt: skip
 def test_what_does_something_else_is_not_used(found: Any, works: Callable[[Any], bool]) -> None:
     assert derivatives._private(lambda: found, works) is None
+
+
+PRIVATE = re.compile(
+    r"torch\._(C|functorch|decomp|inductor|library|dynamo)\b|from torch\._|sys\.meta_path|_current_level"
+)
+
+
+@pytest.mark.parametrize("folder", ["core", "gather", "attention", "head"])
+def test_private_functions_stand_in_one_file(folder: str) -> None:
+    files = [path for path in (ROOT / "ocr_kernels" / folder).glob("*.py") if PRIVATE.search(path.read_text())]
+    assert [path.name for path in files] == (["derivatives.py"] if folder == "core" else [])
 
 
 def test_the_private_forms_are_used_here() -> None:

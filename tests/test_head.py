@@ -14,6 +14,7 @@ from ops import over, pairwise, product
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from ocr_kernels import flop_formulas
 from ocr_kernels.head import HeadWeights, ocr_head
 from ocr_kernels.head.functional import DTYPES
 from ocr_kernels.reference import SpatialOCR
@@ -314,7 +315,7 @@ def test_weights_that_require_grad() -> None:
 
 def test_flops() -> None:
     """2 (DC + D^2 + 2 OC + LO + DK + CK) operations per pixel."""
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping=flop_formulas()) as counter:
         torch.ops.ocr_kernels.ocr_head(*operands("cpu", "logits", batch=2, regions=7, spatial=(3, 5)), "reference")
     expected = 2 * 30 * (12 * 20 + 12 * 12 + 2 * 24 * 20 + 5 * 24 + 12 * 7 + 20 * 7)
     assert counter.get_total_flops() == expected

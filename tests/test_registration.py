@@ -171,6 +171,21 @@ def test_autocast_of_any_dtypes(target: tuple[str, str], autocast_dtype: torch.d
             assert tuple(gradient.dtype for gradient in torch.autograd.grad(out.sum(), mixed)) == dtypes
 
 
+@both_ops
+@pytest.mark.parametrize("autocast_dtype", [torch.bfloat16, torch.float16])
+def test_autocast_of_transforms(op: Op, target: tuple[str, str], autocast_dtype: torch.dtype) -> None:
+    backend, device = target
+    inputs = op.inputs(device=device)
+    call = op.on(backend)
+    with torch.autocast(device, autocast_dtype):
+        gradients = torch.func.grad(lambda *x: call(*x).float().square().sum(), tuple(range(len(inputs))))(*inputs)
+        tracked = [t.clone().requires_grad_() for t in inputs]
+        expected = torch.autograd.grad(call(*tracked).float().square().sum(), tracked)
+        assert all(map(torch.equal, gradients, expected))
+        assert torch.func.jvp(call, inputs, inputs)[1].dtype == autocast_dtype
+        assert torch.vmap(call, in_dims=1)(*(t.unsqueeze(1) for t in inputs)).dtype == autocast_dtype
+
+
 @pytest.mark.parametrize("cast_before", [False, True])
 @pytest.mark.parametrize("autocast_dtype", [torch.bfloat16, torch.float16])
 def test_autocast_of_a_module(target: tuple[str, str], autocast_dtype: torch.dtype, cast_before: bool) -> None:

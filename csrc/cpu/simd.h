@@ -275,14 +275,13 @@ OCR_INLINE Vec<Lane> min(Vec<Lane> a, Vec<Lane> b) {
 #endif
 }
 
-// Where one pixel has all the weight, nothing is left of a difference but the rounding of its terms.
+// x where a is above the limit, else 0
 template <class Lane>
-OCR_INLINE Vec<Lane> zero_at_one(Vec<Lane> weight, Vec<Lane> x) {
+OCR_INLINE Vec<Lane> if_above(Vec<Lane> a, Lane limit, Vec<Lane> x) {
 #if defined(__GNUC__)
-  return {(weight.v == Lane(1)) & (x.v - x.v == Lane(0)) ? Lanes<Lane>{} : x.v};  // infinity and NaN stay
+  return {a.v > limit ? x.v : Lanes<Lane>{}};
 #else
-  for (int i = 0; i < Vec<Lane>::size; ++i)
-    if (weight.v[i] == 1 && x.v[i] - x.v[i] == 0) x.v[i] = 0;
+  for (int i = 0; i < Vec<Lane>::size; ++i) x.v[i] = a.v[i] > limit ? x.v[i] : Lane(0);
   return x;
 #endif
 }

@@ -37,8 +37,9 @@ struct Forward {
   const int64_t sums_stride = row_stride<A>(C);
   const int64_t max_splits = max(4, (int64_t(16) << 20) / int64_t(sizeof(A)) / product(K, sums_stride));
   const Splits splits{N, tile, min(64, max_splits)};
-  const Buffer<A> all_sums{B, splits.count, K, sums_stride};
-  const Buffer<A> all_stats{B, splits.count, 2, K};  // of each split maxima, then sums of weights
+  const int64_t group_images = images_at_a_time(B, product(int64_t(sizeof(A)), splits.count, K, sums_stride));
+  const Buffer<A> all_sums{group_images, splits.count, K, sums_stride};
+  const Buffer<A> all_stats{group_images, splits.count, 2, K};  // of each split maxima, then sums of weights
 
   struct Scratch {
     A *maximum, *total, *sums;
@@ -46,7 +47,7 @@ struct Forward {
     Buffer<Lane> weights, feats;
   };
 
-  void sum_split(int64_t task) const {
+  void sum_split(int64_t first_image, int64_t task) const {
     A* maximum = all_stats.data() + task * 2 * K;
     const Scratch s{maximum,
                     maximum + K,
@@ -58,7 +59,7 @@ struct Forward {
     fill(s.maximum, K, A(-INFINITY));
     fill(s.total, K, A(0));
     fill(s.sums, K * sums_stride, A(0));
-    splits.for_each_tile(task, [&](int64_t image, int64_t first, int64_t count) {
+    splits.for_each_tile(first_image * splits.count + task, [&](int64_t image, int64_t first, int64_t count) {
       for (int64_t k = 0; k < K; k += group) {
         const Window w{image, k, min(group, K - k), first, count};
         weigh(s, w);
@@ -136,7 +137,7 @@ struct Forward {
   }
 
   // The image's maxima and sums of weights, and in place of each split's maxima what its sums are multiplied by.
-  void reduce_stats(int64_t b) const {
+  void reduce_stats(int64_t first_image, int64_t b) const {
     A* of_split = all_stats.data() + b * splits.count * 2 * K;
     const A* end = of_split + splits.count * 2 * K;
     for (int64_t k = 0; k < K; ++k) {
@@ -148,15 +149,19 @@ struct Forward {
       }
       if (maximum == A(-INFINITY)) total = A(NAN);
       for (A* p = of_split + k; p < end; p += 2 * K) *p /= total;
-      *element<A>(a.stats, b, C, k) = maximum;
-      *element<A>(a.stats, b, C + 1, k) = total / lift;
+      *element<A>(a.stats, first_image + b, C, k) = maximum;
+      *element<A>(a.stats, first_image + b, C + 1, k) = total / lift;
     }
   }
 
   void operator()(Parallel parallel) const {
-    run_tasks(parallel, B * splits.count, [this](int64_t task) { sum_split(task); });
-    run_tasks(parallel, B, [this](int64_t b) { reduce_stats(b); });
-    reduce(parallel, a.out, a.stats, splits.count, all_sums.data(), sums_stride, all_stats.data(), 2 * K);
+    for (int64_t first = 0; first < B; first += group_images) {
+      const int64_t images = min(group_images, B - first);
+      run_tasks(parallel, images * splits.count, [&](int64_t task) { sum_split(first, task); });
+      run_tasks(parallel, images, [&](int64_t b) { reduce_stats(first, b); });
+      reduce(parallel, images_of(a.out, first, images), images_of(a.stats, first, images), splits.count,
+             all_sums.data(), sums_stride, all_stats.data(), 2 * K);
+    }
   }
 };
 
@@ -178,39 +183,41 @@ struct Backward {
   const OutputProduct<Lane> dfeats{a.dfeats, a.grad, parallel};
   const SmallMatrix<Lane> grad{transposed(a.grad), parallel, a.dlogits.data != nullptr};  // [K, C]
   const Buffer<A> deltas{B, K};
+  const Buffer<A> others{B, splits.count, K};  // what the logits' gradients add up to, less those of the peaks
+  const Buffer<int64_t> peaks{B, K};           // the pixel with more than half of a region's weight, or -1
 
   struct Scratch {
     Buffer<A> weights, dweights;
     Buffer<Lane> across, feats;
   };
 
+  // In float64: where a pixel has nearly all the weight, little is left of what delta is subtracted from.
   void sum_delta(int64_t b) const {
-    const int64_t slab_stride = row_stride<A>(K);
-    const Buffer<A> gradient(kChannels, slab_stride), result(kChannels, slab_stride);
-    A* const delta = deltas.data() + b * K;
-    fill(delta, K, A(0));
+    constexpr int size = Vec<double>::size;
+    const int64_t slab_stride = row_stride<double>(K), padded = round_up(K, size);
+    const Buffer<double> gradient(kChannels, slab_stride), result(kChannels, slab_stride), delta(slab_stride);
+    fill(delta.data(), slab_stride, 0.);
     for (int64_t c = 0; c < C; c += kChannels) {
       const Window w{b, c, min(kChannels, C - c), 0, K};
-      read_across(gradient.data(), slab_stride, round_up(K, Vec<A>::size), a.grad, w);
-      read_across(result.data(), slab_stride, round_up(K, Vec<A>::size), a.stats, w);
-      for (int64_t k = 0; k < K; k += Vec<A>::size) {
-        Vec<A> sum = broadcast(A(0));
-        for (int64_t at = k; at < w.rows * slab_stride; at += slab_stride)
-          sum = fma(load<A>(gradient.data() + at), load<A>(result.data() + at), sum);
-        const int64_t regions = min(Vec<A>::size, K - k);
-        store(delta + k, load<A>(delta + k, regions) + sum, regions);
-      }
+      read_across(gradient.data(), slab_stride, padded, a.grad, w);
+      read_across(result.data(), slab_stride, padded, a.stats, w);
+      for (int64_t at = 0; at < w.rows * slab_stride; at += slab_stride)
+        for (int64_t k = 0; k < padded; k += size)
+          store(delta.data() + k, fma(load<double>(gradient.data() + at + k), load<double>(result.data() + at + k),
+                                      load<double>(delta.data() + k)));
     }
+    for (int64_t k = 0; k < K; ++k) deltas.data()[b * K + k] = A(delta.data()[k]);
   }
 
   void differentiate_split(int64_t task) const {
     const Scratch s{Buffer<A>(K, stride), Buffer<A>(round_up(K, kDotColumns), stride),
                     Buffer<Lane>(kElements == 2 ? lanes<Lane>(K) : 0, stride),
                     Buffer<Lane>(max(lanes<Lane>(kChannels) * stride, product(kDotRows, grad.stride())))};
+    fill(others.data() + task * K, K, A(0));
     splits.for_each_tile(task, [&](int64_t image, int64_t first, int64_t count) {
       const Window w{image, 0, K, first, count};
       weigh(s, w);
-      if (a.dlogits.data) differentiate_logits(s, w);
+      if (a.dlogits.data) differentiate_logits(s, w, others.data() + task * K);
       if (a.dfeats.data) dfeats.write(w, lanes_across(s.across.data(), s.weights.data(), K, stride), stride);
     });
   }
@@ -226,17 +233,41 @@ struct Backward {
     }
   }
 
-  void differentiate_logits(const Scratch& s, Window w) const {
+  // A softmax's gradients add up to zero: that of a peak, in which nearly equal numbers are subtracted, is left to
+  // `differentiate_peaks`.
+  void differentiate_logits(const Scratch& s, Window w, A* sums) const {
     channels_last(a.feats) ? dweights_along_channels(s, w) : dweights_along_pixels(s, w);
     for (int64_t k = 0; k < K; ++k) {
+      A* const weights = s.weights.data() + k * stride;
+      A* const dweights = s.dweights.data() + k * stride;
       const Vec<A> delta = broadcast(deltas.data()[w.batch * K + k]);
-      for (int64_t i = k * stride; i < k * stride + w.columns; i += Vec<A>::size) {
-        const Vec<A> weight = load<A>(s.weights.data() + i);
-        store(s.dweights.data() + i,
-              broadcast(scale) * (weight * zero_at_one(weight, load<A>(s.dweights.data() + i) - delta)));
+      for (int64_t i = w.columns; i < round_up(w.columns, Vec<A>::size); ++i) weights[i] = dweights[i] = 0;
+      Vec<A> sum_of_others = broadcast(A(0)), highest = broadcast(A(0));
+      for (int64_t i = 0; i < w.columns; i += Vec<A>::size) {
+        const Vec<A> weight = load<A>(weights + i), term = weight * (load<A>(dweights + i) - delta);
+        sum_of_others = sum_of_others + (term - if_above(weight, A(0.5), term));  // 0 of a peak, or NaN
+        highest = max(highest, weight);
+        store(dweights + i, broadcast(scale) * term);
       }
+      sums[k] += sum(sum_of_others);
+      if (max_lane(highest) > A(0.5))
+        for (int64_t i = 0; i < w.columns; ++i)
+          if (weights[i] > A(0.5)) peaks.data()[w.batch * K + k] = w.column + i;
     }
     write_tile(a.dlogits, w, s.dweights.data(), stride);
+  }
+
+  void differentiate_peaks(int64_t b) const {
+    for (int64_t k = 0; k < K; ++k) {
+      const int64_t peak = peaks.data()[b * K + k];
+      if (peak < 0) continue;
+      A total = 0;
+      for (int64_t split = 0; split < splits.count; ++split) total += others.data()[(b * splits.count + split) * K + k];
+      with_element_type(a.dlogits.dtype, [&](auto type) {
+        using T = decltype(type);
+        *element<T>(a.dlogits, b, k, peak) = from_float<T>(-scale * total);
+      });
+    }
   }
 
   // dweights[k][:] = sum_c grad[k][c] feats[c][:]
@@ -267,8 +298,10 @@ struct Backward {
   }
 
   void operator()() const {
+    fill(peaks.data(), B * K, int64_t(-1));
     if (a.dlogits.data) run_tasks(parallel, B, [this](int64_t b) { sum_delta(b); });
     run_tasks(parallel, B * splits.count, [this](int64_t task) { differentiate_split(task); });
+    if (a.dlogits.data) run_tasks(parallel, B, [this](int64_t b) { differentiate_peaks(b); });
   }
 };
 

@@ -154,7 +154,7 @@ void gather_forward(const GatherForward& a, const Queue& queue) {
 // delta = the sum over channels of grad * the unrounded result, which all pixels of a region share in the softmax's
 // derivative.
 template <class Accumulator>
-OCR_KERNEL gather_delta_kernel(GatherBackward a, Accumulator* delta) {
+OCR_KERNEL gather_delta_kernel(GatherBackward a, Accumulator* delta, int64_t* peaks) {
   const int64_t channels = a.grad.rows, regions = a.grad.columns, blocks = tiles(regions, 32);
   const int64_t image = block_index() / blocks;
   const int lane = thread_index() % 32, warp = thread_index() / 32;
@@ -169,6 +169,7 @@ OCR_KERNEL gather_delta_kernel(GatherBackward a, Accumulator* delta) {
   if (warp > 0 || k >= regions) return;
   for (int w = 1; w < kWarps; ++w) sum += sums[w * 32 + lane];
   delta[image * regions + k] = sum;
+  peaks[image * regions + k] = -1;
 }
 
 // exp(score - maximum) / sum: a pixel's weight in region k, from its saved statistics.
@@ -233,9 +234,12 @@ template <class T, int REGIONS>
 constexpr int kGatherBackwardLogitsBytes =
     max(kSumOverChannels<T, REGIONS, kPixels<T>>, Result<AccumulatorOf<T>, REGIONS, kPixels<T>>::kBytes);
 
-// dM = scale * P * (dF^T X - delta). A weight of 1 is a constant: its gradient is 0, or NaN where nothing is finite.
+// dM = scale * P * (dF^T X - delta). A softmax's gradients add up to zero: that of a peak, the pixel with more than
+// half of a region's weight, in which nearly equal numbers are subtracted, is left to `gather_peaks_kernel`, with the
+// sums of the others over the pixels of each tile [B, tiles, K].
 template <class T, int REGIONS>
-OCR_KERNEL gather_backward_logits_kernel(GatherBackward a, AccumulatorOf<T>* deltas) {
+OCR_KERNEL gather_backward_logits_kernel(GatherBackward a, AccumulatorOf<T>* deltas, int64_t* peaks,
+                                         AccumulatorOf<T>* others) {
   using Accumulator = AccumulatorOf<T>;
   constexpr int PIXELS = kPixels<T>;
   const int64_t regions = a.dlogits.rows;
@@ -259,9 +263,35 @@ OCR_KERNEL gather_backward_logits_kernel(GatherBackward a, AccumulatorOf<T>* del
   const Accumulator scale(a.scale);
   dlogits.write(region, pixel, [&](int64_t k, int64_t i, Accumulator dweight) {
     const Accumulator weight = gather_weight(scale * logits.get<Accumulator>(k, i), stats, k);
-    const Accumulator difference = dweight - delta[k];
-    return scale * weight * (weight == 1 ? difference - difference : difference);
+    const Accumulator dscore = weight * (dweight - delta[k]);
+    const bool is_peak = weight > Accumulator(0.5);
+    if (is_peak) peaks[image * regions + k] = i;
+    dlogits.tile.at(int(k - region), int(i - pixel)) = is_peak ? dscore - dscore : dscore;  // 0 of a peak, or NaN
+    return scale * dscore;
   });
+  synchronize();
+  const int lane = thread_index() % 32;
+  const int64_t left = a.feats.columns - pixel, pixels = left < PIXELS ? left : PIXELS;
+  for (int r = thread_index() / 32; r < REGIONS && region + r < regions; r += kWarps) {
+    Accumulator sum = 0;
+    for (int i = lane; i < pixels; i += 32) sum += dlogits.tile.at(r, i);
+    for (int mask = 16; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);
+    if (lane == 0) others[(block_index() / region_tiles) * regions + region + r] = sum;
+  }
+}
+
+// The gradient of a region's peak: minus the sum of its other pixels'. A warp has a region.
+template <class Accumulator>
+OCR_KERNEL gather_peaks_kernel(GatherBackward a, const int64_t* peaks, const Accumulator* others, int64_t pixel_tiles) {
+  const int64_t regions = a.dlogits.rows, blocks = tiles(regions, kWarps);
+  const int64_t image = block_index() / blocks, k = block_index() % blocks * kWarps + thread_index() / 32;
+  if (k >= regions) return;
+  const int lane = thread_index() % 32;
+  Accumulator sum = 0;
+  for (int64_t tile = lane; tile < pixel_tiles; tile += 32) sum += others[(image * pixel_tiles + tile) * regions + k];
+  for (int mask = 16; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);
+  const int64_t peak = peaks[image * regions + k];
+  if (lane == 0 && peak >= 0) Image(a.dlogits, image).set(k, peak, -Accumulator(a.scale) * sum);
 }
 
 template <class T, int REGIONS>
@@ -270,11 +300,15 @@ void gather_backward(const GatherBackward& a, const Queue& queue) {
   const int64_t batch = a.feats.batch, regions = a.logits.rows;
   if (a.dlogits.data) {
     Accumulator* const delta = queue.scratch<Accumulator>(batch, regions);
+    int64_t* const peaks = queue.scratch<int64_t>(batch, regions);
+    const int64_t pixel_tiles = tiles(a.feats.columns, kPixels<T>);
+    Accumulator* const others = queue.scratch<Accumulator>(batch, pixel_tiles, regions);
     launch(gather_delta_kernel<Accumulator>, batch * tiles(regions, 32), int(sizeof(Accumulator)) * kThreads, queue, a,
-           delta);
-    launch(gather_backward_logits_kernel<T, REGIONS>,
-           batch * tiles(regions, REGIONS) * tiles(a.feats.columns, kPixels<T>), kGatherBackwardLogitsBytes<T, REGIONS>,
-           queue, a, delta);
+           delta, peaks);
+    launch(gather_backward_logits_kernel<T, REGIONS>, batch * tiles(regions, REGIONS) * pixel_tiles,
+           kGatherBackwardLogitsBytes<T, REGIONS>, queue, a, delta, peaks, others);
+    launch(gather_peaks_kernel<Accumulator>, batch * tiles(regions, kWarps), 0, queue, a,
+           static_cast<const int64_t*>(peaks), static_cast<const Accumulator*>(others), pixel_tiles);
   }
   if (a.dfeats.data)
     sum_over_regions<T, GatherWeightsTile<T>>({a.dfeats, a.grad, a, Accumulator(1) / Arithmetic<T>::lift}, queue);

@@ -18,7 +18,6 @@ from ocr_kernels.core.registration import (
     batch_first,
     differentiate,
     differentiate_twice,
-    register_autocast,
     register_op,
 )
 
@@ -202,6 +201,7 @@ pixel_region_attention_op = register_op(
     setup_context=_save,
     backward=_differentiate,
     vmap=_vmap,
+    autocast=3,
 )
 pixel_region_attention_backward_op = register_op(
     "pixel_region_attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value,"
@@ -214,4 +214,3 @@ pixel_region_attention_backward_op = register_op(
     backward=_differentiate_backward,
     vmap=_vmap_backward,
 )
-register_autocast(pixel_region_attention_op, leading=3)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 from ocr_kernels.core.triton_host import ANY, Problem, Tile, TileTable, has_large_shared_memory, padded
 
 
@@ -75,6 +77,7 @@ SUMS = TileTable(
 )
 
 
+@functools.cache
 def one_pass(problem: Problem) -> list[Tile]:
     """Tiles of the backward pass in one kernel, the widest first: all channels, values and regions, and some pixels.
 

@@ -22,6 +22,7 @@ from ocr_kernels.core.triton_device import (
     image_of,
     load_tile,
     narrow,
+    part_of_sum,
     product,
     rows_of,
     split_of_program,
@@ -32,6 +33,7 @@ from ocr_kernels.core.triton_host import (
     Tile,
     aligned_rows,
     alignment,
+    cdiv,
     device_facts,
     math_of,
     reduce_splits,
@@ -123,7 +125,8 @@ def pixel_region_attention_forward_many_kernel(
         weights = narrow(tl.exp(scores - shift[None, :]) * MATH.lift, MATH.dot)
         decay = tl.exp(maximum - shift)
         total = total * decay + tl.sum(weights.to(MATH.accumulator), 0)
-        context = add_product(context * decay[None, :], load_tile(value, v0, k0, BLOCK_C, BLOCK_K), weights, MATH)
+        part = product(load_tile(value, v0, k0, BLOCK_C, BLOCK_K), weights, MATH)
+        context = context * decay[None, :] + part_of_sum(part, n0, N)
         maximum = new_maximum
     store_tile(out, context / total[None, :], v0, n0)
 
@@ -136,10 +139,10 @@ def forward(out: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: float
     numbers = math_of(q)
     problem = Problem(numbers.itemsize, device_facts(q.device), max(channels, value_channels), regions)
     tile = tiles.FORWARD.choose(problem)
-    kernel, programs = pixel_region_attention_forward_kernel, batch * triton.cdiv(pixels, tile.pixels)
+    kernel, programs = pixel_region_attention_forward_kernel, batch * cdiv(pixels, tile.pixels)
     if tile.regions < regions:
         kernel = pixel_region_attention_forward_many_kernel
-        programs *= triton.cdiv(value_channels, tile.channels)
+        programs *= cdiv(value_channels, tile.channels)
     with torch.cuda.device_of(q):
         key, value = _rows(key, value)
         kernel[(programs,)](
@@ -148,7 +151,7 @@ def forward(out: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: float
             MATH=numbers,
             ALIGNMENT=alignment(q, y),
             INT64=_int64(tile, (q, y), (key, value)),
-            **tile.arguments(),
+            **tile.arguments,
         )  # fmt: skip
 
 
@@ -378,7 +381,7 @@ def _backward_in_one_pass(
         MATH=math_of(query),
         ALIGNMENT=alignment(dq, query, grad),
         INT64=_int64(tile, (dq, query, grad), (key, value)),
-        **tile.arguments(),
+        **tile.arguments,
     )  # fmt: skip
     if dkey is not None:
         reduce_splits(dkey, partial[:, :, :channels])
@@ -409,7 +412,7 @@ def _backward_in_maps(
     if tile.regions < regions:
         kernel = pixel_region_attention_backward_many_maps_kernel
     key_rows, value_rows = _rows(key, value)
-    kernel[(batch * triton.cdiv(pixels, tile.pixels),)](
+    kernel[(batch * cdiv(pixels, tile.pixels),)](
         weights, dscores, a_map.stride(), grad, grad.stride(), query, query.stride(),
         key_rows, key_rows.stride(), value_rows, value_rows.stride(),
         channels, value_channels, regions, pixels, key_rows.shape[2], scale,
@@ -419,7 +422,7 @@ def _backward_in_maps(
         ALIGNMENT=alignment(query, grad),
         MAP_ALIGNMENT=math.gcd(pixels, 16),
         INT64=_int64(tile, (query, grad), (key_rows, value_rows)) or requires_int64_offsets((a_map, tile.regions, 1)),
-        **tile.arguments(),
+        **tile.arguments,
     )  # fmt: skip
     if dquery is not None:
         torch.baddbmm(dquery, key, dscores, beta=0, alpha=scale, out=dquery)
@@ -434,7 +437,7 @@ def _sum_over_pixels(out: Tensor, pixels: Tensor, region_map: Tensor, scale: flo
     regions = region_map.shape[1]
     numbers, device = math_of(pixels), device_facts(pixels.device)
     tile = tiles.SUMS.choose(Problem(numbers.itemsize, device, channels, regions))
-    programs = triton.cdiv(channels, tile.channels) * triton.cdiv(regions, tile.regions) * batch
+    programs = cdiv(channels, tile.channels) * cdiv(regions, tile.regions) * batch
     split_length, splits = split(length, tile.pixels, programs, 2 * device.multiprocessors)
     shape = batch, splits, channels, round_up(regions)
     partial = pixels.new_empty(shape, dtype=statistics_dtype(pixels))
@@ -445,6 +448,6 @@ def _sum_over_pixels(out: Tensor, pixels: Tensor, region_map: Tensor, scale: flo
         ALIGNMENT=alignment(pixels),
         MAP_ALIGNMENT=math.gcd(length, 16),
         INT64=requires_int64_offsets((pixels, tile.channels, tile.pixels), (region_map, tile.regions, tile.pixels)),
-        **tile.arguments(),
+        **tile.arguments,
     )  # fmt: skip
     reduce_splits(out, partial)

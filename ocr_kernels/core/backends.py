@@ -29,7 +29,7 @@ Function = TypeVar("Function", bound=Callable[..., object])
 
 
 def assume_constant_result(function: Function) -> Function:
-    """`torch.compiler.assume_constant_result`, less its import of `torch._dynamo`, which takes a second."""
+    """`torch.compiler.assume_constant_result`, less its import of Dynamo, which takes a second."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 

@@ -48,17 +48,22 @@ def register_op(
     setup_context: Callable[..., None],
     backward: Op,
     vmap: Op,
+    autocast: int = 0,
 ) -> Op:
     """Define `ocr_kernels::<schema>` with its kernel, its fake, its derivative and its batching rule.
 
     `definition` is the op in plain PyTorch: forward mode goes through it, and programs that cannot hold the op compute
     it. `flops` counts the operations of its matrix products from the op's arguments, with shapes in place of tensors.
+    Under autocast the first `autocast` arguments are cast to the autocast dtype, as those of a convolution are.
 
     The schema has no defaults: the dispatcher would leave out arguments that equal them.
     """
     op, run = _register(schema, kernel, fake, flops, vmap, definition)
+    rules = {device_type: _autocast_rule(op, autocast, device_type) for device_type in ("cpu", "cuda") if autocast}
+    for device_type, rule in rules.items():
+        LIBRARY.impl(op, rule, f"Autocast{device_type.upper()}")
     tensors = schema.split("->")[0].count("Tensor ")
-    register_derivative(LIBRARY, op, run, tensors, definition, setup_context, backward, vmap)
+    register_derivative(LIBRARY, op, run, tensors, definition, setup_context, backward, vmap, rules)
     return op
 
 
@@ -102,28 +107,21 @@ def _register(
     return op, underived(op, lambda: define(f"{name}_underived"))
 
 
-def register_autocast(op: Op, leading: int) -> None:
-    """Under autocast, cast the first `leading` arguments to the autocast dtype, as a convolution does."""
+def _autocast_rule(op: Op, leading: int, device_type: str) -> Op:
+    def cast(tensor: Tensor) -> Tensor:
+        # float64 stays, as in PyTorch's own autocast
+        eligible = tensor.device.type == device_type and tensor.is_floating_point() and tensor.dtype != torch.float64
+        return tensor.to(torch.get_autocast_dtype(device_type)) if eligible else tensor
 
-    def make_rule(device_type: str) -> Op:
-        def rule(*args: Any) -> Any:
-            cast = [_autocast(tensor, device_type) for tensor in args[:leading]]
-            torch.set_autocast_enabled(device_type, False)  # in a tenth of the time of `torch.autocast`
-            try:
-                return op(*cast, *args[leading:])
-            finally:
-                torch.set_autocast_enabled(device_type, True)
+    def rule(*args: Any) -> Any:
+        tensors = [cast(tensor) for tensor in args[:leading]]
+        torch.set_autocast_enabled(device_type, False)  # in a tenth of the time of `torch.autocast`
+        try:
+            return op(*tensors, *args[leading:])
+        finally:
+            torch.set_autocast_enabled(device_type, True)
 
-        return rule
-
-    for device_type in ("cpu", "cuda"):
-        LIBRARY.impl(op, make_rule(device_type), f"Autocast{device_type.upper()}")
-
-
-def _autocast(tensor: Tensor, device_type: str) -> Tensor:
-    # float64 stays, as in PyTorch's own autocast
-    eligible = tensor.device.type == device_type and tensor.is_floating_point() and tensor.dtype != torch.float64
-    return tensor.to(torch.get_autocast_dtype(device_type)) if eligible else tensor
+    return rule
 
 
 def differentiate(

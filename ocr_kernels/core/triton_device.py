@@ -103,6 +103,15 @@ def product(a, b, MATH: tl.constexpr):
 
 
 @triton.jit
+def part_of_sum(tile, n0, N):
+    """A product that is added up by itself before others are added, since one long chain of sums is less exact.
+
+    Zeros for what lies outside the N pixels are what keeps Triton from making it one chain.
+    """
+    return tl.where((n0 + tl.arange(0, tile.shape[1]) < N)[None, :], tile, 0.0)
+
+
+@triton.jit
 def narrow(x, DTYPE: tl.constexpr):
     """x in DTYPE, rounded to nearest even."""
     if INTERPRETING and DTYPE == tl.bfloat16:

@@ -59,7 +59,7 @@ def device_facts(device: torch.device) -> DeviceFacts:
 # Dtypes
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # `math_of` has one object for each: a launch looks them up
 class Math:
     """The numbers that a kernel computes with; a constant of it."""
 
@@ -155,6 +155,7 @@ class Tile:
             outputs=self.outputs and padded(problem.outputs, self.outputs),
         )
 
+    @functools.cached_property
     def arguments(self) -> dict[str, int]:
         """As arguments of a launch."""
         sizes = {"BLOCK_K": self.regions, "BLOCK_C": self.channels, "BLOCK_O": self.outputs, "BLOCK_N": self.pixels}
@@ -200,9 +201,14 @@ def requires_int64_offsets(*tiles: tuple[Tensor, int, int]) -> bool:
     return any((rows - 1) * abs(t.stride(1)) + (columns - 1) * abs(t.stride(2)) >= 2**31 for t, rows, columns in tiles)
 
 
+def cdiv(length: int, block: int) -> int:
+    """`triton.cdiv`, which takes two microseconds on the host."""
+    return -(-length // block)
+
+
 def round_up(length: int, multiple: int = 16) -> int:
     """Rows of partial results have a multiple of 16, so that they are stored with one address for several."""
-    return -(-length // multiple) * multiple
+    return cdiv(length, multiple) * multiple
 
 
 def aligned_rows(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
@@ -223,9 +229,9 @@ def split(length: int, block: int, programs: int, wanted: int) -> tuple[int, int
 
     Returns (length of a split, number of splits); none is empty.
     """
-    blocks = triton.cdiv(length, block)
-    split_length = triton.cdiv(blocks, max(1, min(blocks, triton.cdiv(wanted, programs)))) * block
-    return split_length, triton.cdiv(length, split_length)
+    blocks = cdiv(length, block)
+    split_length = cdiv(blocks, max(1, min(blocks, cdiv(wanted, programs)))) * block
+    return split_length, cdiv(length, split_length)
 
 
 def reduce_splits(out: Tensor, partial: Tensor, statistics: tuple[Tensor, Tensor] | None = None) -> None:
@@ -239,7 +245,7 @@ def reduce_splits(out: Tensor, partial: Tensor, statistics: tuple[Tensor, Tensor
     block_k = padded(regions, 32)
     block_s = padded(partial.shape[1], 512 // partial.itemsize)  # all splits at once: many independent loads
     block_c = 4 if block_s * partial.itemsize <= 256 else 2
-    reduce_splits_kernel[(batch * triton.cdiv(channels, block_c) * triton.cdiv(regions, block_k),)](
+    reduce_splits_kernel[(batch * cdiv(channels, block_c) * cdiv(regions, block_k),)](
         out, out.stride(), stats, partial, partial.stride(), partial_stats, channels, regions, partial.shape[1],
         SOFTMAX=statistics is not None,
         BLOCK_S=block_s,

@@ -17,7 +17,6 @@ from ocr_kernels.core.registration import (
     batch_first,
     differentiate,
     differentiate_twice,
-    register_autocast,
     register_op,
 )
 from ocr_kernels.gather import reference
@@ -201,6 +200,7 @@ spatial_gather_op = register_op(
     setup_context=_save,
     backward=_differentiate,
     vmap=_vmap,
+    autocast=1,  # feats; the logits are taken as they are
 )
 spatial_gather_backward_op = register_op(
     "spatial_gather_backward(Tensor grad, Tensor feats, Tensor logits, Tensor stats, float scale,"
@@ -213,4 +213,3 @@ spatial_gather_backward_op = register_op(
     backward=_differentiate_backward,
     vmap=_vmap_backward,
 )
-register_autocast(spatial_gather_op, leading=1)  # feats; the logits are taken as they are

@@ -32,6 +32,7 @@ from ocr_kernels.core.triton_host import (
     Tile,
     aligned_rows,
     alignment,
+    cdiv,
     device_facts,
     math_of,
     padded,
@@ -206,7 +207,7 @@ def forward(
 def pixels_at_once(batch: int, pixels: int) -> int:
     """How many of each image, in equal steps of whole tiles, which leaves their addresses as aligned as the first."""
     most = max(1024, PIXELS_AT_ONCE // batch // 128 * 128)
-    return round_up(triton.cdiv(pixels, triton.cdiv(pixels, most)), 128)
+    return round_up(cdiv(pixels, cdiv(pixels, most)), 128)
 
 
 def _empty_pixels(like: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
@@ -228,14 +229,14 @@ def _region_weights(
     numbers = math_of(feats)
     problem = Problem(numbers.itemsize, device_facts(feats.device), channels, regions, outputs=key_channels)
     tile = tiles.WEIGHTS.choose(problem)
-    ocr_head_weights_kernel[(batch * triton.cdiv(pixels, tile.pixels),)](
+    ocr_head_weights_kernel[(batch * cdiv(pixels, tile.pixels),)](
         weights, feats, feats.stride(), key, key.stride(), pixel_in, pixel_in_bias, pixel_out, pixel_out_bias,
         channels, key_channels, regions, pixels, row_length, key_channels**-0.5,
         MATH=numbers,
         ALIGNMENT=alignment(feats),
         INT64=_int64(tile, feats),
         BLOCK_D=padded(key_channels),
-        **tile.arguments(),
+        **tile.arguments,
     )  # fmt: skip
     return weights
 
@@ -250,14 +251,14 @@ def _fuse(
     numbers, device = math_of(feats), device_facts(feats.device)
     scattered = alignment(feats, out) == 1 and feats.stride(1) != 1
     tile = tiles.FUSE.choose(Problem(numbers.itemsize, device, channels, regions, outputs, scattered))
-    ocr_head_fuse_kernel[(batch * triton.cdiv(length, tile.pixels) * triton.cdiv(outputs, tile.outputs),)](
+    ocr_head_fuse_kernel[(batch * cdiv(length, tile.pixels) * cdiv(outputs, tile.outputs),)](
         out, out.stride(), feats, feats.stride(), weights, context_regions, context_regions.stride(),
         up_bias, context, pixels, bias, channels, outputs, length, weights.shape[2],
-        REGION_TILES=triton.cdiv(regions, tile.regions),
+        REGION_TILES=cdiv(regions, tile.regions),
         MATH=numbers,
         ALIGNMENT=alignment(feats, out),
         INT64=_int64(tile, feats, out),
-        **tile.arguments(),
+        **tile.arguments,
     )  # fmt: skip
 
 
@@ -267,13 +268,13 @@ def _linear(out: Tensor, pixels: Tensor, weight: Tensor, bias: Tensor) -> None:
     outputs = out.shape[1]
     numbers = math_of(pixels)
     tile = tiles.LINEAR.choose(Problem(numbers.itemsize, device_facts(pixels.device), channels, outputs=outputs))
-    ocr_head_linear_kernel[(batch * triton.cdiv(length, tile.pixels) * triton.cdiv(outputs, tile.outputs),)](
+    ocr_head_linear_kernel[(batch * cdiv(length, tile.pixels) * cdiv(outputs, tile.outputs),)](
         out, out.stride(), pixels, pixels.stride(), weight, bias, channels, outputs, length,
         MATH=numbers,
         ALIGNMENT=alignment(pixels),
         OUT_ALIGNMENT=alignment(out),
         INT64=_int64(tile, pixels, out),
-        **tile.arguments(),
+        **tile.arguments,
     )  # fmt: skip
 
 
