@@ -24,7 +24,7 @@ SIZES_AND_OPTIONS = {
     "dtype": DTYPES,
     "layout": LAYOUTS,
     "grad_layout": LAYOUTS,
-    "peak": PEAKS,
+    "peak": (0, 8, 20, 1e3),  # of the scores
     "scale": (1.0, 0.0, 0.3, 8.0, -1.5),
     "batch": (1, 2),
     "channels": CHANNELS,
@@ -62,7 +62,10 @@ WIDE_VALUES = [
 def check(op: Op, target: tuple[str, str], case: dict[str, Any]) -> None:
     backend, device = target
     options = {name: value for name, value in case.items() if name not in ("scale", "grad_layout")}
-    scale = case.get("scale", 1.0) * (1.0 if op is GATHER else case.get("channels", 16) ** -0.5)
+    scale = case.get("scale", 1.0)
+    options["peak"] = case.get("peak", 0) / (scale or 1.0)
+    if op is ATTENTION:
+        scale *= case.get("channels", 16) ** -0.5
     inputs = (*op.inputs(**options, device=device, requires_grad=True), scale)
     grad = None
     if "grad_layout" in case:
