@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from ops import ATTENTION, DTYPES, GATHER, Op, all_dtypes, both_ops, over, pairwise, product
+from ops import ATTENTION, DTYPES, GATHER, Op, all_dtypes, both_ops, native_on, over, pairwise, product
 
 from ocr_kernels.testing import FACTORS, LAYOUTS, Layout, lay_out, measure_parity, poisoned_memory
 
@@ -72,7 +72,7 @@ def check(op: Op, target: tuple[str, str], case: dict[str, Any]) -> None:
         out = op.definition(*inputs)
         grad = lay_out(torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out), case["grad_layout"])
     # Where regions are peaked or pixels repeated, few numbers make up the errors: more of them is luck.
-    luck = {torch.float32: 4.0, torch.float64: 4.0} if case.get("peak") or case.get("layout") == "expanded" else {}
+    luck = {torch.float32: 3.0, torch.float64: 3.0} if case.get("peak") or case.get("layout") == "expanded" else {}
     op.assert_parity(backend, inputs, grad_output=grad, factors=FACTORS | luck)
 
 
@@ -132,6 +132,14 @@ def test_many_splits_of_the_pixels(kernels: tuple[str, str]) -> None:
     measured = GATHER.assert_parity(backend, (feats, logits))
     worst = {m.measure: m for m in measured if m.tensor == "output"}
     assert worst["mean error"].error < worst["mean error"].reference
+
+
+@native_on("cpu")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_many_tiles_of_a_split(dtype: torch.dtype) -> None:
+    """A later tile of pixels with a higher maximum rescales the sums of those before it."""
+    inputs = GATHER.inputs(batch=1, channels=2, regions=2, spatial=(521, 257), dtype=dtype, requires_grad=True)
+    GATHER.assert_parity("native", inputs)
 
 
 def test_weights_too_small_for_float16(kernels: tuple[str, str]) -> None:
