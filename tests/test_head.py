@@ -43,6 +43,12 @@ def target(head_target: tuple[str, str]) -> tuple[str, str]:
     return head_target
 
 
+@pytest.fixture
+def own_dtype(target: tuple[str, str]) -> torch.dtype:
+    """One for which the backend has kernels of its own: float32 is left to PyTorch's products."""
+    return torch.bfloat16 if target[0] == "triton" else torch.float32
+
+
 class Head(nn.Module):
     """Steps 4 and 5 in plain PyTorch, in eval mode, with BatchNorms that do something."""
 
@@ -194,11 +200,13 @@ def test_empty(target: tuple[str, str], output: str, shape: tuple[int, ...]) -> 
 @all_outputs
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("spatial", [(6,), (3, 4), (2, 3, 4), (1, 1)])
-def test_memory_formats(target: tuple[str, str], output: str, layout: Layout, spatial: tuple[int, ...]) -> None:
+def test_memory_formats(
+    target: tuple[str, str], own_dtype: torch.dtype, output: str, layout: Layout, spatial: tuple[int, ...]
+) -> None:
     """The result follows the format of feats, any number of spatial dimensions, and fakes say the same."""
     backend, device = target
-    feats, regions = draw(device, layout=layout, spatial=spatial)
-    weights = fold(Head().to(device))
+    feats, regions = draw(device, own_dtype, layout=layout, spatial=spatial)
+    weights = fold(Head().to(device, own_dtype))
     out = ocr_head(feats, regions, weights, output, backend=backend)
     flat = ocr_head(feats.flatten(2), regions, weights, output, backend=backend)
     torch.testing.assert_close(out.flatten(1 if output == "classes" else 2), flat)
@@ -259,10 +267,10 @@ def test_autocast(target: tuple[str, str], autocast_dtype: torch.dtype) -> None:
     assert torch.equal(out, expected)
 
 
-def test_vmap(target: tuple[str, str]) -> None:
+def test_vmap(target: tuple[str, str], own_dtype: torch.dtype) -> None:
     backend, device = target
-    feats, regions = draw(device)
-    call = partial(ocr_head, weights=fold(Head().to(device)), backend=backend)
+    feats, regions = draw(device, own_dtype)
+    call = partial(ocr_head, weights=fold(Head().to(device, own_dtype)), backend=backend)
     stacked = torch.stack([feats, feats.flip(1)], dim=1)
     batched = torch.vmap(call, in_dims=(1, None))(stacked, regions)
     for i in range(2):
@@ -279,9 +287,9 @@ def test_vmap_over_weights(target: tuple[str, str]) -> None:
         torch.testing.assert_close(result, ocr_head(feats, regions, weights, backend=backend))
 
 
-def test_bitwise_reproducible(target: tuple[str, str]) -> None:
+def test_bitwise_reproducible(target: tuple[str, str], own_dtype: torch.dtype) -> None:
     backend, device = target
-    inputs, weights = draw(device), fold(Head().to(device))
+    inputs, weights = draw(device, own_dtype), fold(Head().to(device, own_dtype))
     runs = [ocr_head(*inputs, weights, backend=backend) for _ in range(2)]
     assert torch.equal(*runs)
 
@@ -332,10 +340,12 @@ def test_memory() -> None:
     assert peak_bytes(fused, feats, regions) <= peak_bytes(eager, feats, regions) / 4
 
 
-def test_memory_of_the_kernels(monkeypatch: pytest.MonkeyPatch, target: tuple[str, str]) -> None:
+def test_memory_of_the_kernels(
+    monkeypatch: pytest.MonkeyPatch, target: tuple[str, str], own_dtype: torch.dtype
+) -> None:
     """For logits and classes z exists for some pixels at a time; what comes out is the same."""
     backend, device = target
-    inputs, weights = draw(device, batch=1, spatial=(1030,)), fold(Head().to(device))
+    inputs, weights = draw(device, own_dtype, batch=1, spatial=(1030,)), fold(Head().to(device, own_dtype))
     whole = [ocr_head(*inputs, weights, output, backend=backend) for output in ("features", "logits", "classes")]
     if backend == "triton":
         head = importlib.import_module("ocr_kernels.head.triton")
@@ -346,7 +356,10 @@ def test_memory_of_the_kernels(monkeypatch: pytest.MonkeyPatch, target: tuple[st
         parts = [ocr_head(*inputs, weights, output, backend=backend) for output in ("features", "logits", "classes")]
         assert all(torch.equal(a, b) for a, b in zip(parts, whole, strict=True))
         assert max(t.shape[0] * t.shape[2] for t in made) <= 1024
-    torch.testing.assert_close(whole[1].argmax(1), whole[2])
+    _, logits, classes = whole
+    assert torch.equal(
+        logits.gather(1, classes.unsqueeze(1)).squeeze(1), logits.amax(1)
+    )  # of those that are alike, any
 
 
 # Errors

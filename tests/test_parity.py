@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from ops import ATTENTION, DTYPES, GATHER, Op, all_dtypes, both_ops, over, pairwise, product
+from ops import ATTENTION, DTYPES, GATHER, Op, all_dtypes, both_ops, native_on, over, pairwise, product
 
-from ocr_kernels.testing import LAYOUTS, Layout, lay_out, measure_parity, poisoned_memory
+from ocr_kernels.testing import FACTORS, LAYOUTS, Layout, lay_out, measure_parity, poisoned_memory
 
 
 @pytest.fixture(autouse=True)
@@ -24,11 +24,11 @@ SIZES_AND_OPTIONS = {
     "dtype": DTYPES,
     "layout": LAYOUTS,
     "grad_layout": LAYOUTS,
-    "peak": PEAKS,
+    "peak": (0, 8, 20, 1e3),  # of the scores
     "scale": (1.0, 0.0, 0.3, 8.0, -1.5),
     "batch": (1, 2),
     "channels": CHANNELS,
-    "regions": (1, 2, 3, 7, 16, 19, 59, 150, 171),
+    "regions": (1, 2, 7, 16, 19, 33, 65, 129, 171),
     "spatial": ((1,), (16,), (31,), (5, 13), (127,), (3, 43), (2, 3, 2, 3)),
 }
 MANY_REGIONS = {
@@ -62,13 +62,18 @@ WIDE_VALUES = [
 def check(op: Op, target: tuple[str, str], case: dict[str, Any]) -> None:
     backend, device = target
     options = {name: value for name, value in case.items() if name not in ("scale", "grad_layout")}
-    scale = case.get("scale", 1.0) * (1.0 if op is GATHER else case.get("channels", 16) ** -0.5)
+    scale = case.get("scale", 1.0)
+    options["peak"] = case.get("peak", 0) / (scale or 1.0)
+    if op is ATTENTION:
+        scale *= case.get("channels", 16) ** -0.5
     inputs = (*op.inputs(**options, device=device, requires_grad=True), scale)
     grad = None
     if "grad_layout" in case:
         out = op.definition(*inputs)
         grad = lay_out(torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out), case["grad_layout"])
-    op.assert_parity(backend, inputs, grad_output=grad)
+    # Where regions are peaked or pixels repeated, few numbers make up the errors: more of them is luck.
+    luck = {torch.float32: 3.0, torch.float64: 3.0} if case.get("peak") or case.get("layout") == "expanded" else {}
+    op.assert_parity(backend, inputs, grad_output=grad, factors=FACTORS | luck)
 
 
 @over(
@@ -127,6 +132,14 @@ def test_many_splits_of_the_pixels(kernels: tuple[str, str]) -> None:
     measured = GATHER.assert_parity(backend, (feats, logits))
     worst = {m.measure: m for m in measured if m.tensor == "output"}
     assert worst["mean error"].error < worst["mean error"].reference
+
+
+@native_on("cpu")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_many_tiles_of_a_split(dtype: torch.dtype) -> None:
+    """A later tile of pixels with a higher maximum rescales the sums of those before it."""
+    inputs = GATHER.inputs(batch=1, channels=2, regions=2, spatial=(521, 257), dtype=dtype, requires_grad=True)
+    GATHER.assert_parity("native", inputs)
 
 
 def test_weights_too_small_for_float16(kernels: tuple[str, str]) -> None:

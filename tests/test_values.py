@@ -58,6 +58,15 @@ def test_attention_special_values(target: tuple[str, str], value: float, regions
     torch.testing.assert_close(out[:, :, others], expected[:, :, others])
 
 
+def test_attention_to_a_region_that_no_pixel_takes(target: tuple[str, str]) -> None:
+    """Its key is infinite, and a tile's pixels beyond the image must not come to zero times infinity."""
+    backend, device = target
+    query, key, value = ATTENTION.inputs(batch=1, channels=6, regions=5, spatial=(70,), device=device)
+    query[:, 0] = query[:, 0].abs() + 0.1
+    key[:, 0, 2] = -inf
+    ATTENTION.assert_parity(backend, (query, key.requires_grad_(), value.requires_grad_()))
+
+
 @both_ops
 @all_dtypes
 def test_empty_batch(op: Op, target: tuple[str, str], dtype: torch.dtype) -> None:
