@@ -154,6 +154,17 @@ def test_autocast(target: tuple[str, str], autocast_dtype: torch.dtype) -> None:
     assert all(g.dtype == torch.float32 for g in gradients)
 
 
+@both_ops
+def test_autocast_of_a_backward_pass(op: Op, target: tuple[str, str]) -> None:
+    """Within the region or after it, its sums and products have the digits of the statistics' dtype."""
+    backend, device = target
+    inputs = [t.requires_grad_() for t in op.inputs(device=device)]
+    with torch.autocast(device, torch.bfloat16):
+        loss = op.on(backend)(*inputs).float().square().sum()
+        within = torch.autograd.grad(loss, inputs, retain_graph=True)
+    assert all(map(torch.equal, within, torch.autograd.grad(loss, inputs)))
+
+
 @pytest.mark.parametrize("autocast_dtype", [torch.bfloat16, torch.float16])
 def test_autocast_of_any_dtypes(target: tuple[str, str], autocast_dtype: torch.dtype) -> None:
     """The result has the autocast dtype, and every gradient that of its input, whatever the others are."""
@@ -181,7 +192,8 @@ def test_autocast_of_transforms(op: Op, target: tuple[str, str], autocast_dtype:
         gradients = torch.func.grad(lambda *x: call(*x).float().square().sum(), tuple(range(len(inputs))))(*inputs)
         tracked = [t.clone().requires_grad_() for t in inputs]
         expected = torch.autograd.grad(call(*tracked).float().square().sum(), tracked)
-        assert all(map(torch.equal, gradients, expected))
+        # A transform that goes through the definition casts the products of its backward pass, as plain PyTorch does.
+        assert all((a - b).norm() <= b.norm() / 32 for a, b in zip(gradients, expected, strict=True))
         assert torch.func.jvp(call, inputs, inputs)[1].dtype == autocast_dtype
         assert torch.vmap(call, in_dims=1)(*(t.unsqueeze(1) for t in inputs)).dtype == autocast_dtype
 

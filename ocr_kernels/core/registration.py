@@ -54,12 +54,13 @@ def register_op(
 
     `definition` is the op in plain PyTorch: forward mode goes through it, and programs that cannot hold the op compute
     it. `flops` counts the operations of its matrix products from the op's arguments, with shapes in place of tensors.
-    Under autocast the first `autocast` arguments are cast to the autocast dtype, as those of a convolution are.
+    Under autocast the first `autocast` arguments are cast to the autocast dtype, as those of a convolution are, and
+    nothing within the kernel.
 
     The schema has no defaults: the dispatcher would leave out arguments that equal them.
     """
     op, run = _register(schema, kernel, fake, flops, vmap, definition)
-    rules = {device_type: _autocast_rule(op, autocast, device_type) for device_type in ("cpu", "cuda") if autocast}
+    rules = {device_type: _autocast_rule(op, autocast, device_type) for device_type in ("cpu", "cuda")}
     for device_type, rule in rules.items():
         LIBRARY.impl(op, rule, f"Autocast{device_type.upper()}")
     tensors = schema.split("->")[0].count("Tensor ")
