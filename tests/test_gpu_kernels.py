@@ -96,7 +96,7 @@ def test_threads_in_reverse(host_library: Path) -> None:
 
 
 # ptxas keeps a kernel within the registers that let two blocks run on a multiprocessor, and parks what is left over.
-MAX_SPILLED = 256  # bytes of a thread
+MAX_SPILLED = 384  # bytes of a thread
 
 
 @pytest.mark.slow

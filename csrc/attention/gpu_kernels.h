@@ -71,7 +71,7 @@ OCR_KERNEL attention_forward_kernel(AttentionForward a) {
       Transfer<T, kInner<T>, PIXELS> query(a.query, image);
       Sums<T, REGIONS, PIXELS> products;
       products.clear();
-      add_sum_over_channels(products, key, region, query, pixel, shared, /*one_chain=*/true);
+      add_sum_over_channels(products, key, region, query, pixel, shared);
       products.for_each([&](int k, int j, Accumulator sum) { scores.at(k, j) = scale * sum; });
     }
     value.fetch(channel, region);
@@ -105,7 +105,7 @@ OCR_KERNEL attention_forward_kernel(AttentionForward a) {
       if (channel + (c + 1) * COLUMNS < channels && c + 1 < kColumnTiles)
         value.fetch(channel + (c + 1) * COLUMNS, region);
       if (region) sums[c].for_each([&](int, int j, Accumulator& x) { x *= of_pixel[j]; });
-      sums[c].add_product(rows.by_rows(), weights.by_columns(), REGIONS, /*one_chain=*/true);
+      sums[c].add_product(rows.by_rows(), weights.by_columns(), REGIONS);
       synchronize();
     }
   }
@@ -179,16 +179,17 @@ OCR_KERNEL attention_scores_kernel(AttentionBackward a, Tensor to_weights, Tenso
       new_maximum = max_over_pixel<T>(new_maximum);
       const Accumulator subtracted = shift(new_maximum), decay = exponential(maximum - subtracted);
       maximum = new_maximum;
-      total *= decay;
-      dot *= decay;
+      Accumulator tile_total = 0, tile_dot = 0;
       OCR_UNROLL_BY(4)
       for (int e = 0; e < kEach; ++e) {
         const int k = first + e * kPixelThreads<T>;
         if (region + k >= regions) continue;
         const Accumulator weight = exponential(weights.tile.at(k, i) - subtracted);
-        total += weight;
-        if (to_dscores.data) dot += weight * dscores.tile.at(k, i);
+        tile_total += weight;
+        if (to_dscores.data) tile_dot += weight * dscores.tile.at(k, i);
       }
+      total = total * decay + tile_total;
+      dot = dot * decay + tile_dot;
     }
     if (step == region_tiles - 1) {
       total = sum_over_pixel<T>(total);

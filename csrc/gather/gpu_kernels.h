@@ -22,7 +22,6 @@ template <class T, int REGIONS>
 OCR_KERNEL gather_forward_kernel(GatherForward a, GatherSplits<AccumulatorOf<T>> to) {
   using Accumulator = AccumulatorOf<T>;
   constexpr int CHANNELS = kChannels<T>, PIXELS = kInner<T>;
-  constexpr bool one_chain = sizeof(T) == 8 || REGIONS > 32;    // no registers are left for another
   constexpr int kRows = REGIONS / kWarps, kEach = PIXELS / 32;  // regions of a warp, pixels of a lane
   const int64_t channels = a.feats.rows, regions = a.logits.rows;
   const SplitTile tile(a.feats, regions, to.splits, CHANNELS, REGIONS);
@@ -70,23 +69,24 @@ OCR_KERNEL gather_forward_kernel(GatherForward a, GatherSplits<AccumulatorOf<T>>
       for (int mask = 16; mask > 0; mask /= 2) new_maximum = max(new_maximum, shuffle_xor(new_maximum, mask));
       const Accumulator subtracted = shift(new_maximum), decay = exponential(maximum[r] - subtracted);
       maximum[r] = new_maximum;
-      total[r] *= decay;
-      rounded_total[r] *= decay;
+      Accumulator tile_total = 0, tile_rounded_total = 0;
       OCR_UNROLL
       for (int e = 0; e < kEach; ++e) {
         const Accumulator weight = exponential(scores[r][e] - subtracted);
         const T rounded = Narrow<T>::value(weight * Arithmetic<T>::lift);
         weights.at(row + r, lane + e * 32) = rounded;
-        total[r] += weight;
-        rounded_total[r] += to_accumulator(rounded);
+        tile_total += weight;
+        tile_rounded_total += to_accumulator(rounded);
       }
+      total[r] = total[r] * decay + tile_total;
+      rounded_total[r] = rounded_total[r] * decay + tile_rounded_total;
       if (lane == 0) decays[row + r] = decay;
     }
     const auto pixels = feats.put(shared);
     synchronize();
     if (pixel + PIXELS < end) fetch(pixel + PIXELS);
     sums.for_each([&](int, int k, Accumulator& sum) { sum *= decays[k]; });
-    sums.add_product(pixels.by_rows(), weights.by_rows(), PIXELS, one_chain);
+    sums.add_product(pixels.by_rows(), weights.by_rows(), PIXELS);
     synchronize();
   }
 

@@ -146,7 +146,8 @@ void sum_over_regions(const SumOverRegions<typename Weights::Source, Accumulator
 // Kernels cannot name the dtype that they do not know.
 template <class... Tensors>
 void check_dtypes(const Tensors&... tensors) {
-  for (const Dtype dtype : {tensors.dtype...}) switch (dtype) {
+  const Dtype dtypes[] = {tensors.dtype...};
+  for (const Dtype dtype : dtypes) switch (dtype) {
       case Dtype::Float64:
       case Dtype::Float32:
       case Dtype::BFloat16:

@@ -246,7 +246,7 @@ class Sums {
   }
 
   // += a [ROWS, inner] b [COLUMNS, inner]^T
-  OCR_DEVICE void add_product(Operand<T> a, Operand<T> b, int inner, bool /*one_chain*/ = false) {
+  OCR_DEVICE void add_product(Operand<T> a, Operand<T> b, int inner) {
     // a lane addresses a line of one of four 8 x 8 matrices, which in a follow each other down the rows first, in b
     // along the inner dimension: the second is 8 further that way, the third 8 the other way, the fourth both
     const int thread = thread_index_anew(), matrix = thread % 32 / 8, near = matrix % 2 * 8, far = matrix / 2 * 8;
@@ -292,7 +292,7 @@ class Sums {
 };
 
 // The same for float and double: thread (y, x) of 16 x 16 has the rows y + 16 m and the columns x + 16 n. A product's
-// terms are summed alone first: one chain over all products takes fewer registers, but rounds more.
+// terms are summed alone first: one chain over all products rounds more.
 template <class T, int ROWS, int COLUMNS>
 class Sums<T, ROWS, COLUMNS, false> {
   static constexpr int kDown = ROWS / 16, kAcross = COLUMNS / 16;
@@ -302,12 +302,11 @@ class Sums<T, ROWS, COLUMNS, false> {
     for_each([](int, int, T& sum) { sum = 0; });
   }
 
-  OCR_DEVICE void add_product(Operand<T> a, Operand<T> b, int inner, bool one_chain = false) {
+  OCR_DEVICE void add_product(Operand<T> a, Operand<T> b, int inner) {
     const int a_row = a.inner_first ? 1 : a.pitch, a_step = a.inner_first ? a.pitch : 1;
     const int b_row = b.inner_first ? 1 : b.pitch, b_step = b.inner_first ? b.pitch : 1;
     const T *rows = a.data + y() * a_row, *columns = b.data + x() * b_row;
-    T alone[kDown][kAcross] = {};
-    auto& product = one_chain ? sums_ : alone;
+    T product[kDown][kAcross] = {};
     for (int j = 0; j < inner; ++j, rows += a_step, columns += b_step) {
       T factors[kAcross];
       OCR_UNROLL
@@ -319,7 +318,6 @@ class Sums<T, ROWS, COLUMNS, false> {
         for (int n = 0; n < kAcross; ++n) product[m][n] += factor * factors[n];
       }
     }
-    if (one_chain) return;
     OCR_UNROLL
     for (int m = 0; m < kDown; ++m) OCR_UNROLL
     for (int n = 0; n < kAcross; ++n) sums_[m][n] += product[m][n];
@@ -346,8 +344,7 @@ constexpr int kSumOverChannels = Transfer<T, kInner<T>, ROWS>::kBytes + Transfer
 
 template <class T, int ROWS, int COLUMNS>
 OCR_DEVICE void add_sum_over_channels(Sums<T, ROWS, COLUMNS>& sums, Transfer<T, kInner<T>, ROWS>& a, int64_t a_column,
-                                      Transfer<T, kInner<T>, COLUMNS>& b, int64_t b_column, unsigned char* shared,
-                                      bool one_chain = false) {
+                                      Transfer<T, kInner<T>, COLUMNS>& b, int64_t b_column, unsigned char* shared) {
   const int64_t channels = a.image().rows;
   OCR_UNROLL_BY(1)
   for (int64_t channel = 0;; channel += kInner<T>) {  // one tile is multiplied while the next is on its way
@@ -361,7 +358,7 @@ OCR_DEVICE void add_sum_over_channels(Sums<T, ROWS, COLUMNS>& sums, Transfer<T, 
       a.fetch(channel, a_column);
       b.fetch(channel, b_column);
     }
-    if (channel > 0) sums.add_product(rows, columns, kInner<T>, one_chain);
+    if (channel > 0) sums.add_product(rows, columns, kInner<T>);
     synchronize();
     if (channel >= channels) break;
   }

@@ -244,7 +244,7 @@ def reduce_splits(out: Tensor, partial: Tensor, statistics: tuple[Tensor, Tensor
     partial_stats, stats = statistics or (partial, partial)
     block_k = padded(regions, 32)
     block_s = padded(partial.shape[1], 512 // partial.itemsize)  # all splits at once: many independent loads
-    block_c = 4 if block_s * partial.itemsize <= 256 else 2
+    block_c = min(8, 1024 // (block_s * partial.itemsize))  # statistics are read again for each
     reduce_splits_kernel[(batch * cdiv(channels, block_c) * cdiv(regions, block_k),)](
         out, out.stride(), stats, partial, partial.stride(), partial_stats, channels, regions, partial.shape[1],
         SOFTMAX=statistics is not None,
