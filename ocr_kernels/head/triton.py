@@ -192,14 +192,18 @@ def forward(
     step = whole.shape[2] if output == "features" else pixels_at_once(*whole.shape[::2])
     with torch.cuda.device_of(feats):
         key, context_regions = aligned_rows(key, context_regions)
+        if output != "features":
+            some_z = _empty_pixels(whole, len(weights[7]), step, whole.dtype)
+        if output == "classes":  # of logits that are not rounded to 16 bits
+            some_logits = _empty_pixels(whole, len(weights[8]), step, torch.float32)
         for start in range(0, whole.shape[2], step):
             x, part = whole[..., start : start + step], result[..., start : start + step]
-            z = part if output == "features" else _empty_pixels(x, len(weights[7]), x.dtype)
+            z = part if output == "features" else some_z[..., : x.shape[2]]
             _fuse(z, x, _region_weights(x, key, regions, *weights[:4]), context_regions, regions, *weights[4:8])
             if output == "logits":
                 _linear(part, z, *weights[8:])
-            if output == "classes":  # of logits that are not rounded to 16 bits
-                logits = _empty_pixels(x, len(weights[8]), torch.float32)
+            if output == "classes":
+                logits = some_logits[..., : x.shape[2]]
                 _linear(logits, z, *weights[8:])
                 part.copy_(logits.argmax(1))
 
@@ -210,12 +214,12 @@ def pixels_at_once(batch: int, pixels: int) -> int:
     return round_up(cdiv(pixels, cdiv(pixels, most)), 128)
 
 
-def _empty_pixels(like: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
-    """[B, channels, N] in the memory format of `like`."""
-    batch, _, pixels = like.shape
+def _empty_pixels(like: Tensor, channels: int, pixels: int, dtype: torch.dtype) -> Tensor:
+    """[B, channels, pixels] in the memory format of `like` [B, C, N], and aligned whatever N is."""
+    pixels = round_up(min(pixels, like.shape[2]))
     if like.stride(1) == 1:
-        return like.new_empty((batch, pixels, channels), dtype=dtype).transpose(1, 2)
-    return like.new_empty((batch, channels, pixels), dtype=dtype)
+        return like.new_empty((len(like), pixels, channels), dtype=dtype).transpose(1, 2)
+    return like.new_empty((len(like), channels, pixels), dtype=dtype)
 
 
 def _region_weights(
