@@ -8,16 +8,36 @@ STAMP := .venv/stamp
 PYTHON_GIVEN := $(filter-out file,$(origin PYTHON))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test sanitize integration lint format bench report gpu clean
+.PHONY: help demo test test-all compat sanitize integration lint format bench report gpu clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(STAMP) ## train a small OCR network on a photo, with and without the kernels, and draw what it sees
 	$(BIN)/ocr-kernels demo
 
-test: $(STAMP) ## every test that this machine can run
-	$(BIN)/python -m pytest
+WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadgroup --timeout 900
+
+test: $(STAMP) ## the tests that this machine can run; WORKERS=2
+	$(PYTEST) -m "not wide"
+
+test-all: $(STAMP) ## the same over the whole grid of dtypes, layouts and sizes
+	$(PYTEST)
+
+# The Triton that belongs to a PyTorch: builds for GPUs ask for it themselves, builds for CPUs do not.
+TRITON ?= $(patsubst $(basename $(TORCH)):%,%,$(filter $(basename $(TORCH)):%,2.11:3.6.0 2.13:3.7.1 2.14:3.8.0))
+COMPAT = build/compat-$(or $(TORCH),newest)
+
+compat: ## every test but the slow ones on another PyTorch, in an environment of its own; TORCH=2.11.0, else the newest
+	$(PYTHON) -m venv $(COMPAT)
+	grep -vE '^(setuptools|torch|triton)==' constraints.txt > $(COMPAT)/constraints.txt
+	$(COMPAT)/bin/pip install 'setuptools>=77' torch$(TORCH:%===%) 'triton$(TRITON:%===%); platform_system == "Linux"'
+	OCR_KERNELS_BUILD=none $(COMPAT)/bin/pip install --no-build-isolation -c $(COMPAT)/constraints.txt -e '.[test]'
+	OCR_KERNELS_BUILD=cpu $(COMPAT)/bin/python setup.py -q build_ext --build-lib $(COMPAT) --build-temp $(COMPAT)/objects
+	$(COMPAT)/bin/pip list | grep -E '^(numpy|onnx|onnxscript|torch|triton) '
+	OCR_KERNELS_LIBRARY="$(CURDIR)/$(COMPAT)/ocr_kernels/libocr_kernels_cpu.so" \
+		$(COMPAT)/bin/python -m pytest -q -rfE --numprocesses $(WORKERS) --dist loadgroup -m "not slow and not wide and not integration"
 
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
 CXX ?= c++
@@ -30,7 +50,8 @@ sanitize: $(STAMP) ## the compiled library's tests under AddressSanitizer and UB
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 		OCR_KERNELS_LIBRARY="$(CURDIR)/build/sanitize/ocr_kernels/libocr_kernels_cpu.so" \
-		$(BIN)/python -m pytest tests/test_native.py tests/test_parity.py tests/test_values.py -k native
+		$(BIN)/python -m pytest tests/test_fuzz.py tests/test_native.py tests/test_parity.py tests/test_values.py \
+		-k "native or compiled or private" --hypothesis-profile=thorough
 
 integration: $(STAMP) ## tests with mmsegmentation, which it installs
 	$(BIN)/pip install --no-deps -r tests/integration/requirements.txt
@@ -56,7 +77,7 @@ report: $(STAMP) ## the README's tables and pictures of speed, from benchmarks/r
 	$(BIN)/python -m benchmarks.readme
 
 gpu: $(if $(PYTHON_GIVEN),,$(STAMP)) ## tests and benchmarks on a GPU; PYTHON=python3 OUT=dir COMMIT=hash
-	@PYTHONPATH="$(CURDIR)" $(if $(PYTHON_GIVEN),$(PYTHON),$(BIN)/python) -m benchmarks.gpu_round --out "$(OUT)" --commit "$(COMMIT)"
+	@PYTHONPATH="$(CURDIR)" $(if $(PYTHON_GIVEN),$(PYTHON),$(BIN)/python) -m benchmarks.gpu --out "$(OUT)" --commit "$(COMMIT)"
 
 clean: ## remove everything that these commands made
 	rm -rf .venv build dist *.egg-info demo-output gpu-results .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -27,10 +27,11 @@ from pathlib import Path
 from typing import Any
 
 from setuptools import Extension, setup
+from setuptools.command.build_py import build_py
 from setuptools.errors import CompileError
 
 KERNELS = ["csrc/attention/cpu_kernels.cpp", "csrc/gather/cpu_kernels.cpp"]  # compiled once per instruction set
-OTHERS = ["csrc/cpu/registration.cpp", "csrc/attention/cpu.cpp", "csrc/gather/cpu.cpp"]  # compiled once
+OTHERS = ["csrc/cpu/registration.cpp"]  # compiled once
 FOR_GPUS = ["csrc/attention/gpu.cu", "csrc/gather/gpu.cu", "csrc/gpu/registration.cpp"]  # a library of its own
 STABLE_ABI = ("TORCH_TARGET_VERSION", "0x020b000000000000")  # PyTorch 2.11
 
@@ -38,6 +39,15 @@ AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 INSTRUCTION_SETS = {"avx2": AVX2, "avx512": AVX512, "avx512bf16": [*AVX512, "-mavx512bf16"]}
 CAPABILITIES = ["7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0"]  # those of them that nvcc knows, and PTX of the last
+
+
+class BuildFromNothing(build_py):
+    """First removes what an earlier build left in the folder that a wheel is made of."""
+
+    def run(self) -> None:
+        if not self.editable_mode:
+            shutil.rmtree(os.path.join(self.build_lib, "ocr_kernels"), ignore_errors=True)
+        super().run()
 
 
 def configuration() -> dict[str, Any]:
@@ -158,6 +168,13 @@ def libraries(optional: bool, gpus: tuple[str, list[str]] | None) -> dict[str, A
     class Build(BuildExtension):
         """Compiles `KERNELS` once per instruction set, each with flags of its own, with ninja or without."""
 
+        def run(self) -> None:
+            package = os.path.dirname(self.get_ext_fullpath(cpu.name))  # of the checkout, if built in place
+            for folder in (package, os.path.join(self.build_lib, "ocr_kernels")):
+                for library in Path(folder).glob("libocr_kernels_*.so"):
+                    library.unlink()  # an earlier build's, perhaps for another PyTorch
+            super().run()
+
         def build_extension(self, extension: Extension) -> None:
             if extension is not cpu:
                 self.build_for_gpus(extension)
@@ -234,4 +251,6 @@ def libraries(optional: bool, gpus: tuple[str, list[str]] | None) -> dict[str, A
     return configured
 
 
-setup(**configuration())
+configured = configuration()
+configured.setdefault("cmdclass", {})["build_py"] = BuildFromNothing
+setup(**configured)

@@ -7,8 +7,6 @@ import importlib.util
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from benchmarks import measure, report
 from benchmarks.cases import (
-    AUTOTUNED,
     CASES,
-    EAGER,
     MEMORY_FORMATS,
     NAMED,
     NETWORKS,
@@ -29,10 +25,9 @@ from benchmarks.cases import (
     QUICK_CASES,
     SUBJECTS,
     SWEEPS,
-    Workload,
     our_backends,
-    sweep_of,
 )
+from benchmarks.jobs import Job, jobs
 from ocr_kernels.core.backends import interpreting
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -71,7 +66,7 @@ def _run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
             f"The reference backend, plain PyTorch, is what runs on {device}: these times show its cost, "
             "not the kernels' (see `ocr-kernels info`)."
         )
-    todo = _jobs(args, device)
+    todo = jobs(device, args.dtype, args.memory_format, args.cases, args.subjects, args.peers, args.quick)
     data: dict[str, Any] = {**measure.record(args.commit), "device": args.device, "quick": args.quick}
     data |= {"limits": {}, "host": [], "missing": [str(job) for job in todo], "failed": {}, "results": []}
     _write(args.json, data)
@@ -91,53 +86,13 @@ def _run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
                 _write(args.json, data)
                 if not out.is_terminal:
                     out.print(f"{len(todo) - len(data['missing'])}/{len(todo)} {job}")
-    except KeyboardInterrupt:
-        out.print(f"Stopped with {len(data['missing'])} of {len(todo)} measurements to go.")
+                measure.require_device(device, f"Nothing runs on {device} after {job}.")
+    except (KeyboardInterrupt, measure.DeviceLost) as stop:
+        out.print(f"Stopped with {len(data['missing'])} of {len(todo)} measurements to go. {stop}".rstrip())
     data["load"].append(measure.load())
     _write(args.json, data)
     _print(data, out)
     return data
-
-
-@dataclass(frozen=True)
-class Job:
-    """One workload; its passes are measured together."""
-
-    workload: Workload
-    rank: int
-
-    @property
-    def dtype(self) -> str:
-        return str(self.workload.dtype).removeprefix("torch.")
-
-    def __str__(self) -> str:
-        work = self.workload
-        slow = f" {AUTOTUNED}" if AUTOTUNED in work.peers else ""
-        return f"{work.subject.name} {work.case.name} {self.dtype} {work.memory_format}{slow}"
-
-
-def _jobs(args: argparse.Namespace, device: torch.device) -> list[Job]:
-    """The most telling ones first, since time may be short. What compiles for long is late, beside ours once more."""
-    jobs = []
-    combinations = list(product(args.dtype, args.memory_format))
-    fast = tuple(peer for peer in args.peers if peer != AUTOTUNED)
-    for combination, name, subject in product(combinations, args.cases, args.subjects):
-        if name not in (SUBJECTS[subject].cases or args.cases):
-            continue
-        dtype, memory_format = combination
-        case = CASES[name].quick() if args.quick else CASES[name]
-        work = Workload(SUBJECTS[subject], case, getattr(torch, dtype), device, memory_format, fast)
-        is_op, sweep, first = subject in OPS, sweep_of(name), name == args.cases[0]
-        rank = 4 if subject in NETWORKS else 0 if first else 3 if sweep else 1 if is_op else 4
-        if combination != combinations[0]:
-            rank = 2 if first and is_op else rank + 10
-        if not sweep:
-            jobs.append(Job(work, rank))
-        elif is_op:  # against eager alone; a module's convolutions do not depend on K
-            jobs.append(Job(replace(work, peers=(EAGER,)), rank))
-        if AUTOTUNED in args.peers and device.type == "cuda" and not sweep:
-            jobs.append(Job(replace(work, peers=(AUTOTUNED,)), max(rank, 5)))
-    return sorted(jobs, key=lambda job: job.rank)
 
 
 def _measure(job: Job, limits: measure.Limits, seconds: float, data: dict[str, Any]) -> None:

@@ -38,6 +38,10 @@ Inputs = tuple[list[Tensor], list[Tensor]]
 Prepare = Callable[[Any], Callable[[], object]]
 
 
+class DeviceLost(RuntimeError):
+    """A kernel's fault after which nothing more can run on the device in this process."""
+
+
 @dataclass(frozen=True)
 class Timing:
     """Seconds per call: the median, and the interquartile range as a share of it."""
@@ -188,13 +192,13 @@ def gate(
     for name, function in functions.items():
         if isinstance(function, nn.Module):
             function.train(what != "forward")  # inference, or training
-        synchronize(workload.device)
         start = time.perf_counter()
         try:
             results[name] = run(what, function, inputs)
             synchronize(workload.device)
         except Exception as error:  # whatever a compiler or a kernel raises belongs into the table
             problems[name] = f"failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            require_device(workload.device, f"{name} {problems[name]}")
             continue
         first[name] = time.perf_counter() - start
 
@@ -376,6 +380,14 @@ def _no_kernels() -> ExitStack:
 
 def _nothing(*_: object) -> None:  # a Mock would take longer than what is measured
     pass
+
+
+def require_device(device: torch.device, problem: str) -> None:
+    """Raise `DeviceLost` if nothing can run on the device after a problem."""
+    try:
+        synchronize(device)
+    except RuntimeError as error:
+        raise DeviceLost(problem) from error
 
 
 def synchronize(device: torch.device) -> None:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
-
-from rich import box
-from rich.console import Console
-from rich.table import Table
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.cases import BACKBONE, COMPILED, EAGER, PEERS, SDPA, sweep_of
 from benchmarks.measure import EMPTY
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
 
 SHORT = {"forward": "fwd", "backward": "bwd", "forward+backward": "both"}
 HOST_BUDGETS = {"forward": 20e-6, "forward+backward": 60e-6}
@@ -40,6 +40,9 @@ class Grid:
         )
 
     def table(self) -> Table:
+        from rich import box  # not everywhere that results are written as Markdown
+        from rich.table import Table
+
         table = Table(title=self.title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
         for i, name in enumerate(self.header):
             last = i == len(self.header) - 1  # gives way where the width is short
@@ -56,6 +59,8 @@ class Grid:
 
 def console() -> Console:
     """Standard output, 120 columns wide in a file or a pipe."""
+    from rich.console import Console
+
     out = Console(highlight=False, markup=False)
     if not out.is_terminal:
         out.width = 120

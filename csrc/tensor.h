@@ -15,11 +15,19 @@ struct Float16 {
 
 // A tensor [batch, rows, columns] with element strides of any kind. Where there are pixels, they are the columns.
 struct Tensor {
-  void* data;
+  void* data;  // null: not wanted
   Dtype dtype;
   int64_t batch, rows, columns;
   int64_t stride_batch, stride_row, stride_column;
 };
+
+// The product of sizes; kTooMany where it is larger, so that memory for it is refused instead of too small.
+constexpr int64_t kTooMany = int64_t(1) << 62;
+template <class... Sizes>
+constexpr int64_t product(int64_t result, Sizes... sizes) {
+  ((result = sizes != 0 && result > kTooMany / int64_t(sizes) ? kTooMany : result * int64_t(sizes)), ...);
+  return result;
+}
 
 // Runs body(state, 0) to body(state, tasks - 1), each once, in any order, on any number of threads.
 using Parallel = void (*)(int64_t tasks, void (*body)(const void* state, int64_t task), const void* state);
@@ -30,9 +38,9 @@ struct Queue {
   void* (*allocate)(void* state, int64_t bytes);
   void* state;
 
-  template <class T>
-  T* scratch(int64_t count) const {
-    return static_cast<T*>(allocate(state, count * int64_t(sizeof(T))));
+  template <class T, class... Sizes>
+  T* scratch(Sizes... sizes) const {
+    return static_cast<T*>(allocate(state, product(int64_t(sizeof(T)), sizes...)));
   }
 };
 

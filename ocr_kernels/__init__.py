@@ -5,6 +5,7 @@ The gather's softmax runs over pixels, once per region; the attention's runs ove
 
 from ocr_kernels.attention import pixel_region_attention
 from ocr_kernels.core.backends import available_backends, use_backend
+from ocr_kernels.core.registration import decompositions, flop_formulas
 from ocr_kernels.folding import FoldingReport, fold_ocr_modules, unfold_ocr_modules
 from ocr_kernels.gather import spatial_gather
 from ocr_kernels.head import HeadWeights, ocr_head
@@ -19,6 +20,8 @@ __all__ = [
     "ReplacementReport",
     "attention_maps",
     "available_backends",
+    "decompositions",
+    "flop_formulas",
     "fold_ocr_modules",
     "ocr_head",
     "pixel_region_attention",

@@ -280,7 +280,8 @@ def _weights(module: nn.Module, feats: Any, regions: Any) -> HeadWeights | None:
         if isinstance(plan, str) or not _takes(plan.convolved(), feats, regions):
             return None
         return _fold(plan, dtype)
-    with torch._C.DisableTorchFunction():  # the mode of a swapped module would be asked about every attribute
+    # The mode of a swapped module would be asked about every attribute; nothing public leaves it out.
+    with torch._C.DisableTorchFunction():
         snapshot = _snapshot(module, dtype)
         return snapshot.weights if snapshot.is_eval() and _takes(snapshot.convolved, feats, regions) else None
 
@@ -288,7 +289,7 @@ def _weights(module: nn.Module, feats: Any, regions: Any) -> HeadWeights | None:
 def _may_fold() -> bool:
     if torch.compiler.is_compiling():
         return not torch.compiler._is_exporting_flag  # is_exporting() is true under any torch.compile of PyTorch 2.11
-    return not (
+    return not (  # no public function tells of the last three
         torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
         or forward_ad._current_level >= 0
         or torch._C._are_functorch_transforms_active()
@@ -306,7 +307,7 @@ def _snapshot(module: nn.Module, dtype: torch.dtype) -> _Snapshot:
     snapshot = cache.snapshot
     if snapshot is None or not snapshot.is_current(module, dtype):
         snapshot = _Snapshot(module, dtype)
-        if not torch._C._len_torch_dispatch_stack():  # a mode's tensors may be no ordinary ones
+        if not torch._C._len_torch_dispatch_stack():  # a mode's tensors may be no ordinary ones; nothing public tells
             if snapshot.weights is not None and snapshot.weights.bias.is_cuda:
                 torch.cuda.current_stream().synchronize()  # once for each change: the next call may use another stream
             cache.snapshot = snapshot

@@ -221,7 +221,7 @@ class Recognition(TorchFunctionMode):
         conservative = (
             not isinstance(target, Tensor)
             or torch.compiler.is_compiling()
-            or torch._C._are_functorch_transforms_active()
+            or torch._C._are_functorch_transforms_active()  # no public function tells
         )
         for deferred in self.pending:
             if deferred._call is not None and (conservative or _reads(deferred, target)):
@@ -380,7 +380,7 @@ def place_of_current() -> _Thread | _Trace:
 
 def running() -> Recognition | None:
     """The mode of the swapped module whose forward is running."""
-    for index in range(torch._C._len_torch_function_stack()):
+    for index in range(torch._C._len_torch_function_stack()):  # no public function tells the modes that are on
         mode = torch._C._get_function_stack_at(index)
         if isinstance(mode, Recognition):
             return mode
@@ -409,7 +409,7 @@ def _is_number(x: Any) -> bool:
 def _settings(tensor: Tensor) -> Settings:
     """The modes that a deferred call would have run in: gradients on, and the autocast dtype."""
     autocast = None
-    if torch._C._is_any_autocast_enabled():
+    if torch._C._is_any_autocast_enabled():  # the public function wants a type of device that has autocast
         kind = tensor.device.type
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     return torch.is_grad_enabled(), autocast
@@ -469,6 +469,7 @@ def _is_in_place(func: Callable[..., Any]) -> bool:
 def _reads(x: Any, target: Any) -> bool:
     """Whether `x` depends on the storage of `target`."""
     if isinstance(x, Tensor):
+        # no public function compares the storages of fake tensors, too
         return torch._C._is_alias_of(x, target)  # type: ignore[attr-defined, no-any-return]
     if type(x) is Deferred:
         return _reads(x._value if x._call is None else (x._origin.tensors, x._call[1:]), target)

@@ -214,7 +214,7 @@ class _Quiet:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not _mode_is_on_top():
             return self._module(*args, **kwargs)
-        mode = torch._C._pop_torch_function_stack()
+        mode = torch._C._pop_torch_function_stack()  # no public function steps out of a mode for a while
         try:
             return self._module(*args, **kwargs)
         finally:
@@ -281,6 +281,7 @@ def _quiet_child(name: str) -> property:
 
 
 def _mode_is_on_top() -> bool:
+    # no public function tells the modes that are on
     depth = 0 if torch.compiler.is_compiling() else torch._C._len_torch_function_stack()
     return depth > 0 and type(torch._C._get_function_stack_at(depth - 1)) is Recognition
 

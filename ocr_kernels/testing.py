@@ -40,6 +40,7 @@ def gather_inputs(
     dtype: torch.dtype = torch.float32,
     logits_dtype: torch.dtype | None = None,
     layout: Layout = "contiguous",
+    peak: float = 0.0,
     device: torch.device | str = "cpu",
     seed: int = 0,
     requires_grad: bool = False,
@@ -48,11 +49,16 @@ def gather_inputs(
 
     The numbers depend on the seed, the sizes and the dtypes alone, not on layout or device (except that `expanded`
     repeats some). feats have a mean of 0.5, since pixel representations come out of a ReLU; logits spread enough for
-    a softmax far from uniform.
+    a softmax far from uniform. `peak` is added to a pixel of each region, as trained networks have them: with 8 that
+    pixel holds a large part of the weight, with 20 nearly all, with 1e4 all of it.
     """
     generator = torch.Generator().manual_seed(seed)
     feats = 0.5 + _normal((batch, channels, *spatial), generator)
     logits = 2 * _normal((batch, regions, *spatial), generator)
+    if peak and logits.numel():
+        flat = logits.flatten(2)
+        highest = torch.randint(flat.shape[2], (batch, regions, 1), generator=generator)
+        flat.scatter_add_(2, highest, flat.new_full((batch, regions, 1), peak))
     return (
         lay_out(feats.to(device, dtype), layout).requires_grad_(requires_grad),
         lay_out(logits.to(device, logits_dtype or dtype), layout).requires_grad_(requires_grad),
@@ -68,18 +74,22 @@ def attention_inputs(
     spatial: Sequence[int] = (9, 11),
     dtype: torch.dtype = torch.float32,
     layout: Layout = "contiguous",
+    peak: float = 0.0,
     device: torch.device | str = "cpu",
     seed: int = 0,
     requires_grad: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Seeded `query` `[B, D, *S]` in `layout`, `key` `[B, D, K]` and `value` `[B, Dv, K]` for `pixel_region_attention`.
 
-    `value_channels` is Dv, by default D = `channels`. The scores have a standard deviation of 2.
+    `value_channels` is Dv, by default D = `channels`. The scores have a standard deviation of 2; `peak` is added to
+    those of the first region, by way of the first channel.
     """
     generator = torch.Generator().manual_seed(seed)
     query = _normal((batch, channels, *spatial), generator)
     key = 2 * _normal((batch, channels, regions), generator)
     value = 0.5 + _normal((batch, channels if value_channels is None else value_channels, regions), generator)
+    if peak:
+        query[:, 0], key[:, 0, :1] = channels**0.25, channels**0.25 * peak  # their product is divided by the root of D
     return (
         lay_out(query.to(device, dtype), layout).requires_grad_(requires_grad),
         key.to(device, dtype).requires_grad_(requires_grad),
@@ -165,7 +175,6 @@ def judge(
     references: Sequence[tuple[Tensor, Tensor, float]],
     *,
     factor: float | None = None,
-    cancelling: Tensor | None = None,
 ) -> list[Measurement]:
     """Measure `actual` and hold it against the error budget: max, mean, relative L2 error, and bias.
 
@@ -181,7 +190,6 @@ def judge(
         references: `(reference, oracle, weight)` of one or more runs, all of the shape of `actual`; the largest
             weighted error counts. `actual` is judged against the first oracle.
         factor: how many times the reference's error is allowed; by default that of `FACTORS` for the dtype.
-        cancelling: the size of the terms that cancel in each element, where that is more than what is left of them.
     """
     if actual.numel() == 0:
         return []
@@ -192,13 +200,12 @@ def judge(
     same = (actual == rounded) | (actual.isnan() & rounded.isnan()) | (actual.isfinite() & rounded.isfinite())
 
     error, size = _errors(actual, exact), _errors(exact.abs())
-    terms = size if cancelling is None else _errors(torch.maximum(exact.abs(), cancelling))
     allowed = [{k: weight * v for k, v in _errors(r, o).items()} for r, o, weight in references]
 
     result = [Measurement(tensor, "misplaced NaN or inf", float((~same).sum()), 0.0, 0.0, actual.dtype)]
     for measure in error:
         spacing = finfo.eps if measure == "max error" else finfo.eps / 2
-        floor = spacing * terms[measure] + finfo.eps * finfo.tiny  # the latter is the spacing of subnormal numbers
+        floor = spacing * size[measure] + finfo.eps * finfo.tiny  # the latter is the spacing of subnormal numbers
         largest = max(errors[measure] for errors in allowed)
         reference = allowed[0][measure] or largest
         if measure == "bias":  # a mean over n errors is never surer than their size / sqrt(n)
@@ -253,7 +260,6 @@ def measure_parity(
     oracle: Callable[..., Any] | None = None,
     grad_output: Tensor | Sequence[Tensor] | None = None,
     factors: Mapping[torch.dtype, float] | None = None,
-    cancellation: Callable[..., Mapping[str, Tensor]] | None = None,
 ) -> list[Measurement]:
     """Measure and `judge` what `actual` computes: outputs, gradients of inputs and of parameters, buffers.
 
@@ -273,8 +279,6 @@ def measure_parity(
         grad_output: the incoming gradient, or one for each output; by default random, in dtype and layout of
             `actual`'s output.
         factors: instead of `FACTORS`.
-        cancellation: called with `(*grad_outputs, *inputs)`, it returns `cancelling` of `judge` by the name of a
-            tensor, such as "gradient of logits". The gather has `gather_cancellation`.
 
     Raises:
         AssertionError: a shape, a dtype or the presence of a gradient differs.
@@ -305,7 +309,6 @@ def measure_parity(
         ratio = 2 * torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
         narrow_exact = run(definition, _narrow, Tensor.double)
         repeats[torch.float64] = [(run(reference, _narrow, _Jitter(seed)), narrow_exact, ratio) for seed in range(3)]
-    cancelling = cancellation(*(_map(value, Tensor.detach) for value in (*incoming, *inputs))) if cancellation else {}
 
     measurements: list[Measurement] = []
     for tensor, result in tested.items():
@@ -315,23 +318,8 @@ def measure_parity(
             result,
             [(inexact[tensor], oracle_run[tensor], weight) for inexact, oracle_run, weight in runs],
             factor=(factors or FACTORS).get(result.dtype),
-            cancelling=cancelling.get(tensor),
         )
     return measurements
-
-
-def gather_cancellation(grad: Tensor, feats: Tensor, logits: Tensor, scale: float = 1.0) -> dict[str, Tensor]:
-    """The terms that cancel in the gradient of the gather's logits, for `assert_parity`.
-
-    dM_ki = scale * P_ki (dF_k . x_i - dF_k . f_k): with one pixel, or where one pixel holds nearly all the weight,
-    the two products are almost equal. What is left is the rounding of f, which is saved in the dtype of feats, and,
-    if that is the dtype of the sums as well, of the sums.
-    """
-    feats, logits = feats.detach().double().flatten(2), logits.detach()
-    weights = (scale * logits.double().flatten(2)).softmax(2)  # [B, K, N]
-    products = grad.double() * torch.matmul(feats, weights.transpose(1, 2))  # [B, C, K]
-    size = 2 * products.abs().sum(1) if grad.dtype in _WIDE else products.square().sum(1).sqrt()
-    return {"gradient of logits": (abs(scale) * weights * size.unsqueeze(2)).view(logits.shape)}
 
 
 def _run(

@@ -2,23 +2,24 @@
 #include <cstddef>
 #include <cstring>
 
-#include "../csrc/attention/gpu.h"
-#include "../csrc/gather/gpu.h"
 #include "../csrc/ops.h"
 
 namespace ocr_kernels {
 
+namespace gpu {
+OCR_DECLARE_KERNELS(const Queue&)
+}
+
 struct Host {
   static constexpr const char* name = "the CPU";
   static void prepare(void*, int64_t) {}
-  static constexpr auto gather_forward = gpu::gather_forward;
-  static constexpr auto gather_backward = gpu::gather_backward;
-  static constexpr auto attention_forward = gpu::attention_forward;
-  static constexpr auto attention_backward = gpu::attention_backward;
 
   explicit Host(const Argument&) {}
   bool holds(const Argument& tensor) const { return tensor.is_cpu(); }
-  Queue resources() const { return {nullptr, allocate, &scratch_}; }
+  template <class Arguments>
+  void run(const Arguments& a) {
+    gpu::run(a, {nullptr, allocate, &scratch_});
+  }
 
  private:
   using Buffers = std::vector<std::vector<std::max_align_t>>;
@@ -28,10 +29,18 @@ struct Host {
     std::memset(buffers.back().data(), 0xff, size_t(bytes));  // NaN in every element type
     return buffers.back().data();
   }
-  mutable Buffers scratch_;
+  Buffers scratch_;
 };
 
-STABLE_TORCH_LIBRARY(ocr_kernels_native, m) { define_schemas(m); }
+std::string build_facts() { return ""; }
+
+STABLE_TORCH_LIBRARY(ocr_kernels_native, m) {
+  define_schemas(m);
+  m.def("build_facts() -> str");
+}
+STABLE_TORCH_LIBRARY_IMPL(ocr_kernels_native, CompositeExplicitAutograd, m) {
+  m.impl("build_facts", TORCH_BOX(&build_facts));
+}
 STABLE_TORCH_LIBRARY_IMPL(ocr_kernels_native, CPU, m) { Ops<Host>::implement(m); }
 
 }  // namespace ocr_kernels

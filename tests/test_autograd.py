@@ -10,7 +10,7 @@ import torch
 from ops import ATTENTION, GATHER, Op, all_dtypes, both_ops
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.func import grad, hessian, jacfwd, jacrev, jvp, linearize, vjp, vmap
+from torch.func import functionalize, grad, hessian, jacfwd, jacrev, jvp, linearize, vjp, vmap
 
 from ocr_kernels.testing import gradcheck, gradgradcheck, saved_bytes
 
@@ -62,6 +62,7 @@ def test_one_tensor_as_two_arguments(op: Op, target: tuple[str, str]) -> None:
     gradgradcheck(lambda x: op.on(backend)(*(x for _ in arguments)), (x,))
 
 
+@pytest.mark.thinned
 @both_ops
 @pytest.mark.parametrize("regions", [5, 70])
 @pytest.mark.parametrize("wanted", range(1, 8), ids=lambda wanted: f"{wanted:03b}")
@@ -91,6 +92,7 @@ def test_unneeded_gradients_have_no_elements(op: Op, target: tuple[str, str]) ->
     assert [g.numel() for g in gradients] == [inputs[0].numel(), *(0 for _ in inputs[1:])]
 
 
+@pytest.mark.thinned
 @all_dtypes
 @pytest.mark.parametrize("regions", [19, 300])
 def test_saved_for_backward(target: tuple[str, str], dtype: torch.dtype, regions: int) -> None:
@@ -216,6 +218,9 @@ TRANSFORMS: dict[str, Callable[..., Any]] = {
     "jacfwd": lambda f, *x: jacfwd(f, everywhere(x))(*x),
     "hessian": lambda f, *x: hessian(scalar(f), everywhere(x))(*x),
     "jacrev of jacfwd": lambda f, *x: jacrev(jacfwd(scalar(f)), everywhere(x))(*x),
+    "jacfwd of jacfwd": lambda f, *x: jacfwd(jacfwd(scalar(f)), everywhere(x))(*x),
+    "vmap of jvp": lambda f, *x: vmap(lambda *y: jvp(f, y, tuple(t.cos() for t in y)), in_dims=1)(*stacked(x)),
+    "functionalize of grad": lambda f, *x: functionalize(grad(scalar(f), everywhere(x)))(*x),
     "linearize": lambda f, *x: linearize(f, *x)[1](*x),
     "dual numbers": by_dual_numbers,
     "backward of dual numbers": backward_of_dual_numbers,

@@ -4,7 +4,6 @@ import contextlib
 import importlib.machinery
 import importlib.util
 import json
-import os
 import sys
 import time
 import types
@@ -18,7 +17,7 @@ import torch
 from PIL import Image
 
 from benchmarks import __main__ as command
-from benchmarks import cases, gpu_round, measure, plot, readme, report
+from benchmarks import cases, jobs, measure, plot, readme, report
 from benchmarks.cases import BACKBONE, CASES, NETWORKS, OPS, SUBJECTS, Case, Pass, Subject, Workload
 from ocr_kernels import cli, fold_ocr_modules
 
@@ -48,7 +47,8 @@ def tiny() -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # on a busy machine, waiting for a second one takes longest
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(command, "CASES", small)
+        for module in (command, jobs):
+            monkeypatch.setattr(module, "CASES", small)
         monkeypatch.setattr(Case, "quick", lambda case: case)
         monkeypatch.setattr(torch, "compile", lambda function, **_: function)
         monkeypatch.setattr(torch.nn.Module, "compile", lambda *_, **__: None)
@@ -293,12 +293,37 @@ def test_a_job_that_fails_does_not_end_the_run(
     assert failed == {"gather lip float32 contiguous": "OutOfMemoryError: too large"}
 
 
+def test_a_lost_device_ends_the_run(
+    tiny_cases: None, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lost = []
+
+    def fault(*_: Any) -> None:
+        lost.append(True)
+        raise RuntimeError("CUDA error: misaligned address")
+
+    def synchronize(_: torch.device) -> None:
+        if lost:
+            raise RuntimeError("CUDA error: misaligned address")
+
+    monkeypatch.setattr(measure.ocr_kernels.gather.reference, "forward", fault)
+    monkeypatch.setattr(measure, "synchronize", synchronize)
+    path = tmp_path / "a.json"
+    assert command.main([*RUN, str(path), "--cases", "lip", "--subjects", *OPS, "--peers", "eager"]) == 1
+    data = json.loads(path.read_text())
+    reason = "DeviceLost: reference failed: RuntimeError: CUDA error: misaligned address"
+    assert data["failed"] == {"gather lip float32 contiguous": reason}
+    assert data["missing"] == ["attention lip float32 contiguous"]
+    assert "Nothing runs on cpu after gather lip float32 contiguous." in capsys.readouterr().out
+
+
 def test_the_most_telling_jobs_come_first(tiny_cases: None) -> None:
     args = command._parse(["--device", "cpu", "--no-quick", "--memory-format", "contiguous", "channels_last"], "")
-    jobs = command._jobs(args, torch.device("cuda"))  # nothing runs
-    names = [str(job) for job in jobs]
+    options = args.dtype, args.memory_format, args.cases, args.subjects, args.peers
+    found = jobs.jobs(torch.device("cuda"), *options)  # nothing runs
+    names = [str(job) for job in found]
     assert names[:6] == [f"{subject} cityscapes-inference float32 contiguous" for subject in LAYERS]
-    assert {job.workload.subject.name for job in jobs[6 : 6 + 2 * (len(cases.NAMED) - 1)]} == set(OPS)
+    assert {job.workload.subject.name for job in found[6 : 6 + 2 * (len(cases.NAMED) - 1)]} == set(OPS)
     assert len(set(names)) == len(names)
     first_slow = next(i for i, name in enumerate(names) if "max-autotune" in name)
     assert all("contiguous" in name or "cityscapes-inference" in name for name in names[:first_slow])
@@ -438,64 +463,3 @@ def test_wrong_arguments_are_refused_in_one_line(arguments: list[str], capsys: p
         command.main(arguments)
     assert exit_.value.code == 2
     assert "error: " in capsys.readouterr().err.splitlines()[-1]
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_gpu_round_without_a_gpu_says_so_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert gpu_round.main(["--out", str(tmp_path / "out")]) == 1
-    assert capsys.readouterr().err == "No GPU round: no GPU is visible to PyTorch.\n"
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(("statuses", "status"), [((0, 0, 0), 0), ((1, 0, 0), 1), ((0, 1, 0), 1), ((0, 0, None), 1)])
-def test_gpu_round_ends_with_a_table_and_its_verdict(
-    statuses: tuple[int | None, ...],
-    status: int,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    steps = iter(statuses)
-    library = tmp_path / "build" / "ocr_kernels" / "libocr_kernels_cpu.so"
-    monkeypatch.setenv("OCR_KERNELS_LIBRARY", "restored after the test")
-
-    def step(module: list[str], log: Path, seconds: float, variables: object = None) -> int | None:
-        assert 0 < seconds <= gpu_round.TOTAL_SECONDS
-        if module[0] == "setup":
-            assert variables == {"OCR_KERNELS_BUILD": "cuda", "TORCH_CUDA_ARCH_LIST": "9.0"}
-            library.parent.mkdir(parents=True)
-            library.touch()
-        elif module[0] == "pytest":
-            assert os.environ["OCR_KERNELS_LIBRARY"] == str(library)
-            report = '<testsuites><testsuite tests="9" failures="1" errors="0" skipped="2"/></testsuites>'
-            (log.parent / "tests.xml").write_text(report)
-        else:
-            Path(module[module.index("--json") + 1]).write_text('{"results": [], "missing": ["a"]}')
-        return next(steps)
-
-    monkeypatch.setattr(gpu_round, "_step", step)
-    monkeypatch.setattr(measure, "record", lambda commit: {"commit": commit})
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    assert gpu_round.main(["--out", str(tmp_path), "--commit", "abc"]) == status
-    printed = capsys.readouterr().out
-    assert "NVIDIA H200, commit abc" in printed
-    assert ("build       passed" in printed) == (statuses[0] == 0)
-    assert "libocr_kernels_cpu.so\n" in printed
-    assert "6 passed, 1 failed, 0 errors, 2 skipped" in printed
-    assert ("time was up" in printed) == (None in statuses)
-    assert json.loads((tmp_path / "machine.json").read_text()) == {"commit": "abc"}
-    assert (tmp_path / "nvidia-h200.json").exists()
-
-
-def test_a_step_is_logged_and_stopped_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = tmp_path / "step.py"
-    module.write_text("import sys, time\nprint('started')\nif len(sys.argv) > 1: time.sleep(60)\nsys.exit(3)\n")
-    monkeypatch.chdir(tmp_path)
-    assert gpu_round._step(["step"], tmp_path / "a.log", 60) == 3
-    start = time.monotonic()
-    assert gpu_round._step(["step", "sleep"], tmp_path / "b.log", 3) is None
-    assert time.monotonic() - start < 20
-    assert (tmp_path / "a.log").read_text() == "started\n"
-    assert (tmp_path / "b.log").read_text().startswith("started\n")

@@ -1,23 +1,12 @@
 """The command line: what it prints, and how it fails."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from fresh import python
 
 from ocr_kernels import __version__, info
 from ocr_kernels.cli import main
-
-ROOT = Path(__file__).parent.parent
-
-
-def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """A fresh Python."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
-    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
 
 
 def test_info_names_every_backend_and_tells_why_one_cannot_run(capsys: pytest.CaptureFixture[str]) -> None:
@@ -34,7 +23,7 @@ def test_info_as_json_is_what_collect_returns(capsys: pytest.CaptureFixture[str]
 
 
 def test_info_shows_environment_variables_and_what_they_do() -> None:
-    result = run("-m", "ocr_kernels", "info", "--json", OCR_KERNELS_BACKEND="reference", TRITON_INTERPRET="1")
+    result = python("-m", "ocr_kernels", "info", "--json", OCR_KERNELS_BACKEND="reference", TRITON_INTERPRET="1")
     report = json.loads(result.stdout)
     assert report["environment"]["OCR_KERNELS_BACKEND"] == "reference"
     assert report["environment"]["TRITON_INTERPRET"] == "1"
@@ -42,14 +31,14 @@ def test_info_shows_environment_variables_and_what_they_do() -> None:
 
 
 def test_info_survives_a_backend_that_does_not_exist() -> None:
-    result = run("-m", "ocr_kernels", "info", "--json", OCR_KERNELS_BACKEND="abacus")
+    result = python("-m", "ocr_kernels", "info", "--json", OCR_KERNELS_BACKEND="abacus")
     assert result.returncode == 0, result.stderr
     assert "abacus" in json.loads(result.stdout)["chosen"]["cpu"]
 
 
 def test_info_needs_torch_alone() -> None:
     blocked = ("numpy", "triton", "rich", "matplotlib", "PIL", "sklearn")
-    result = run(
+    result = python(
         "-c",
         f"import sys; sys.modules.update(dict.fromkeys({blocked}))\n"
         "from ocr_kernels.cli import main; sys.exit(main(['info', '--json']))",
@@ -61,7 +50,7 @@ def test_info_needs_torch_alone() -> None:
 
 
 def test_module_is_the_command() -> None:
-    result = run("-m", "ocr_kernels", "--version")
+    result = python("-m", "ocr_kernels", "--version")
     assert (result.returncode, result.stdout.strip()) == (0, f"ocr_kernels {__version__}")
 
 

@@ -5,13 +5,9 @@ And what the launchers decide: tiles, grids, steps.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from fresh import python
 
 pytest.importorskip("triton", reason="compiles with Triton")
 
@@ -24,21 +20,12 @@ from ocr_kernels.gather import tiles as gather
 from ocr_kernels.head.triton import PIXELS_AT_ONCE, pixels_at_once
 
 
-def codegen(*arguments: str) -> subprocess.CompletedProcess[str]:
-    root = Path(__file__).parent.parent
-    return subprocess.run(
-        [sys.executable, "-m", "benchmarks.codegen", *arguments],
-        cwd=root,
-        env=os.environ | {"PYTHONPATH": str(root), "TRITON_INTERPRET": "0"},
-        capture_output=True,
-        text=True,
-    )
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "architecture", [pytest.param(name, marks=() if name == "sm_90" else pytest.mark.wide) for name in ARCHITECTURES]
+)
 def test_machine_code(architecture: str) -> None:
-    process = codegen("--quick", architecture)
+    process = python("-m", "benchmarks.codegen", "--quick", architecture)
     assert process.returncode == 0, process.stdout + process.stderr
     lines = process.stdout.splitlines()
     assert max(map(len, lines)) <= 120
@@ -68,7 +55,7 @@ def test_resident_blocks(
 
 def test_few_variants() -> None:
     """200 sizes of images compile a kernel once for each alignment (1, 2, 4, 8, 16), two where two tensors' matter."""
-    lines = codegen("--variants", "sm_90").stdout.splitlines()
+    lines = python("-m", "benchmarks.codegen", "--variants", "sm_90").stdout.splitlines()
     counts = {name: int(count) for count, name in (line.split() for line in lines[1:])}
     assert len(counts) == 9
     assert counts.pop("reduce_splits") <= 8  # of a softmax or not, in tiles for up to 16, 32, 64 and 128 splits

@@ -59,13 +59,6 @@ def our_ops(program: ExportedProgram) -> list[str]:
     return sorted(str(node.target) for node in program.graph.nodes if "ocr_kernels" in str(node.target))
 
 
-def without_our_ops(program: ExportedProgram) -> ExportedProgram:
-    table = torch.export.default_decompositions()
-    ops = [torch.ops.ocr_kernels.spatial_gather.default, torch.ops.ocr_kernels.pixel_region_attention.default]
-    table.update(torch._decomp.get_decompositions(ops))
-    return program.run_decompositions(table)
-
-
 def assert_agrees(found: Callable[..., Any], expected: nn.Module, sizes: tuple[tuple[int, ...], ...] = SIZES) -> None:
     with torch.no_grad():
         for size in sizes:
@@ -77,7 +70,7 @@ def assert_agrees(found: Callable[..., Any], expected: nn.Module, sizes: tuple[t
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["plain", "swapped", "ours"])
+@pytest.mark.parametrize("kind", ["swapped", "ours", pytest.param("plain", marks=pytest.mark.wide)])
 def test_compiled_heads_train(kind: str) -> None:
     model = head(kind).double().train()
     feats = torch.randn(SIZES[0], dtype=torch.float64)
@@ -104,7 +97,7 @@ def assert_one_graph(call: Callable[..., Any], backend: str, marked: bool, draw:
             torch.testing.assert_close(evaluate(compiled, inputs), evaluate(call, inputs), rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("kind", ["plain", "swapped", "ours"])
+@pytest.mark.parametrize("kind", ["swapped", "ours", pytest.param("plain", marks=pytest.mark.wide)])
 @pytest.mark.parametrize("marked", [True, False], ids=["mark_dynamic", "dynamic=True"])
 def test_heads_compile_once_for_every_size(kind: str, marked: bool) -> None:
     """Not with Inductor, which compiles a convolution on a CPU for one size."""
@@ -162,7 +155,7 @@ def test_export_of_the_functions(op: Op, strict: bool) -> None:
 def test_an_exported_program_can_do_without_the_ops(dynamic_shapes: Any) -> None:
     model = head("ours")
     program = torch.export.export(model, (torch.randn(SIZES[0]),), dynamic_shapes=dynamic_shapes)
-    plain = without_our_ops(program)
+    plain = program.run_decompositions(ocr_kernels.decompositions())
     assert our_ops(plain) == []
     assert_agrees(plain.module(), model, SIZES if dynamic_shapes else SIZES[:1])
 
@@ -173,17 +166,10 @@ def test_an_exported_program_can_do_without_the_ops(dynamic_shapes: Any) -> None
 def test_decompositions_give_what_the_ops_give(op: Op, dtype: torch.dtype, layout: Layout) -> None:
     inputs = op.inputs(channels=4, regions=3, spatial=(2, 5), dtype=dtype, layout=layout)
     arguments = *inputs, 0.5, "reference"
-    found = torch._decomp.decomposition_table[op.overload](*arguments)
+    found = ocr_kernels.decompositions()[op.overload](*arguments)
     expected = op.overload(*arguments)
     torch.testing.assert_close(found, expected)
     assert [t.stride() for t in pytree.tree_leaves(found)] == [t.stride() for t in pytree.tree_leaves(expected)]
-
-
-@both_ops
-def test_fake_tensors_do_not_use_the_decompositions(op: Op, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(torch._decomp.decomposition_table, op.overload, None)
-    arguments = *op.inputs(requires_grad=True), 0.5, "reference"
-    torch.library.opcheck(op.overload, arguments, test_utils="test_aot_dispatch_dynamic")
 
 
 @pytest.mark.slow
@@ -214,17 +200,19 @@ def test_trace(kind: str) -> None:
 # ONNX
 
 
-@pytest.mark.parametrize("exported", [False, True], ids=["model", "exported program"])
+@pytest.mark.parametrize("given", ["model", "exported program"])
 @pytest.mark.parametrize("kind", ["swapped", "ours"])
-def test_onnx(kind: str, exported: bool) -> None:
+def test_onnx(kind: str, given: str) -> None:
+    """From a model at once; from an exported program, once ours are decomposed."""
     for name in ("onnx", "onnxscript"):
         pytest.importorskip(name, reason=f"torch.onnx.export needs {name}")
     onnxruntime = pytest.importorskip("onnxruntime", reason="ONNX Runtime runs what was exported")
     model, feats = head(kind), torch.randn(SIZES[0])
-    if exported:
-        program = torch.onnx.export(torch.export.export(model, (feats,), dynamic_shapes=DYNAMIC), dynamo=True)
-    else:
+    if given == "model":
         program = torch.onnx.export(model, (feats,), dynamo=True, dynamic_shapes=DYNAMIC)
+    else:
+        exported = torch.export.export(model, (feats,), dynamic_shapes=DYNAMIC)
+        program = torch.onnx.export(exported.run_decompositions(ocr_kernels.decompositions()), dynamo=True)
     graph = program.model_proto
     assert {node.domain for node in graph.graph.node} == {""}
     assert len(graph.functions) == 0

@@ -11,6 +11,7 @@ from ops import GATHER, Op, both_ops
 from ocr_kernels import use_backend
 from ocr_kernels.core.libraries import problem
 from ocr_kernels.modules import SpatialOCR
+from ocr_kernels.testing import Layout
 
 pytestmark = [
     pytest.mark.gpu,
@@ -115,14 +116,60 @@ def test_peak_memory(op: Op, backend: str) -> None:
     assert peak - out.nbytes < probabilities
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize(
+    ("batch", "channels", "regions", "spatial"),
+    [(1, 512, 19, (128, 256)), (2, 512, 150, (130, 130)), (1, 512, 1203, (64, 64)), (8, 64, 2, (96, 96))],
+    ids=["cityscapes", "ade20k", "long-tail", "interactive"],
+)
 @both_ops
 @kernels
-def test_parity_at_a_networks_size(op: Op, backend: str, dtype: torch.dtype) -> None:
+def test_parity_at_a_networks_size(
+    op: Op,
+    backend: str,
+    batch: int,
+    channels: int,
+    regions: int,
+    spatial: tuple[int, int],
+    layout: Layout,
+    dtype: torch.dtype,
+) -> None:
     inputs = op.inputs(
-        batch=2, channels=256, regions=19, spatial=(128, 256), dtype=dtype, device="cuda", requires_grad=True
+        batch=batch,
+        channels=channels if op is GATHER else channels // 2,
+        regions=regions,
+        spatial=spatial,
+        dtype=dtype,
+        layout=layout,
+        device="cuda",
+        requires_grad=True,
     )
     op.assert_parity(backend, inputs)
+
+
+@both_ops
+@kernels
+def test_more_images_than_a_grid_is_high(op: Op, backend: str) -> None:
+    """The second and the third axis of a grid end at 65,535."""
+    inputs = op.inputs(batch=66_000, channels=2, regions=2, spatial=(1, 2), device="cuda", requires_grad=True)
+    op.assert_parity(backend, inputs)
+
+
+@kernels
+def test_more_elements_than_32_bits_count(backend: str) -> None:
+    """The last channels lie 2**31 elements and more from the first; float64 has room for these alone."""
+    channels, pixels = 520, 2**22
+    feats = torch.randn(1, channels, pixels, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+    logits = torch.randn(1, 3, pixels, device="cuda")
+    out = GATHER.on(backend)(feats, logits)
+    last = feats[:, -8:].detach().double().requires_grad_()
+    exact = GATHER.definition(last, logits.double())
+    torch.testing.assert_close(out[:, -8:].double(), exact, rtol=0.02, atol=1e-4)
+    grad = torch.randn_like(out)
+    (dfeats,) = torch.autograd.grad(out, feats, grad)
+    (expected,) = torch.autograd.grad(exact, last, grad[:, -8:].double())
+    torch.testing.assert_close(dfeats[:, -8:].double(), expected, rtol=0.02, atol=5e-7)
 
 
 def test_float32_precision_follows_pytorch() -> None:

@@ -67,9 +67,9 @@ TESTS = {
 }
 
 
-def pytest_with(selection: str, *files: str) -> list[object]:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", ROOT, "-k", selection]
-    return [*command, *(ROOT / "tests" / file for file in files)]
+def pytest_with(selection: str, file: str, grid: str = "not wide") -> list[object]:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", ROOT]
+    return [*command, "-k", selection, "-m", grid, ROOT / "tests" / file]
 
 
 def assert_nothing_was_skipped(printed: str) -> None:
@@ -77,28 +77,31 @@ def assert_nothing_was_skipped(printed: str) -> None:
 
 
 @pytest.mark.slow
-def test_tests_on_a_cpu(host_library: Path) -> None:
+@pytest.mark.xdist_group("host_library")
+@pytest.mark.parametrize("grid", ["not wide", pytest.param("wide or not wide", marks=pytest.mark.wide)])
+def test_tests_on_a_cpu(host_library: Path, grid: str) -> None:
     """The tests of the kernels for CPUs, run by these."""
-    commands = (pytest_with(selection, file) for file, selection in TESTS.items())
+    commands = (pytest_with(selection, file, grid) for file, selection in TESTS.items())
     for printed in run_all(*commands, OCR_KERNELS_LIBRARY=str(host_library)):
         assert_nothing_was_skipped(printed)
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("host_library")
 def test_threads_in_reverse(host_library: Path) -> None:
     """They take turns from the last to the first, so that one that does not wait for another finds other numbers."""
-    command = pytest_with("native and (layout or splits)", "test_parity.py")
+    command = pytest_with("native and (gather or attention or splits)", "test_parity.py")
     (printed,) = run_all(command, OCR_KERNELS_LIBRARY=str(host_library), OCR_BACKWARDS="1")
     assert_nothing_was_skipped(printed)
 
 
 # ptxas keeps a kernel within the registers that let two blocks run on a multiprocessor, and parks what is left over.
-MOST_SPILLED = 256  # bytes of a thread
+MAX_SPILLED = 256  # bytes of a thread
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
-@pytest.mark.parametrize("architecture", [80, 90, 100])
+@pytest.mark.parametrize("architecture", [90, *(pytest.param(a, marks=pytest.mark.wide) for a in (80, 100))])
 def test_machine_code(architecture: int, tmp_path: Path) -> None:
     """The kernels compile, and hardly spill registers."""
     flags = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xptxas=-v", "-cubin"]
@@ -112,4 +115,4 @@ def test_machine_code(architecture: int, tmp_path: Path) -> None:
             )
         }
         assert len(spilled) >= 20
-        assert {name: stored for name, stored in spilled.items() if stored > MOST_SPILLED} == {}
+        assert {name: stored for name, stored in spilled.items() if stored > MAX_SPILLED} == {}

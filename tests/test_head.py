@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from ops import over, pairwise, product
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from ocr_kernels import flop_formulas
 from ocr_kernels.head import HeadWeights, ocr_head
 from ocr_kernels.head.functional import DTYPES
 from ocr_kernels.reference import SpatialOCR
@@ -147,45 +149,33 @@ def check(backend: str, inputs: tuple[Tensor, Tensor], **sizes: int) -> None:
         assert behind.max() <= budget
 
 
-@all_dtypes
-@pytest.mark.parametrize("regions", [1, 2, 19, 150, 1203])
-def test_any_number_of_regions(target: tuple[str, str], dtype: torch.dtype, regions: int) -> None:
-    backend, device = target
-    check(backend, draw(device, dtype, batch=1, regions=regions, spatial=(5, 8)))
-
-
+REGIONS = (1, 2, 19, 150, 1203)
 # More images of few pixels: the mean of a few errors is luck.
-@all_dtypes
-@pytest.mark.parametrize(("batch", "spatial"), [(16, (1, 1)), (4, (1, 7)), (1, (3, 43)), (2, (127, 1)), (1, (31, 33))])
-def test_any_number_of_pixels(
-    target: tuple[str, str], dtype: torch.dtype, batch: int, spatial: tuple[int, ...]
-) -> None:
+FEW_PIXELS = ((8, (1, 1)), (4, (1, 7)), (1, (3, 43)), (1, (127, 1)))
+PIXELS = ((16, (1, 1)), (4, (1, 7)), (1, (3, 43)), (2, (127, 1)), (1, (31, 33)))
+SIZES = ((20, 12, 24, 5), (1, 1, 1, 1), (17, 33, 9, 2), (64, 32, 64, 19), (40, 16, 130, 150))  # C, D, O, L
+THINNED = pairwise(dtype=DTYPES, layout=LAYOUTS, sizes=SIZES, regions=REGIONS[:-1], pixels=FEW_PIXELS)
+WIDE = (
+    {"dtype": DTYPES, "regions": REGIONS, "pixels": [(1, (5, 8))]},
+    {"dtype": DTYPES, "pixels": PIXELS},
+    {"dtype": DTYPES, "sizes": SIZES},
+    {"dtype": DTYPES, "layout": LAYOUTS},
+)
+
+
+@over([THINNED, [{"dtype": torch.float32, "regions": 1203, "pixels": (1, (5, 8))}]], [product(**axes) for axes in WIDE])
+def test_parity(target: tuple[str, str], case: dict[str, Any]) -> None:
     backend, device = target
-    check(backend, draw(device, dtype, batch=batch, spatial=spatial))
+    options = dict(case)
+    batch, spatial = options.pop("pixels", (2, (9, 11)))
+    channels, keys, out_channels, classes = options.pop("sizes", SIZES[0])
+    inputs = draw(device, channels=channels, batch=batch, spatial=spatial, **options)
+    check(backend, inputs, keys=keys, out_channels=out_channels, classes=classes)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_many_tiles(layout: Layout) -> None:
     check("reference", draw(spatial=(47, 53), layout=layout))
-
-
-@all_dtypes
-@pytest.mark.parametrize(
-    ("channels", "keys", "out_channels", "classes"),
-    [(1, 1, 1, 1), (17, 33, 9, 2), (64, 32, 64, 19), (40, 16, 130, 150)],
-)
-def test_any_number_of_channels(
-    target: tuple[str, str], dtype: torch.dtype, channels: int, keys: int, out_channels: int, classes: int
-) -> None:
-    backend, device = target
-    check(backend, draw(device, dtype, channels), keys=keys, out_channels=out_channels, classes=classes)
-
-
-@all_dtypes
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_any_layout(target: tuple[str, str], dtype: torch.dtype, layout: Layout) -> None:
-    backend, device = target
-    check(backend, draw(device, dtype, layout=layout))
 
 
 @all_outputs
@@ -200,6 +190,7 @@ def test_empty(target: tuple[str, str], output: str, shape: tuple[int, ...]) -> 
     assert out.shape == (shape[0], *channels, *shape[2:])
 
 
+@pytest.mark.thinned
 @all_outputs
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("spatial", [(6,), (3, 4), (2, 3, 4), (1, 1)])
@@ -230,6 +221,7 @@ def operands(device: str, output: str, **options: Any) -> tuple[Any, ...]:
     return feats, key[:, :12], key, weights, output
 
 
+@pytest.mark.thinned
 @all_outputs
 @all_dtypes
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
@@ -323,7 +315,7 @@ def test_weights_that_require_grad() -> None:
 
 def test_flops() -> None:
     """2 (DC + D^2 + 2 OC + LO + DK + CK) operations per pixel."""
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping=flop_formulas()) as counter:
         torch.ops.ocr_kernels.ocr_head(*operands("cpu", "logits", batch=2, regions=7, spatial=(3, 5)), "reference")
     expected = 2 * 30 * (12 * 20 + 12 * 12 + 2 * 24 * 20 + 5 * 24 + 12 * 7 + 20 * 7)
     assert counter.get_total_flops() == expected

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import ast
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from fresh import run
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "ocr_kernels"
@@ -23,21 +21,8 @@ sys.meta_path.insert(0, Blocked())
 """
 
 
-def run(code: str, **environment: str) -> str:
-    """The output of `code` in a fresh Python."""
-    clean = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "OCR_KERNELS_BACKEND")}
-    process = subprocess.run(
-        [sys.executable, "-c", code],
-        env=clean | {"PYTHONPATH": str(ROOT)} | environment,
-        capture_output=True,
-        text=True,
-    )
-    assert process.returncode == 0, process.stderr
-    return process.stdout
-
-
 def test_compiles_where_CI_is_set() -> None:
-    """Where it is, Inductor refuses ops that it does not know and that have a decomposition."""
+    """Where it is, Inductor refuses ops that it does not know and for which PyTorch has a decomposition."""
     code = """
 import torch
 from ocr_kernels import pixel_region_attention, spatial_gather
@@ -118,31 +103,14 @@ except RuntimeError as error:
     assert out.startswith("backend 'triton' cannot run on a cpu tensor: it needs a GPU tensor")
 
 
-# modules, replace -> functional -> registration -> { reference | triton | native }
-LEVELS = (
-    {"core.layout", "core.libraries"},
-    {"core.arguments", "core.backends"},
-    {"core.registration", "core.triton_device", "core.triton_host"},
-    {"core"},
-    {"gather.reference", "attention.reference", "head.reference"}
-    | {"gather.triton", "attention.triton", "head.triton", "gather.native", "attention.native"},
-    {"gather.registration", "attention.registration", "head.registration"},
-    {"gather.functional", "attention.functional", "head.functional"},
-    {"gather", "attention", "head"},
-    {"maps", "plotting", "reference", "testing"},
-    {"modules", "recognition"},
-    {"rewriting"},
-    {"replace"},
-    {"folding"},
-    {""},
-    {"info", "demo"},
-    {"cli"},
-    {"__main__"},
-)
+OPS = ("gather", "attention", "head")
 
 
-def name_of(path: Path) -> str:
-    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix("__init__").removesuffix(".")
+def levels() -> list[set[str]]:
+    """The files as DESIGN.md lists them, a group for each level; a file imports those of the groups before it."""
+    text = (ROOT / "DESIGN.md").read_text().partition("\n## Levels\n")[2].split("```")[1]
+    groups = ([line.split()[0] for line in group.splitlines()] for group in text.strip().split("\n\n"))
+    return [{file.replace("OP", op, 1) for file in group for op in OPS} for group in groups]
 
 
 def imports(path: Path) -> set[str]:
@@ -165,15 +133,27 @@ def is_module(name: str) -> bool:
     return name.startswith("ocr_kernels.") and (path.with_suffix(".py").exists() or path.is_dir())
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=name_of)
-def test_dependencies_run_one_way(path: Path) -> None:
-    level = {name: i for i, names in enumerate(LEVELS) for name in names}
-    for imported in imports(path):
-        assert level[imported] < level[name_of(path)], f"{name_of(path)} imports {imported}"
+LEVELS = {file: level for level, files in enumerate(levels()) for file in files if (PACKAGE / file).exists()}
 
 
-@pytest.mark.parametrize("op", ["gather", "attention", "head"])
+def file_of(name: str) -> str:
+    path = PACKAGE / name.replace(".", "/")
+    return f"{name.replace('.', '/')}/__init__.py".lstrip("/") if path.is_dir() else f"{name.replace('.', '/')}.py"
+
+
+@pytest.mark.parametrize("file", sorted(str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py")))
+def test_dependencies_run_one_way(file: str) -> None:
+    for imported in imports(PACKAGE / file):
+        assert LEVELS[file_of(imported)] < LEVELS[file], f"{file} imports {imported}"
+
+
+def test_design_lists_files_that_exist() -> None:
+    missing = {file for file in set().union(*levels()) - set(LEVELS) if not file.startswith(OPS)}
+    assert not missing
+
+
+@pytest.mark.parametrize("op", OPS)
 def test_each_op_is_the_same_files(op: str) -> None:
     files = {path.name for path in (PACKAGE / op).glob("*.py")}
-    kernels = {"triton.py"} if op == "head" else {"native.py", "triton.py"}
+    kernels = {"triton.py", "tiles.py"} if op == "head" else {"native.py", "triton.py", "tiles.py"}
     assert files == {"__init__.py", "functional.py", "registration.py", "reference.py"} | kernels

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_imports import BLOCKED, run
+from fresh import run
+from test_imports import BLOCKED
 from torch import Tensor, nn
 
 from ocr_kernels import (

@@ -2,41 +2,30 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from fresh import run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ops import DTYPES, Op, all_dtypes, both_ops
 from torch import Tensor
 
+import ocr_kernels
 from ocr_kernels.core import libraries
 from ocr_kernels.core.libraries import problem
+from ocr_kernels.testing import Layout, gather_inputs
 
-ROOT = Path(__file__).parent.parent
 built = pytest.mark.skipif(problem() is not None, reason=str(problem()))
-
-
-def run(code: str, **environment: str) -> str:
-    """The output of `code` in a fresh Python, beside the tests."""
-    clean = {k: v for k, v in os.environ.items() if k not in ("OCR_KERNELS_BACKEND", "OCR_KERNELS_ISA")}
-    paths = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
-    process = subprocess.run(
-        [sys.executable, "-c", code],
-        env=clean | {"PYTHONPATH": paths} | environment,
-        capture_output=True,
-        text=True,
-    )
-    assert process.returncode == 0, process.stderr
-    return process.stdout
 
 
 def values_and_gradients(op: Op, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -119,16 +108,29 @@ for op in (GATHER, ATTENTION):
 """
 
 
+ISAS = ["portable", "avx2", "avx512", "avx512bf16"]
+
+
 @built
-@pytest.mark.parametrize("name", ["portable", "avx2", "avx512", "avx512bf16"])
+@pytest.mark.parametrize("name", ISAS)
 def test_each_instruction_set(name: str) -> None:
     facts = libraries.facts()
     if name not in facts["instruction_sets"].split():
         pytest.skip(f"the library was built for {facts['instruction_sets']}")
-    found = run(PARITY, OCR_KERNELS_ISA=name).strip()
-    if found != name and name not in ("portable", facts["instruction_set"]):
-        pytest.skip(f"this processor has {found} at most")
-    assert found == name
+    if ISAS.index(name) > ISAS.index(facts["instruction_set"]):
+        pytest.skip(f"this processor has {facts['instruction_set']} at most")
+    assert run(PARITY, OCR_KERNELS_ISA=name).strip() == name
+
+
+@built
+def test_an_unknown_instruction_set() -> None:
+    """One warning, then the other backends."""
+    caught, chosen, error = run(CALL_TWICE, OCR_KERNELS_ISA="bogus").splitlines()
+    known = ", ".join(ISAS[: ISAS.index(libraries.facts()["instruction_set"]) + 1])
+    reason = f"OCR_KERNELS_ISA must be one of {known} on this processor, but is bogus"
+    assert caught == f"1 ocr_kernels: {reason}. Until then the other backends run"
+    assert chosen == "reference"
+    assert error == f"backend 'native' cannot run: {reason}"
 
 
 # Anything at all
@@ -179,19 +181,171 @@ def test_anything(op: Op, data: st.DataObject) -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda ops, x: ops.spatial_gather(x[0], x[0]), "feats must have 3 dimensions or more, but has 2"),
-        (lambda ops, x: ops.spatial_gather(x, x[:1]), r"logits must have shape \[2, 3, 5\], .*but has \[1, 3, 5\]"),
+        (lambda ops, x: ops.spatial_gather(x[0], x), "feats must be"),
+        (lambda ops, x: ops.spatial_gather(x, x[:1]), r"logits must have shape \[2, >= 1, 5\], but has \[1, 3, 5\]"),
+        (lambda ops, x: ops.spatial_gather(x, x.view(2, 3, 5, 1)), r"logits must have shape \[2, >= 1, 5\]"),
         (lambda ops, x: ops.spatial_gather(x.int(), x), "feats must be float64, float32, bfloat16 or float16"),
-        (lambda ops, x: ops.spatial_gather(x[..., :0], x[..., :0]), "feats must have a pixel"),
-        (lambda ops, x: ops.pixel_region_attention(x, x.double(), x), "key has not the dtype"),
-        (lambda ops, x: ops.pixel_region_attention(x, x, x[..., 1:]), r"value must have shape \[2, 3, 5\]"),
-        (lambda ops, x: ops.attention_forward(x[:, :2], x, x, x, 1.0), r"out must have shape \[2, 3, 5\]"),
-        (lambda ops, x: ops.gather_backward(x[:1], None, x, x, x, x, x, 1.0), "grad must have shape"),
+        (lambda ops, x: ops.spatial_gather(x, x[:, :0]), r"logits must have shape .*but has \[2, 0, 5\]"),
+        (lambda ops, x: ops.spatial_gather(x[:, :0], x), r"feats must have shape .*but has \[2, 0, 5\]"),
+        (lambda ops, x: ops.pixel_region_attention(x, x.double(), x), "key must be float32 .*but is float64"),
+        (lambda ops, x: ops.pixel_region_attention(x, x, x[..., 1:]), r"value must have shape \[2, >= 1, 5\]"),
+        (lambda ops, x: ops.pixel_region_attention(x, x[..., :0], x[..., :0]), r"key must have shape \[2, 3, >= 1\]"),
+        (lambda ops, x: ops.pixel_region_attention(x[:, :0], x[:, :0], x), "query must have shape"),
+        (lambda ops, x: ops.attention_forward(x[0], x, x, x, 1.0), r"out must have shape \[2, 3, 5\]"),
+        (lambda ops, x: ops.attention_backward(x, x, x[:1], x, x, x, x, 1.0), "dvalue must have shape"),
+        (lambda ops, x: ops.gather_forward(x[..., :3], x, x, x, 1.0), r"stats must have shape \[2, 5, 3\]"),
+        (lambda ops, x: ops.gather_backward(x[:1], None, x, x, x, x, 1.0), "grad must have shape"),
+        (
+            lambda ops, x: ops.gather_backward(None, None, x[..., :3], x, x, x, 1.0),
+            r"stats must have shape \[2, 5, 3\]",
+        ),
     ],
 )
 def test_wrong_arguments_are_refused(call, message: str) -> None:
+    """By name, and nothing is written."""
+    x = torch.zeros(2, 3, 5)
     with pytest.raises(RuntimeError, match=message):
-        call(libraries.ops(), torch.zeros(2, 3, 5))
+        call(libraries.ops(), x)
+    assert (x == 0).all()
+
+
+@built
+@pytest.mark.parametrize("sizes", [*itertools.product((0, 2), (0, 3), (0, 4), (0, 3), (0, 5))])
+def test_empty_tensors_are_refused_or_give_zeros(sizes: tuple[int, ...]) -> None:
+    """Sums over no pixels are zeros, as Python's ops have them; no channels or regions are an error, by name."""
+    batch, channels, regions, value_channels, pixels = sizes
+    ops, dirty = libraries.ops(), partial(torch.full, fill_value=7.0)
+    feats, logits = torch.randn(batch, channels, pixels), torch.randn(batch, regions, pixels)
+    key, value = torch.randn(batch, channels, regions), torch.randn(batch, value_channels, regions)
+    grad, context = torch.randn(batch, channels, regions), torch.randn(batch, value_channels, pixels)
+    stats = torch.randn(batch, channels + 2, regions)
+    calls = [
+        (ops.gather_forward, [dirty(grad.shape), dirty(stats.shape)], (feats, logits), channels and regions),
+        (
+            ops.gather_backward,
+            [dirty(feats.shape), dirty(logits.shape)],
+            (grad, feats, logits, stats),
+            channels and regions,
+        ),
+        (ops.attention_forward, [dirty(context.shape)], (feats, key, value), channels and regions and value_channels),
+        (
+            ops.attention_backward,
+            [dirty(t.shape) for t in (feats, key, value)],
+            (context, feats, key, value),
+            channels and regions and value_channels,
+        ),
+    ]
+    for call, results, inputs, allowed in calls:
+        if not allowed:
+            with pytest.raises(RuntimeError, match=r"(feats|logits|query|key|value) must have shape"):
+                call(*results, *inputs, 1.0)
+            assert all((t == 7).all() for t in results)
+        else:
+            call(*results, *inputs, 1.0)
+            assert all((t != 7).all() for t in results)
+            assert batch * pixels or all((t == 0).all() for t in results)
+
+
+def huge(*shape: int) -> Tensor:
+    return torch.zeros(1, 1, 1).expand(shape)
+
+
+@built
+@pytest.mark.skipif("libasan" in os.environ.get("LD_PRELOAD", ""), reason="AddressSanitizer ends the process")
+@pytest.mark.parametrize(
+    ("op", "shapes"),
+    [
+        ("gather_forward", [(1, 1, 2**61), (1, 3, 2**61), (1, 1, 1), (1, 2**61, 1)]),
+        ("gather_forward", [(1, 2**60, 1), (1, 2**60 + 2, 1), (1, 2**60, 1), (1, 1, 1)]),
+        ("gather_backward", [(1, 2**61, 1), (1, 1, 1), (1, 2**61, 1), (1, 2**61, 1), (1, 1, 1), (1, 2**61 + 2, 1)]),
+        ("attention_forward", [(1, 1, 1), (1, 1, 1), (1, 1, 2**62), (1, 1, 2**62)]),
+        ("attention_forward", [(1, 1, 1), (1, 2**59, 1), (1, 2**59, 1), (1, 1, 1)]),
+        ("attention_forward", [(2**61, 1, 1)] * 4),
+        ("attention_backward", [(1, 1, 1), (1, 1, 2**61), (1, 1, 2**61)] + [(1, 1, 1)] * 2 + [(1, 1, 2**61)] * 2),
+    ],
+)
+def test_sizes_that_no_memory_holds(op: str, shapes: list[tuple[int, ...]]) -> None:
+    """Their products do not fit in 64 bits."""
+    with pytest.raises(MemoryError):
+        getattr(libraries.ops(), op)(*(huge(*shape) for shape in shapes), 1.0)
+
+
+# Sums
+
+
+@built
+@pytest.mark.parametrize("sizes", [(2048, 3, 256), (3, 449, 256), (16, 1203, 128), (5, 2, 20000)])
+@both_ops
+def test_long_sums_do_not_pile_up_errors(op: Op, sizes: tuple[int, int, int]) -> None:
+    """Channels, regions, pixels: in float32, twice eager's error at most."""
+    channels, regions, pixels = sizes
+    inputs = op.inputs(channels=channels, regions=regions, spatial=(pixels,), batch=1, requires_grad=True)
+    exact_inputs = [t.detach().double().requires_grad_() for t in inputs]
+    exact = op.definition(*exact_inputs)
+    grad = torch.randn(exact.shape, generator=torch.Generator().manual_seed(1))
+    exact_results = (exact.detach(), *torch.autograd.grad(exact, exact_inputs, grad.double()))
+
+    def errors(function) -> list[float]:
+        out = function(*inputs)
+        results = (out, *torch.autograd.grad(out, inputs, grad))
+        pairs = zip(results, exact_results, strict=True)
+        return [float((result.detach() - exact).norm() / exact.norm()) for result, exact in pairs]
+
+    for own, eager in zip(errors(op.on("native")), errors(op.definition), strict=True):
+        assert own <= 2 * eager + torch.finfo(torch.float32).eps / 2
+
+
+@built
+@both_ops
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_an_images_bits_do_not_depend_on_the_others(op: Op, layout: Layout) -> None:
+    inputs = op.inputs(batch=4, channels=24, regions=19, spatial=(96, 128), layout=layout, requires_grad=True)
+    together = values_and_gradients(op, inputs)
+    for image in range(4):
+        alone = values_and_gradients(op, [t[image : image + 1].detach().requires_grad_() for t in inputs])
+        assert all(torch.equal(a, b[image : image + 1]) for a, b in zip(alone, together, strict=True))
+
+
+# Magnitudes
+
+
+@built
+@both_ops
+@all_dtypes
+def test_weights_do_not_overflow_what_they_weigh(op: Op, dtype: torch.dtype) -> None:
+    """A mean of what is nearly the largest number is no larger."""
+    largest = torch.finfo(dtype).max / 4
+    if op.name == "spatial_gather":
+        inputs = [torch.full((1, 3, 5000), largest, dtype=dtype), torch.zeros(1, 4, 5000, dtype=dtype)]
+    else:
+        inputs = [torch.zeros(1, 2, 7, dtype=dtype), torch.zeros(1, 2, 300, dtype=dtype)]
+        inputs.append(torch.full((1, 3, 300), largest, dtype=dtype))
+    out = op.on("native")(*inputs)
+    torch.testing.assert_close(out, torch.full_like(out, largest))
+
+
+@built
+@all_dtypes
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_one_pixel_with_all_the_weight_has_no_gradient(dtype: torch.dtype, layout: Layout) -> None:
+    """Not what the rounding of two equal sums leaves, which a large scale makes infinite."""
+    feats, logits = gather_inputs(channels=32, regions=11, spatial=(8, 12), dtype=dtype, layout=layout, peak=1e4)
+    big = 1e30 if dtype in (torch.float32, torch.bfloat16, torch.float64) else 100.0
+    feats, logits = (big * feats).requires_grad_(), logits.requires_grad_()
+    out = ocr_kernels.spatial_gather(feats, logits, 1e20, backend="native")
+    dfeats, dlogits = torch.autograd.grad(out, (feats, logits), torch.randn_like(out))
+    assert (dlogits == 0).all()
+    assert dfeats.isfinite().all()
+
+
+@built
+def test_subnormal_queries_beside_infinite_keys() -> None:
+    """AVX512-BF16 takes subnormal numbers for 0, and 0 times infinity is NaN."""
+    query = torch.full((1, 2, 40), 1e-39, dtype=torch.bfloat16)
+    key = torch.tensor([[[-math.inf, 1.0], [1.0, 1.0]]], dtype=torch.bfloat16)
+    value = torch.tensor([[[3.0, 5.0]]], dtype=torch.bfloat16)
+    out = ocr_kernels.pixel_region_attention(query, key, value, backend="native")
+    assert (out == 5).all()
 
 
 @built
@@ -229,7 +383,8 @@ except RuntimeError as error:
 
 def test_no_library() -> None:
     caught, chosen, error = run(CALL_TWICE, OCR_KERNELS_LIBRARY="absent.so").splitlines()
-    assert (caught, chosen) == ("0", "reference")
+    assert caught == "1 ocr_kernels: OCR_KERNELS_LIBRARY names a file that is not there: absent.so"
+    assert chosen == "reference"
     assert error.startswith("backend 'native' cannot run: this installation contains no compiled library (absent.so)")
     assert "OCR_KERNELS_BUILD=cpu pip install --no-build-isolation" in error
 

@@ -26,10 +26,11 @@ def backward_call(op: Op, inputs: tuple, backend: str) -> tuple:
     needs = (True,) * len(inputs)
     overload = getattr(torch.ops.ocr_kernels, op.name + "_backward").default
     if op is GATHER:
-        return overload, (torch.ones_like(forward[0]), *inputs, *forward, 0.5, *needs, backend)
+        return overload, (torch.ones_like(forward[0]), *inputs, forward[1], 0.5, *needs, backend)
     return overload, (torch.ones_like(forward), *inputs, 0.5, *needs, backend)
 
 
+@pytest.mark.thinned
 @both_ops
 @all_dtypes
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -65,6 +66,7 @@ def test_opcheck_empty(op: Op, target: tuple[str, str]) -> None:
     torch.library.opcheck(op.overload, (*inputs, 1.0, backend))
 
 
+@pytest.mark.thinned
 @both_ops
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("spatial", [(6,), (3, 4), (2, 3, 4), (1, 1), (1, 4)])
@@ -169,6 +171,21 @@ def test_autocast_of_any_dtypes(target: tuple[str, str], autocast_dtype: torch.d
             assert tuple(gradient.dtype for gradient in torch.autograd.grad(out.sum(), mixed)) == dtypes
 
 
+@both_ops
+@pytest.mark.parametrize("autocast_dtype", [torch.bfloat16, torch.float16])
+def test_autocast_of_transforms(op: Op, target: tuple[str, str], autocast_dtype: torch.dtype) -> None:
+    backend, device = target
+    inputs = op.inputs(device=device)
+    call = op.on(backend)
+    with torch.autocast(device, autocast_dtype):
+        gradients = torch.func.grad(lambda *x: call(*x).float().square().sum(), tuple(range(len(inputs))))(*inputs)
+        tracked = [t.clone().requires_grad_() for t in inputs]
+        expected = torch.autograd.grad(call(*tracked).float().square().sum(), tracked)
+        assert all(map(torch.equal, gradients, expected))
+        assert torch.func.jvp(call, inputs, inputs)[1].dtype == autocast_dtype
+        assert torch.vmap(call, in_dims=1)(*(t.unsqueeze(1) for t in inputs)).dtype == autocast_dtype
+
+
 @pytest.mark.parametrize("cast_before", [False, True])
 @pytest.mark.parametrize("autocast_dtype", [torch.bfloat16, torch.float16])
 def test_autocast_of_a_module(target: tuple[str, str], autocast_dtype: torch.dtype, cast_before: bool) -> None:
@@ -185,7 +202,7 @@ def test_autocast_of_a_module(target: tuple[str, str], autocast_dtype: torch.dty
 
 
 @both_ops
-@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.hessian], ids=["grad", "hessian"])
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.jacfwd, torch.func.hessian])
 def test_compile_of_transforms(op: Op, transform: Callable[..., Any]) -> None:
     torch._dynamo.reset()
     inputs = op.inputs(batch=1, channels=2, regions=3, spatial=(2,))

@@ -178,6 +178,37 @@ def test_an_nvcc_that_fails_later_leaves_the_kernels_for_gpus_out(checkout: Path
 
 
 @needs_compiler
+def test_an_earlier_builds_outputs_reach_no_wheel(checkout: Path, nvcc: Path) -> None:
+    """A library for GPUs, of a compiler that pretends, then one for CPUs alone, then none, in one checkout."""
+    nvcc.write_text(
+        "#!/bin/sh\n[ $1 = --list-gpu-code ] && echo sm_80\n"
+        "while [ $# -gt 1 ]; do [ $1 = -o ] && echo pretended >$2; shift; done; exit 0\n"
+    )
+    (checkout / "ocr_kernels" / "moved.py").write_text("")
+    built = []
+    for mode in ("cuda", "cpu", "none"):
+        result = build_wheel(checkout, OCR_KERNELS_BUILD=mode, CUDA_HOME=str(nvcc.parent.parent), MAX_JOBS="2")
+        assert result.returncode == 0, result.stderr
+        (wheel,) = checkout.glob("*.whl")
+        names = zipfile.ZipFile(wheel).namelist()
+        built.append([name for name in names if name.endswith((".so", "moved.py"))])
+        (checkout / "ocr_kernels" / "moved.py").unlink(missing_ok=True)
+        wheel.unlink()
+    cpu, cuda = "ocr_kernels/libocr_kernels_cpu.so", "ocr_kernels/libocr_kernels_cuda.so"
+    assert [sorted(names) for names in built] == [[cpu, cuda, "ocr_kernels/moved.py"], [cpu], []]
+
+
+@needs_compiler
+def test_an_earlier_builds_libraries_do_not_stay_in_the_checkout(checkout: Path, nvcc: Path) -> None:
+    (checkout / "ocr_kernels" / "libocr_kernels_cuda.so").touch()
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    subprocess.run(
+        command, cwd=checkout, env=os.environ | {"OCR_KERNELS_BUILD": "cpu"}, check=True, capture_output=True
+    )
+    assert [path.name for path in (checkout / "ocr_kernels").glob("*.so")] == ["libocr_kernels_cpu.so"]
+
+
+@needs_compiler
 @pytest.mark.parametrize("wanted", ["9.0", "8.0;Hopper", "8"])
 def test_unknown_gpus_are_refused(checkout: Path, nvcc: Path, wanted: str) -> None:
     environment = {"CUDA_HOME": str(nvcc.parent.parent), "TORCH_CUDA_ARCH_LIST": wanted}

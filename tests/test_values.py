@@ -12,17 +12,23 @@ from ocr_kernels.testing import poisoned_memory
 inf, nan = float("inf"), float("nan")
 
 
-@pytest.mark.parametrize("regions", [3, 300])
+ROWS = (
+    {0: (slice(None), -inf), 1: (slice(0, 1), inf), 2: (slice(3, 4), nan)},
+    {0: (slice(0, 70), -inf)},  # the first tiles hold nothing
+    {0: (slice(None), -inf)},  # a region without pixels
+    {1: (slice(5, 6), inf)},
+    {2: (slice(80, 81), nan)},
+    {0: (slice(None), 3e38)},
+    {0: (slice(1, None), -3e38)},
+)
+
+
 @pytest.mark.parametrize(
-    "rows",
+    ("rows", "regions"),
     [
-        {0: (slice(0, 70), -inf)},  # the first tiles hold nothing
-        {0: (slice(None), -inf)},  # a region without pixels
-        {1: (slice(5, 6), inf)},
-        {2: (slice(80, 81), nan)},
-        {0: (slice(None), -inf), 1: (slice(0, 1), inf), 2: (slice(3, 4), nan)},
-        {0: (slice(None), 3e38)},
-        {0: (slice(1, None), -3e38)},
+        *((rows, 3) for rows in ROWS),
+        (ROWS[0], 300),
+        *(pytest.param(rows, 300, marks=pytest.mark.wide) for rows in ROWS[1:]),
     ],
 )
 def test_gather_special_logits(target: tuple[str, str], rows: dict, regions: int) -> None:
@@ -131,7 +137,7 @@ def test_one_hot_logits_pick_pixels(kernels: tuple[str, str]) -> None:
 @pytest.mark.parametrize("regions", [5, 70])
 def test_bitwise_reproducible(op: Op, target: tuple[str, str], dtype: torch.dtype, regions: int) -> None:
     backend, device = target
-    inputs = op.inputs(regions=regions, spatial=(13, 19), dtype=dtype, device=device, requires_grad=True)
+    inputs = op.inputs(batch=1, regions=regions, spatial=(13, 19), dtype=dtype, device=device, requires_grad=True)
 
     def run() -> tuple[torch.Tensor, ...]:
         out = op.on(backend)(*inputs)

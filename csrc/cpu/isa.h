@@ -3,6 +3,8 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <stdexcept>
+#include <string>
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #define OCR_X86_VARIANTS 1
@@ -29,15 +31,20 @@ inline Isa processor_isa() {
 #endif
 }
 
+constexpr const char* kIsaNames[] = {"portable", "avx2", "avx512", "avx512bf16"};
+
 // The environment variable OCR_KERNELS_ISA lowers it.
 inline Isa chosen_isa() {
   static const Isa isa = [] {
-    const char* names[] = {"portable", "avx2", "avx512", "avx512bf16"};
     const char* wanted = std::getenv("OCR_KERNELS_ISA");
     const int best = int(processor_isa());
-    for (int i = 0; wanted && i < best; ++i)
-      if (std::strcmp(wanted, names[i]) == 0) return Isa(i);
-    return Isa(best);
+    if (!wanted || !*wanted) return Isa(best);
+    std::string known;
+    for (int i = 0; i <= best; ++i) {
+      if (std::strcmp(wanted, kIsaNames[i]) == 0) return Isa(i);
+      known += (i ? ", " : "") + std::string(kIsaNames[i]);
+    }
+    throw std::runtime_error("OCR_KERNELS_ISA must be one of " + known + " on this processor, but is " + wanted);
   }();
   return isa;
 }

@@ -1,4 +1,5 @@
-// The ops on CPUs, and the schemas of all.
+// The ops on CPUs, and the schemas of all. What the kernels need of the standard library is here, compiled for any
+// processor.
 #include <torch/headeronly/version.h>
 
 #include "../ops.h"
@@ -7,13 +8,33 @@
 #include <sys/mman.h>
 #endif
 
+#include <atomic>
+#include <exception>
+#include <new>
+#include <stdexcept>
 #include <string>
 
-#include "../attention/cpu.h"
 #include "isa.h"
-#include "../gather/cpu.h"
 
 namespace ocr_kernels {
+
+#define OCR_DECLARE(isa)                                                                                               \
+  namespace isa {                                                                                                      \
+  OCR_DECLARE_KERNELS(Parallel)                                                                                        \
+  }
+OCR_FOR_EACH_ISA(OCR_DECLARE)
+
+void* allocate(int64_t bytes) {
+  if (bytes >= kTooMany) throw std::bad_alloc();
+  return ::operator new(size_t(bytes), std::align_val_t(64));
+}
+void release(void* memory) { ::operator delete(memory, std::align_val_t(64)); }
+
+void unknown_dtype(Dtype dtype) {
+  throw std::invalid_argument("dtype " + std::to_string(int(dtype)) +
+                              " is none of float64, float32, bfloat16, float16");
+}
+
 namespace {
 
 // A large result is memory that the system has yet to hand out, page by page. In large pages that takes a fraction of
@@ -27,23 +48,31 @@ void expect_large_pages(void* data, int64_t bytes) {
 #endif
 }
 
+// The first exception of a task is thrown again here: PyTorch would make a RuntimeError of any.
 void parallel(int64_t tasks, void (*body)(const void* state, int64_t task), const void* state) {
-  torch::stable::parallel_for(0, tasks, 1, [=](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) body(state, task);
+  std::atomic_flag failed = ATOMIC_FLAG_INIT;
+  std::exception_ptr exception;
+  torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+    try {
+      for (int64_t task = begin; task < end; ++task) body(state, task);
+    } catch (...) {
+      if (!failed.test_and_set()) exception = std::current_exception();
+    }
   });
+  if (exception) std::rethrow_exception(exception);
 }
 
 struct Cpu {
   static constexpr const char* name = "the CPU";
-  bool holds(const Argument& tensor) const { return tensor.is_cpu(); }
   explicit Cpu(const Argument&) {}
-  Parallel resources() const { return parallel; }
+  bool holds(const Argument& tensor) const { return tensor.is_cpu(); }
   static void prepare(void* data, int64_t bytes) { expect_large_pages(data, bytes); }
 
-  static constexpr auto gather_forward = cpu::gather_forward;
-  static constexpr auto gather_backward = cpu::gather_backward;
-  static constexpr auto attention_forward = cpu::attention_forward;
-  static constexpr auto attention_backward = cpu::attention_backward;
+  template <class Arguments>
+  void run(const Arguments& a) const {
+    static constexpr void (*variants[])(const Arguments&, Parallel) = OCR_VARIANTS(run);
+    variants[int(chosen_isa())](a, parallel);
+  }
 };
 
 // One `name=value` a line.
@@ -55,10 +84,9 @@ std::string build_facts() {
 #else
   const std::string compiler = "GCC " __VERSION__;
 #endif
-  const char* const sets[] = {"portable", "avx2", "avx512", "avx512bf16"};
   return "version=" OCR_KERNELS_VERSION "\ncompiler=" + compiler +
          "\ntorch=" TORCH_VERSION "\ninstruction_sets=" OCR_INSTRUCTION_SETS "\ninstruction_set=" +
-         sets[int(chosen_isa())];
+         kIsaNames[int(chosen_isa())];
 }
 
 }  // namespace

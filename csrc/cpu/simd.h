@@ -1,6 +1,6 @@
 // Vectors of float and double as wide as the instruction set this file is compiled for, and the four element types.
 //
-// A file of kernels is compiled once per instruction set with -DOCR_ISA=<name>. The inline namespace keeps the
+// Lane file of kernels is compiled once per instruction set with -DOCR_ISA=<name>. The inline namespace keeps the
 // compilations apart, so that the linker never hands one processor's code to another; for the same reason nothing here
 // or in the kernels calls a template or inline function of the standard library.
 #pragma once
@@ -22,7 +22,9 @@
 #if defined(_MSC_VER) && !defined(__clang__)
 #define OCR_INLINE __forceinline
 #define OCR_UNROLL
+#define OCR_PREFETCH(address)
 #else
+#define OCR_PREFETCH(address) __builtin_prefetch(address)
 #define OCR_INLINE inline __attribute__((always_inline))
 #if defined(__clang__)
 #define OCR_UNROLL _Pragma("unroll")
@@ -128,43 +130,43 @@ struct From<Float16> {
     return {uint16_t(half | ((bits >> 16) & 0x8000))};
   }
 };
-template <class T, class A>
-OCR_INLINE T from_float(A x) {
+template <class T, class Lane>
+OCR_INLINE T from_float(Lane x) {
   return From<T>::value(x);
 }
 
-// ---- loads and stores of whole vectors; A is the type of the lanes, T that of memory
+// ---- loads and stores of whole vectors; Lane is the type of the lanes, T that of memory
 
-template <class A>
-OCR_INLINE Vec<A> broadcast(A x) {
+template <class Lane>
+OCR_INLINE Vec<Lane> broadcast(Lane x) {
 #if defined(__GNUC__)
-  return {x - Lanes<A>{}};  // a scalar mixed with a vector is broadcast; x - 0 is x, its sign and NaN kept
+  return {x - Lanes<Lane>{}};  // a scalar mixed with a vector is broadcast; x - 0 is x, its sign and NaN kept
 #else
-  Vec<A> r;
-  for (int i = 0; i < Vec<A>::size; ++i) r.v[i] = x;
+  Vec<Lane> r;
+  for (int i = 0; i < Vec<Lane>::size; ++i) r.v[i] = x;
   return r;
 #endif
 }
 
-template <class A, class T>
+template <class Lane, class T>
 struct Memory {
-  static OCR_INLINE Vec<A> load(const T* p) {
-    Vec<A> r;
-    for (int i = 0; i < Vec<A>::size; ++i) r.v[i] = A(to_float(p[i]));
+  static OCR_INLINE Vec<Lane> load(const T* p) {
+    Vec<Lane> r;
+    for (int i = 0; i < Vec<Lane>::size; ++i) r.v[i] = Lane(to_float(p[i]));
     return r;
   }
-  static OCR_INLINE void store(T* p, Vec<A> x) {
-    for (int i = 0; i < Vec<A>::size; ++i) p[i] = from_float<T>(x.v[i]);
+  static OCR_INLINE void store(T* p, Vec<Lane> x) {
+    for (int i = 0; i < Vec<Lane>::size; ++i) p[i] = from_float<T>(x.v[i]);
   }
 };
-template <class A>
-struct Memory<A, A> {
-  static OCR_INLINE Vec<A> load(const A* p) {
-    Vec<A> r;
+template <class Lane>
+struct Memory<Lane, Lane> {
+  static OCR_INLINE Vec<Lane> load(const Lane* p) {
+    Vec<Lane> r;
     memcpy(&r, p, sizeof r);
     return r;
   }
-  static OCR_INLINE void store(A* p, Vec<A> x) { memcpy(p, &x, sizeof x); }
+  static OCR_INLINE void store(Lane* p, Vec<Lane> x) { memcpy(p, &x, sizeof x); }
 };
 
 #if defined(__GNUC__)
@@ -207,25 +209,26 @@ struct Memory<float, Float16> {
 };
 #endif
 
-template <class A, class T>
-OCR_INLINE Vec<A> load(const T* p) {
-  return Memory<A, T>::load(p);
+template <class Lane, class T>
+OCR_INLINE Vec<Lane> load(const T* p) {
+  return Memory<Lane, T>::load(p);
 }
-template <class T, class A>
-OCR_INLINE void store(T* p, Vec<A> x) {
-  Memory<A, T>::store(p, x);
+template <class T, class Lane>
+OCR_INLINE void store(T* p, Vec<Lane> x) {
+  Memory<Lane, T>::store(p, x);
 }
 
 // The first `count` lanes; the others are 0 in the vector and untouched in memory.
-template <class A, class T>
-OCR_INLINE Vec<A> load(const T* p, int64_t count) {
-  T buffer[Vec<A>::size] = {};
+template <class Lane, class T>
+OCR_INLINE Vec<Lane> load(const T* p, int64_t count) {
+  constexpr int lanes = Vec<Lane>::size, elements = kVectorBytes / sizeof(T);
+  T buffer[lanes > elements ? lanes : elements] = {};
   memcpy(buffer, p, size_t(count) * sizeof(T));
-  return load<A>(buffer);
+  return load<Lane>(buffer);
 }
-template <class T, class A>
-OCR_INLINE void store(T* p, Vec<A> x, int64_t count) {
-  T buffer[Vec<A>::size];
+template <class T, class Lane>
+OCR_INLINE void store(T* p, Vec<Lane> x, int64_t count) {
+  T buffer[Vec<Lane>::size];
   store(buffer, x);
   memcpy(p, buffer, size_t(count) * sizeof(T));
 }
@@ -252,42 +255,53 @@ OCR_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
 #endif
 }
 
-// The larger of the two; where `b` is NaN, `a`; where `a` is NaN, NaN.
-template <class A>
-OCR_INLINE Vec<A> max(Vec<A> a, Vec<A> b) {
+// Where `b` is NaN, `a`; where `a` is NaN, NaN.
+template <class Lane>
+OCR_INLINE Vec<Lane> max(Vec<Lane> a, Vec<Lane> b) {
 #if defined(__GNUC__)
   return {b.v > a.v ? b.v : a.v};
 #else
-  for (int i = 0; i < Vec<A>::size; ++i) a.v[i] = b.v[i] > a.v[i] ? b.v[i] : a.v[i];
+  for (int i = 0; i < Vec<Lane>::size; ++i) a.v[i] = b.v[i] > a.v[i] ? b.v[i] : a.v[i];
   return a;
 #endif
 }
-template <class A>
-OCR_INLINE Vec<A> min(Vec<A> a, Vec<A> b) {
+template <class Lane>
+OCR_INLINE Vec<Lane> min(Vec<Lane> a, Vec<Lane> b) {
 #if defined(__GNUC__)
   return {b.v < a.v ? b.v : a.v};
 #else
-  for (int i = 0; i < Vec<A>::size; ++i) a.v[i] = b.v[i] < a.v[i] ? b.v[i] : a.v[i];
+  for (int i = 0; i < Vec<Lane>::size; ++i) a.v[i] = b.v[i] < a.v[i] ? b.v[i] : a.v[i];
   return a;
 #endif
 }
 
+// x where a is above the limit, else 0
+template <class Lane>
+OCR_INLINE Vec<Lane> if_above(Vec<Lane> a, Lane limit, Vec<Lane> x) {
+#if defined(__GNUC__)
+  return {a.v > limit ? x.v : Lanes<Lane>{}};
+#else
+  for (int i = 0; i < Vec<Lane>::size; ++i) x.v[i] = a.v[i] > limit ? x.v[i] : Lane(0);
+  return x;
+#endif
+}
+
 // Over the lanes, in halves: a fixed order.
-template <class A>
-OCR_INLINE A sum(Vec<A> x) {
-  A lane[Vec<A>::size];
+template <class Lane>
+OCR_INLINE Lane sum(Vec<Lane> x) {
+  Lane lane[Vec<Lane>::size];
   store(lane, x);
-  for (int half = Vec<A>::size / 2; half > 0; half /= 2)
+  for (int half = Vec<Lane>::size / 2; half > 0; half /= 2)
     for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
   return lane[0];
 }
-template <class A>
-OCR_INLINE A maximum(Vec<A> x) {
-  A lane[Vec<A>::size];
+template <class Lane>
+OCR_INLINE Lane max_lane(Vec<Lane> x) {
+  Lane lane[Vec<Lane>::size];
   store(lane, x);
-  A largest = lane[0];
-  for (int i = 1; i < Vec<A>::size; ++i) largest = lane[i] > largest ? lane[i] : largest;
-  return largest;
+  Lane result = lane[0];
+  for (int i = 1; i < Vec<Lane>::size; ++i) result = lane[i] > result ? lane[i] : result;
+  return result;
 }
 
 template <int... i>
@@ -299,12 +313,12 @@ struct Count<0, all...> {
   using type = Indices<all...>;
 };
 
-// A step of a transposition: a's lanes with bit `half` set change places with b's lanes with it clear.
-template <int half, class A, int... i>
-OCR_INLINE void exchange_lanes(Vec<A>& a, Vec<A>& b, Indices<i...>) {
+// Lane step of a transposition: a's lanes with bit `half` set change places with b's lanes with it clear.
+template <int half, class Lane, int... i>
+OCR_INLINE void exchange_lanes(Vec<Lane>& a, Vec<Lane>& b, Indices<i...>) {
 #if defined(__GNUC__)
-  constexpr int size = Vec<A>::size;
-  const Lanes<A> x = a.v, y = b.v;
+  constexpr int size = Vec<Lane>::size;
+  const Lanes<Lane> x = a.v, y = b.v;
 #if defined(__clang__)
   a.v = __builtin_shufflevector(x, y, (i & half ? size + i - half : i)...);
   b.v = __builtin_shufflevector(x, y, (i & half ? size + i : i + half)...);
@@ -314,31 +328,31 @@ OCR_INLINE void exchange_lanes(Vec<A>& a, Vec<A>& b, Indices<i...>) {
   b.v = __builtin_shuffle(x, y, Index{(i & half ? size + i : i + half)...});
 #endif
 #else
-  const Vec<A> x = a, y = b;
-  for (int lane = 0; lane < Vec<A>::size; ++lane) {
+  const Vec<Lane> x = a, y = b;
+  for (int lane = 0; lane < Vec<Lane>::size; ++lane) {
     a.v[lane] = lane & half ? y.v[lane - half] : x.v[lane];
     b.v[lane] = lane & half ? y.v[lane] : x.v[lane + half];
   }
 #endif
 }
-template <int half, class A>
-OCR_INLINE void exchange(Vec<A>& a, Vec<A>& b) {
-  exchange_lanes<half>(a, b, typename Count<Vec<A>::size>::type{});
+template <int half, class Lane>
+OCR_INLINE void exchange(Vec<Lane>& a, Vec<Lane>& b) {
+  exchange_lanes<half>(a, b, typename Count<Vec<Lane>::size>::type{});
 }
 
 // x[i][j] becomes x[j][i], for as many vectors as they have lanes.
-template <class A, int half = Vec<A>::size / 2>
-OCR_INLINE void transpose(Vec<A>* x) {
+template <class Lane, int half = Vec<Lane>::size / 2>
+OCR_INLINE void transpose(Vec<Lane>* x) {
   if constexpr (half > 0) {
     OCR_UNROLL
-    for (int i = 0; i < Vec<A>::size; ++i)
+    for (int i = 0; i < Vec<Lane>::size; ++i)
       if (!(i & half)) exchange<half>(x[i], x[i + half]);
-    transpose<A, half / 2>(x);
+    transpose<Lane, half / 2>(x);
   }
 }
 
 // exp(x) = 2^n exp(r) with n the integer nearest to x / ln 2, and the Taylor series of exp(r), |r| <= ln(2) / 2.
-template <class A>
+template <class Lane>
 struct Exp;
 template <>
 struct Exp<float> {
@@ -357,39 +371,39 @@ struct Exp<double> {
   static constexpr double round = 0x1.8p52;
 };
 
-template <class A>
-OCR_INLINE Vec<A> exp(Vec<A> x) {
+template <class Lane>
+OCR_INLINE Vec<Lane> exp(Vec<Lane> x) {
 #if defined(__GNUC__)
-  using E = Exp<A>;
+  using E = Exp<Lane>;
   using Int = Lanes<typename E::Int>;
-  constexpr A reciprocal[] = {1,
-                              1,
-                              A(1) / 2,
-                              A(1) / 6,
-                              A(1) / 24,
-                              A(1) / 120,
-                              A(1) / 720,
-                              A(1) / 5040,
-                              A(1) / 40320,
-                              A(1) / 362880,
-                              A(1) / 3628800,
-                              A(1) / 39916800,
-                              A(1) / 479001600,
-                              A(1) / 6227020800.};
-  x = min(max(x, broadcast<A>(E::lowest)), broadcast<A>(E::highest));  // NaN stays
-  const Vec<A> shifted = fma(x, broadcast<A>(A(1.4426950408889634074)), broadcast<A>(E::round));
-  const Vec<A> n = shifted - broadcast<A>(E::round);
-  const Vec<A> r = fma(n, broadcast<A>(-E::ln2_low), fma(n, broadcast<A>(-E::ln2_high), x));
-  Vec<A> power = broadcast(reciprocal[E::degree]);
+  constexpr Lane reciprocal[] = {1,
+                                 1,
+                                 Lane(1) / 2,
+                                 Lane(1) / 6,
+                                 Lane(1) / 24,
+                                 Lane(1) / 120,
+                                 Lane(1) / 720,
+                                 Lane(1) / 5040,
+                                 Lane(1) / 40320,
+                                 Lane(1) / 362880,
+                                 Lane(1) / 3628800,
+                                 Lane(1) / 39916800,
+                                 Lane(1) / 479001600,
+                                 Lane(1) / 6227020800.};
+  x = min(max(x, broadcast<Lane>(E::lowest)), broadcast<Lane>(E::highest));  // NaN stays
+  const Vec<Lane> shifted = fma(x, broadcast<Lane>(Lane(1.4426950408889634074)), broadcast<Lane>(E::round));
+  const Vec<Lane> n = shifted - broadcast<Lane>(E::round);
+  const Vec<Lane> r = fma(n, broadcast<Lane>(-E::ln2_low), fma(n, broadcast<Lane>(-E::ln2_high), x));
+  Vec<Lane> power = broadcast(reciprocal[E::degree]);
   OCR_UNROLL
   for (int i = E::degree - 1; i >= 0; --i) power = fma(power, r, broadcast(reciprocal[i]));
   // 2^n in two factors, each a normal number even where the result is subnormal or infinite
-  const Int whole = bit_cast<Int>(shifted.v) - bit_cast<Int>(broadcast<A>(E::round).v), half = whole >> 1;
-  const Vec<A> first = {bit_cast<Lanes<A>>((half + E::bias) << E::mantissa)};
-  const Vec<A> second = {bit_cast<Lanes<A>>((whole - half + E::bias) << E::mantissa)};
+  const Int whole = bit_cast<Int>(shifted.v) - bit_cast<Int>(broadcast<Lane>(E::round).v), half = whole >> 1;
+  const Vec<Lane> first = {bit_cast<Lanes<Lane>>((half + E::bias) << E::mantissa)};
+  const Vec<Lane> second = {bit_cast<Lanes<Lane>>((whole - half + E::bias) << E::mantissa)};
   return power * first * second;
 #else
-  for (int i = 0; i < Vec<A>::size; ++i) x.v[i] = A(std::exp(double(x.v[i])));
+  for (int i = 0; i < Vec<Lane>::size; ++i) x.v[i] = Lane(std::exp(double(x.v[i])));
   return x;
 #endif
 }

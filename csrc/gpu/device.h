@@ -2,32 +2,32 @@
 // same kernels run on a CPU, thread by thread (on_host.h): so they are tested where there is no GPU.
 #pragma once
 
-#include "../tensor.h"
+#include "../arguments.h"
 
 namespace ocr_kernels::gpu {
 
 constexpr int kThreads = 256;  // of every block
 constexpr int kWarps = kThreads / 32;
 
-// Which type the sums over elements of T have, and what the weights are multiplied by on their way into a product: at
+// The type of sums over elements of T, and what the weights are multiplied by on their way into a product: at
 // most 1, they would be subnormal in float16 below 2^-14.
 template <class T>
 struct Arithmetic {
-  using Number = float;
+  using Accumulator = float;
   static constexpr float lift = 1;
 };
 template <>
 struct Arithmetic<double> {
-  using Number = double;
+  using Accumulator = double;
   static constexpr double lift = 1;
 };
 template <>
 struct Arithmetic<Float16> {
-  using Number = float;
+  using Accumulator = float;
   static constexpr float lift = 32768;
 };
 template <class T>
-using NumberOf = typename Arithmetic<T>::Number;
+using AccumulatorOf = typename Arithmetic<T>::Accumulator;
 
 // Sixteen bytes in registers.
 struct alignas(16) Vector {
@@ -66,16 +66,16 @@ OCR_DEVICE unsigned char* shared_memory() {
   return reinterpret_cast<unsigned char*>(memory);
 }
 
-// The value of the lane whose number differs in the bits of `mask`.
-template <class Number>
-OCR_DEVICE Number shuffle_xor(Number value, int mask) {
+// The value of the lane whose index differs in the bits of `mask`.
+template <class Accumulator>
+OCR_DEVICE Accumulator shuffle_xor(Accumulator value, int mask) {
   return __shfl_xor_sync(0xffffffff, value, mask);
 }
 
-OCR_DEVICE float to_number(BFloat16 x) { return __uint_as_float(uint32_t(x.bits) << 16); }
-OCR_DEVICE float to_number(Float16 x) { return __half2float(__ushort_as_half(x.bits)); }
-OCR_DEVICE float to_number(float x) { return x; }
-OCR_DEVICE double to_number(double x) { return x; }
+OCR_DEVICE float to_accumulator(BFloat16 x) { return __uint_as_float(uint32_t(x.bits) << 16); }
+OCR_DEVICE float to_accumulator(Float16 x) { return __half2float(__ushort_as_half(x.bits)); }
+OCR_DEVICE float to_accumulator(float x) { return x; }
+OCR_DEVICE double to_accumulator(double x) { return x; }
 
 template <class T>
 struct Narrow {
@@ -92,8 +92,10 @@ struct Narrow<Float16> {
 
 OCR_DEVICE float exponential(float x) { return expf(x); }
 OCR_DEVICE double exponential(double x) { return exp(x); }
-OCR_DEVICE float larger(float a, float b) { return fmaxf(a, b); }
-OCR_DEVICE double larger(double a, double b) { return fmax(a, b); }
+OCR_DEVICE float max(float a, float b) { return fmaxf(a, b); }
+OCR_DEVICE double max(double a, double b) { return fmax(a, b); }
+
+OCR_DEVICE void stop() { __trap(); }
 
 OCR_DEVICE Vector load_vector(const void* p) {
   const uint4 v = __ldg(static_cast<const uint4*>(p));

@@ -147,28 +147,30 @@ OCR_DEVICE int64_t block_index() { return Grid::current()->block(); }
 OCR_DEVICE void synchronize() { Grid::current()->wait_for_block(); }
 OCR_DEVICE unsigned char* shared_memory() { return Grid::current()->shared(); }
 
-template <class Number>
-OCR_DEVICE Number shuffle_xor(Number value, int mask) {
+template <class Accumulator>
+OCR_DEVICE Accumulator shuffle_xor(Accumulator value, int mask) {
   return Grid::current()->exchange(value)[thread_index() % 32 ^ mask];
 }
 
 template <class T>
-OCR_DEVICE NumberOf<T> to_number(T x) {
+OCR_DEVICE AccumulatorOf<T> to_accumulator(T x) {
   return to_float(x);
 }
 template <class T>
 struct Narrow {
-  static T value(NumberOf<T> x) { return from_float<T>(x); }
+  static T value(AccumulatorOf<T> x) { return from_float<T>(x); }
 };
 
-template <class Number>
-OCR_DEVICE Number exponential(Number x) {
+template <class Accumulator>
+OCR_DEVICE Accumulator exponential(Accumulator x) {
   return std::exp(x);
 }
-template <class Number>
-OCR_DEVICE Number larger(Number a, Number b) {
+template <class Accumulator>
+OCR_DEVICE Accumulator max(Accumulator a, Accumulator b) {
   return std::fmax(a, b);
 }
+
+OCR_DEVICE void stop() { std::abort(); }
 
 OCR_DEVICE Vector load_vector(const void* p) {
   if (reinterpret_cast<uintptr_t>(p) % sizeof(Vector)) std::abort();  // a GPU would

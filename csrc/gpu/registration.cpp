@@ -4,31 +4,31 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/headeronly/version.h>
 
-#include "../attention/gpu.h"
-#include "../gather/gpu.h"
 #include "../ops.h"
 
 namespace ocr_kernels {
+
+namespace gpu {
+OCR_DECLARE_KERNELS(const Queue&)
+}
+
 namespace {
 
 class Gpu {
  public:
   static constexpr const char* name = "the GPU of the first tensor";
   static void prepare(void*, int64_t) {}
-  static constexpr auto gather_forward = gpu::gather_forward;
-  static constexpr auto gather_backward = gpu::gather_backward;
-  static constexpr auto attention_forward = gpu::attention_forward;
-  static constexpr auto attention_backward = gpu::attention_backward;
 
   explicit Gpu(const Argument& first) : first_(first), index_(index_of(first)), current_(index_) {
     // this library has a CUDA runtime of its own, which is told as well
     STD_TORCH_CHECK(cudaSetDevice(index_) == cudaSuccess, "CUDA: device ", index_, " cannot be used");
   }
   bool holds(const Argument& tensor) const { return tensor.is_cuda() && tensor.get_device_index() == index_; }
-  Queue resources() const {
+  template <class Arguments>
+  void run(const Arguments& a) {
     void* stream = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream));
-    return {stream, allocate, const_cast<Gpu*>(this)};
+    gpu::run(a, {stream, allocate, this});
   }
 
  private:

@@ -19,12 +19,12 @@ constexpr int kInner = sizeof(T) == 2 ? 64 : 32;
 constexpr int kRegionStep = 32;  // of a sum over regions
 
 constexpr int64_t tiles(int64_t length, int64_t tile) { return (length + tile - 1) / tile; }
-constexpr int most(int a, int b) { return a < b ? b : a; }
+constexpr int max(int a, int b) { return a < b ? b : a; }
 
 // What is subtracted for a maximum: while all scores are -inf the weights are exp(-inf - 0) = 0, not NaN.
-template <class Number>
-OCR_DEVICE Number shift(Number maximum) {
-  return maximum == -Number(INFINITY) ? Number(0) : maximum;
+template <class Accumulator>
+OCR_DEVICE Accumulator shift(Accumulator maximum) {
+  return maximum == -Accumulator(INFINITY) ? Accumulator(0) : maximum;
 }
 
 // ---- tensors
@@ -38,15 +38,16 @@ OCR_DEVICE void with_type(Dtype dtype, Run run) {
       return run(float());
     case Dtype::BFloat16:
       return run(BFloat16());
-    default:
+    case Dtype::Float16:
       return run(Float16());
   }
+  stop();
 }
 
-template <class Number>
-OCR_DEVICE Number read(const void* data, Dtype dtype, int64_t at) {
-  Number x = 0;
-  with_type(dtype, [&](auto type) { x = Number(to_number(static_cast<const decltype(type)*>(data)[at])); });
+template <class Accumulator>
+OCR_DEVICE Accumulator read(const void* data, Dtype dtype, int64_t at) {
+  Accumulator x = 0;
+  with_type(dtype, [&](auto type) { x = Accumulator(to_accumulator(static_cast<const decltype(type)*>(data)[at])); });
   return x;
 }
 
@@ -64,14 +65,18 @@ struct Image {
         stride_row(t.stride_row),
         stride_column(t.stride_column) {}
 
-  static OCR_DEVICE int bytes_of(Dtype dtype) { return dtype == Dtype::Float64 ? 8 : dtype == Dtype::Float32 ? 4 : 2; }
+  static OCR_DEVICE int bytes_of(Dtype dtype) {
+    int bytes = 0;
+    with_type(dtype, [&](auto type) { bytes = int(sizeof type); });
+    return bytes;
+  }
 
-  // As of pixels in channels_last, where the rows are channels or regions.
-  OCR_DEVICE bool turned() const { return stride_row == 1 && stride_column != 1; }
+  // Where the columns are pixels, the rows are channels or regions.
+  OCR_DEVICE bool channels_last() const { return stride_row == 1 && stride_column != 1; }
   // Whether `count` neighbours from any multiple of it on lie in memory as one piece, aligned to its size.
   OCR_DEVICE bool in_pieces_of(int count) const {
     const int64_t bytes = int64_t(count) * bytes_of(dtype);
-    return (turned() || stride_column == 1) && (turned() ? stride_column : stride_row) % count == 0 &&
+    return (channels_last() || stride_column == 1) && (channels_last() ? stride_column : stride_row) % count == 0 &&
            reinterpret_cast<uintptr_t>(data) % uintptr_t(bytes < 16 ? bytes : 16) == 0;
   }
   OCR_DEVICE bool has(int64_t row, int64_t column) const { return row < rows && column < columns; }
@@ -79,29 +84,27 @@ struct Image {
   OCR_DEVICE T* at(int64_t row, int64_t column) const {
     return static_cast<T*>(data) + row * stride_row + column * stride_column;
   }
-  template <class Number>
-  OCR_DEVICE Number number(int64_t row, int64_t column) const {
-    return read<Number>(data, dtype, row * stride_row + column * stride_column);
+  template <class Accumulator>
+  OCR_DEVICE Accumulator get(int64_t row, int64_t column) const {
+    return read<Accumulator>(data, dtype, row * stride_row + column * stride_column);
   }
-  template <class Number>
-  OCR_DEVICE void set(int64_t row, int64_t column, Number x) const {
+  template <class Accumulator>
+  OCR_DEVICE void set(int64_t row, int64_t column, Accumulator x) const {
     with_type(dtype, [&](auto type) {
       using T = decltype(type);
-      *at<T>(row, column) = Narrow<T>::value(NumberOf<T>(x));
+      *at<T>(row, column) = Narrow<T>::value(AccumulatorOf<T>(x));
     });
   }
 };
 
-template <class T>
-OCR_DEVICE constexpr Dtype dtype_of(T) {
-  return sizeof(T) == 8 ? Dtype::Float64 : Dtype::Float32;
-}
+OCR_DEVICE constexpr Dtype dtype_of(double) { return Dtype::Float64; }
+OCR_DEVICE constexpr Dtype dtype_of(float) { return Dtype::Float32; }
 OCR_DEVICE constexpr Dtype dtype_of(BFloat16) { return Dtype::BFloat16; }
 OCR_DEVICE constexpr Dtype dtype_of(Float16) { return Dtype::Float16; }
 
 // ---- tiles in shared memory
 
-// One of the two factors of a product, [rows, inner], in shared memory. Number (r, j) lies at data[r * pitch + j] or,
+// One of the two factors of a product, [rows, inner], in shared memory. Element (r, j) lies at data[r * pitch + j] or,
 // where the inner dimension comes first, at data[j * pitch + r].
 template <class T>
 struct Operand {
@@ -115,19 +118,21 @@ template <class T>
 constexpr int kGap = 16 / int(sizeof(T));
 template <class T>
 constexpr int tile_bytes(int rows, int columns) {  // either way round
-  return most(rows * (columns + kGap<T>), columns * (rows + kGap<T>)) * int(sizeof(T));
+  return max(rows * (columns + kGap<T>), columns * (rows + kGap<T>)) * int(sizeof(T));
 }
 
-// A tile [ROWS, COLUMNS] in the order of its tensor: by rows, or turned by columns.
+// A tile [ROWS, COLUMNS] in the order of its tensor: by rows or, in channels_last, by columns.
 template <class T, int ROWS, int COLUMNS>
 struct Tile {
   T* data;
-  bool turned;
+  bool channels_last;
 
-  OCR_DEVICE int pitch() const { return (turned ? ROWS : COLUMNS) + kGap<T>; }
-  OCR_DEVICE T& at(int row, int column) const { return data[turned ? column * pitch() + row : row * pitch() + column]; }
-  OCR_DEVICE Operand<T> by_rows() const { return {data, pitch(), turned}; }      // [ROWS, inner = COLUMNS]
-  OCR_DEVICE Operand<T> by_columns() const { return {data, pitch(), !turned}; }  // [COLUMNS, inner = ROWS]
+  OCR_DEVICE int pitch() const { return (channels_last ? ROWS : COLUMNS) + kGap<T>; }
+  OCR_DEVICE T& at(int row, int column) const {
+    return data[channels_last ? column * pitch() + row : row * pitch() + column];
+  }
+  OCR_DEVICE Operand<T> by_rows() const { return {data, pitch(), channels_last}; }      // [ROWS, inner = COLUMNS]
+  OCR_DEVICE Operand<T> by_columns() const { return {data, pitch(), !channels_last}; }  // [COLUMNS, inner = ROWS]
 };
 
 // A tile on its way from memory: `fetch` brings it to registers, `put` from there to shared memory, so that one tile is
@@ -144,20 +149,22 @@ class Transfer {
   OCR_DEVICE Transfer(const Tensor& tensor, int64_t image)
       : image_(tensor, image),
         pieces_(image_.dtype == dtype_of(T()) && image_.in_pieces_of(kPiece)),
-        pairs_(sizeof(T) == 2 && image_.in_pieces_of(2) && (image_.turned() ? image_.rows : image_.columns) % 2 == 0) {}
+        pairs_(sizeof(T) == 2 && image_.in_pieces_of(2) &&
+               (image_.channels_last() ? image_.rows : image_.columns) % 2 == 0) {}
 
   OCR_DEVICE const Image& image() const { return image_; }
 
   OCR_DEVICE void fetch(int64_t row, int64_t column) {
     const int thread = thread_index_anew();
-    const bool turned = image_.turned();
-    const int64_t lines = turned ? image_.columns : image_.rows, length = turned ? image_.rows : image_.columns;
-    const int64_t line_stride = turned ? image_.stride_column : image_.stride_row;
-    const int64_t stride = turned ? image_.stride_row : image_.stride_column;
+    const bool channels_last = image_.channels_last();
+    const int64_t lines = channels_last ? image_.columns : image_.rows,
+                  length = channels_last ? image_.rows : image_.columns;
+    const int64_t line_stride = channels_last ? image_.stride_column : image_.stride_row;
+    const int64_t stride = channels_last ? image_.stride_row : image_.stride_column;
     OCR_UNROLL
     for (int p = 0; p < kPieces; ++p) {
-      const int64_t line = (turned ? column : row) + line_of(p, thread),
-                    first = (turned ? row : column) + first_of(p, thread);
+      const int64_t line = (channels_last ? column : row) + line_of(p, thread),
+                    first = (channels_last ? row : column) + first_of(p, thread);
       const int64_t at = line * line_stride + first * stride;
       held_[p] = Vector{};
       if (!exists(p, thread) || line >= lines) continue;
@@ -168,7 +175,7 @@ class Transfer {
 
   OCR_DEVICE Tile<T, ROWS, COLUMNS> put(void* shared) const {
     const int thread = thread_index_anew();
-    const Tile<T, ROWS, COLUMNS> tile{static_cast<T*>(shared), image_.turned()};
+    const Tile<T, ROWS, COLUMNS> tile{static_cast<T*>(shared), image_.channels_last()};
     OCR_UNROLL
     for (int p = 0; p < kPieces; ++p)
       if (exists(p, thread))
@@ -180,14 +187,14 @@ class Transfer {
   static OCR_DEVICE bool exists(int p, int thread) { return kExact || p * kThreads + thread < ROWS * COLUMNS / kPiece; }
   OCR_DEVICE int line_of(int p, int thread) const {
     const int piece = p * kThreads + thread;
-    return image_.turned() ? piece / (ROWS / kPiece) : piece / (COLUMNS / kPiece);
+    return image_.channels_last() ? piece / (ROWS / kPiece) : piece / (COLUMNS / kPiece);
   }
   OCR_DEVICE int first_of(int p, int thread) const {
     const int piece = p * kThreads + thread;
-    return (image_.turned() ? piece % (ROWS / kPiece) : piece % (COLUMNS / kPiece)) * kPiece;
+    return (image_.channels_last() ? piece % (ROWS / kPiece) : piece % (COLUMNS / kPiece)) * kPiece;
   }
 
-  // A piece that is not aligned as one, of which `count` numbers exist.
+  // A piece that is not aligned as one, of which `count` elements exist.
   OCR_DEVICE Vector fetch_words(int64_t at, int64_t stride, int64_t count) const {
     Vector piece{};
     if (pairs_) {
@@ -225,7 +232,7 @@ class Transfer {
 
 // ---- products
 
-// Sums [ROWS, COLUMNS] in the registers of a block, for 16-bit factors: the warps' parts are made of 16 x 8.
+// Sums [ROWS, COLUMNS] in the registers of a block, for 16-bit factors: what a warp has is made of 16 x 8.
 template <class T, int ROWS, int COLUMNS, bool matrix_units = sizeof(T) == 2>
 class Sums {
   static constexpr int kWarpColumns = ROWS >= 64 ? 2 : 4, kWarpRows = kWarps / kWarpColumns;
@@ -239,7 +246,7 @@ class Sums {
   }
 
   // += a [ROWS, inner] b [COLUMNS, inner]^T
-  OCR_DEVICE void add_product(Operand<T> a, Operand<T> b, int inner) {
+  OCR_DEVICE void add_product(Operand<T> a, Operand<T> b, int inner, bool /*one_chain*/ = false) {
     // a lane addresses a line of one of four 8 x 8 matrices, which in a follow each other down the rows first, in b
     // along the inner dimension: the second is 8 further that way, the third 8 the other way, the fourth both
     const int thread = thread_index_anew(), matrix = thread % 32 / 8, near = matrix % 2 * 8, far = matrix / 2 * 8;
@@ -258,7 +265,7 @@ class Sums {
     }
   }
 
-  // body(row, column, sum) for this thread's part
+  // body(row, column, sum) for what this thread has
   template <class Body>
   OCR_DEVICE void for_each(Body body) {
     const int thread = thread_index_anew(), lane = thread % 32;
@@ -273,7 +280,7 @@ class Sums {
  private:
   static OCR_DEVICE int first_row(int thread) { return thread / 32 / kWarpColumns * (kDown * 16); }
   static OCR_DEVICE int first_column(int thread) { return thread / 32 % kWarpColumns * (kAcross * 8); }
-  // The 16 x 16 numbers from (row, inner) on, as four matrices; this lane addresses the one at (r, j) from there.
+  // The 16 x 16 elements from (row, inner) on, as four matrices; this lane addresses the one at (r, j) from there.
   static OCR_DEVICE void load(uint32_t (&to)[4], Operand<T> from, int thread, int row, int inner, int r, int j) {
     const int line = thread % 8;
     const T* address = from.inner_first ? from.data + (inner + j + line) * from.pitch + row + r
@@ -284,7 +291,8 @@ class Sums {
   float sums_[kDown][kAcross][4];
 };
 
-// The same for float and double: thread (y, x) of 16 x 16 has the rows y + 16 m and the columns x + 16 n.
+// The same for float and double: thread (y, x) of 16 x 16 has the rows y + 16 m and the columns x + 16 n. A product's
+// terms are summed alone first: one chain over all products takes fewer registers, but rounds more.
 template <class T, int ROWS, int COLUMNS>
 class Sums<T, ROWS, COLUMNS, false> {
   static constexpr int kDown = ROWS / 16, kAcross = COLUMNS / 16;
@@ -294,10 +302,12 @@ class Sums<T, ROWS, COLUMNS, false> {
     for_each([](int, int, T& sum) { sum = 0; });
   }
 
-  OCR_DEVICE void add_product(Operand<T> a, Operand<T> b, int inner) {
+  OCR_DEVICE void add_product(Operand<T> a, Operand<T> b, int inner, bool one_chain = false) {
     const int a_row = a.inner_first ? 1 : a.pitch, a_step = a.inner_first ? a.pitch : 1;
     const int b_row = b.inner_first ? 1 : b.pitch, b_step = b.inner_first ? b.pitch : 1;
     const T *rows = a.data + y() * a_row, *columns = b.data + x() * b_row;
+    T alone[kDown][kAcross] = {};
+    auto& product = one_chain ? sums_ : alone;
     for (int j = 0; j < inner; ++j, rows += a_step, columns += b_step) {
       T factors[kAcross];
       OCR_UNROLL
@@ -306,9 +316,13 @@ class Sums<T, ROWS, COLUMNS, false> {
       for (int m = 0; m < kDown; ++m) {
         const T factor = rows[m * 16 * a_row];
         OCR_UNROLL
-        for (int n = 0; n < kAcross; ++n) sums_[m][n] += factor * factors[n];
+        for (int n = 0; n < kAcross; ++n) product[m][n] += factor * factors[n];
       }
     }
+    if (one_chain) return;
+    OCR_UNROLL
+    for (int m = 0; m < kDown; ++m) OCR_UNROLL
+    for (int n = 0; n < kAcross; ++n) sums_[m][n] += product[m][n];
   }
 
   template <class Body>
@@ -332,7 +346,8 @@ constexpr int kSumOverChannels = Transfer<T, kInner<T>, ROWS>::kBytes + Transfer
 
 template <class T, int ROWS, int COLUMNS>
 OCR_DEVICE void add_sum_over_channels(Sums<T, ROWS, COLUMNS>& sums, Transfer<T, kInner<T>, ROWS>& a, int64_t a_column,
-                                      Transfer<T, kInner<T>, COLUMNS>& b, int64_t b_column, unsigned char* shared) {
+                                      Transfer<T, kInner<T>, COLUMNS>& b, int64_t b_column, unsigned char* shared,
+                                      bool one_chain = false) {
   const int64_t channels = a.image().rows;
   OCR_UNROLL_BY(1)
   for (int64_t channel = 0;; channel += kInner<T>) {  // one tile is multiplied while the next is on its way
@@ -346,7 +361,7 @@ OCR_DEVICE void add_sum_over_channels(Sums<T, ROWS, COLUMNS>& sums, Transfer<T, 
       a.fetch(channel, a_column);
       b.fetch(channel, b_column);
     }
-    if (channel > 0) sums.add_product(rows, columns, kInner<T>);
+    if (channel > 0) sums.add_product(rows, columns, kInner<T>, one_chain);
     synchronize();
     if (channel >= channels) break;
   }
@@ -354,17 +369,17 @@ OCR_DEVICE void add_sum_over_channels(Sums<T, ROWS, COLUMNS>& sums, Transfer<T, 
 
 // ---- results
 
-// A tile of numbers in shared memory on its way to a tensor, in that tensor's order.
-template <class Number, int ROWS, int COLUMNS>
+// A tile of sums in shared memory on its way to a tensor, in that tensor's order.
+template <class Accumulator, int ROWS, int COLUMNS>
 struct Result {
-  static constexpr int kBytes = tile_bytes<Number>(ROWS, COLUMNS);
+  static constexpr int kBytes = tile_bytes<Accumulator>(ROWS, COLUMNS);
   Image image;
-  Tile<Number, ROWS, COLUMNS> tile;
+  Tile<Accumulator, ROWS, COLUMNS> tile;
 
   OCR_DEVICE Result(const Tensor& tensor, int64_t image_index, void* shared)
-      : image(tensor, image_index), tile{static_cast<Number*>(shared), image.turned()} {}
+      : image(tensor, image_index), tile{static_cast<Accumulator*>(shared), image.channels_last()} {}
 
-  // Writes value(row, column, number) of what exists of the tile whose corner is (row, column).
+  // Writes value(row, column, sum) of what exists of the tile whose corner is (row, column).
   template <class Value>
   OCR_DEVICE void write(int64_t row, int64_t column, Value value) const {
     with_type(image.dtype, [&](auto type) { write_as<decltype(type)>(row, column, value); });
@@ -375,27 +390,27 @@ struct Result {
   OCR_DEVICE void write_as(int64_t row, int64_t column, Value value) const {
     constexpr int kPiece = 4;
     struct alignas(sizeof(To) * kPiece < 16 ? sizeof(To) * kPiece : 16) Piece {
-      To number[kPiece];
+      To element[kPiece];
     };
-    const bool turned = image.turned(), pieces = image.in_pieces_of(kPiece);
-    const int line_length = turned ? ROWS : COLUMNS;
+    const bool channels_last = image.channels_last(), pieces = image.in_pieces_of(kPiece);
+    const int line_length = channels_last ? ROWS : COLUMNS;
     for (int i = thread_index() * kPiece; i < ROWS * COLUMNS; i += kThreads * kPiece) {
       const int line = i / line_length, first = i % line_length;
-      const int r = turned ? first : line, c = turned ? line : first;
+      const int r = channels_last ? first : line, c = channels_last ? line : first;
       Piece piece;
       int count = 0;
       OCR_UNROLL
       for (int n = 0; n < kPiece; ++n) {
-        const int rr = r + (turned ? n : 0), cc = c + (turned ? 0 : n);
+        const int rr = r + (channels_last ? n : 0), cc = c + (channels_last ? 0 : n);
         const bool exists = image.has(row + rr, column + cc);
-        piece.number[n] = Narrow<To>::value(exists ? value(row + rr, column + cc, tile.at(rr, cc)) : Number(0));
+        piece.element[n] = Narrow<To>::value(exists ? value(row + rr, column + cc, tile.at(rr, cc)) : Accumulator(0));
         count += exists;
       }
       To* to = static_cast<To*>(image.data) + (row + r) * image.stride_row + (column + c) * image.stride_column;
       if (pieces && count == kPiece) *reinterpret_cast<Piece*>(to) = piece;
       else OCR_UNROLL
       for (int n = 0; n < kPiece; ++n)
-        if (n < count) to[n * (turned ? image.stride_row : image.stride_column)] = piece.number[n];
+        if (n < count) to[n * (channels_last ? image.stride_row : image.stride_column)] = piece.element[n];
     }
   }
 };

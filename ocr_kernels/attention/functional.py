@@ -5,12 +5,13 @@ from __future__ import annotations
 from torch import Tensor
 
 from ocr_kernels.attention.registration import pixel_region_attention_op
-from ocr_kernels.core.arguments import check_tensors
+from ocr_kernels.core.arguments import check_tensors, split_scale
 from ocr_kernels.core.backends import resolve_backend
+from ocr_kernels.core.registration import exportable
 
 
 def pixel_region_attention(
-    query: Tensor, key: Tensor, value: Tensor, scale: float | None = None, *, backend: str | None = None
+    query: Tensor, key: Tensor, value: Tensor, scale: float | Tensor | None = None, *, backend: str | None = None
 ) -> Tensor:
     r"""Context of every pixel: the regions' values, weighted by a softmax **over regions** (Eqs. 3 and 5).
 
@@ -20,7 +21,7 @@ def pixel_region_attention(
         query: transformed pixels phi(x), `[B, D, *S]`, any number of spatial dimensions.
         key: transformed regions psi(f), `[B, D, K]`; any K >= 1.
         value: transformed regions delta(f), `[B, Dv, K]`; Dv may differ from D.
-        scale: factor on the scores; `None` means `D ** -0.5`.
+        scale: factor on the scores; `None` means `D ** -0.5`; a tensor of one element is trained like any other factor.
         backend: `"reference"`, `"triton"` or `"native"`; `None` chooses (see `ocr_kernels.use_backend`).
 
     Returns:
@@ -32,10 +33,13 @@ def pixel_region_attention(
     reproducible. Saved for backward: the inputs alone.
 
     Raises:
-        TypeError: an argument is no tensor, or the dtypes differ or are others.
+        TypeError: an argument is no tensor, the dtypes differ or are others, or `scale` is no number.
         ValueError: shapes or devices do not match, D, Dv or K is 0, or `backend` is unknown.
         RuntimeError: the backend asked for cannot run here; the message says why.
     """
     check_tensors(query=query, key=key, value=value)
-    out: Tensor = pixel_region_attention_op(query, key, value, scale, resolve_backend(query.device, backend))
+    if scale is not None:
+        query, scale = split_scale(scale, query)
+    op = exportable(pixel_region_attention_op)
+    out: Tensor = op(query, key, value, scale, resolve_backend(query.device, backend))
     return out

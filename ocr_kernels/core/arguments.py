@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from numbers import Real
+
+import torch
 from torch import Tensor
 
 from ocr_kernels.core.layout import DTYPES
@@ -13,9 +16,29 @@ def check_tensors(**arguments: object) -> None:
             raise TypeError(f"{name} must be a tensor, but is {type(argument).__name__}")
 
 
-def check_dtype(name: str, tensor: Tensor) -> None:
+def split_scale(scale: object, scores: Tensor) -> tuple[Tensor, float]:
+    """`scores` and the number to multiply them by; a tensor of one element is multiplied in, so that it is trained."""
+    if isinstance(scale, (float, int, Real, torch.SymInt, torch.SymFloat)):
+        return scores, float(scale)
+    if not isinstance(scale, Tensor):
+        raise TypeError(f"scale must be a number or a tensor of one element, but is {type(scale).__name__}")
+    if scale.numel() != 1 or not scale.is_floating_point():
+        raise TypeError(
+            f"scale must be a number or a floating tensor of one element, but is {scale.dtype} {tuple(scale.shape)}"
+        )
+    return scores * scale.reshape(()).to(scores.device), 1.0
+
+
+def check_dtype(name: str, tensor: Tensor, dtype: torch.dtype | None = None) -> None:
     if tensor.dtype not in DTYPES:
         raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, but is {tensor.dtype}")
+    if dtype not in (None, tensor.dtype):
+        raise TypeError(f"{name} must be {dtype} here, but is {tensor.dtype}")
+
+
+def check_same_dtype(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    if tensor.dtype != other.dtype:
+        raise TypeError(f"{name} must have the dtype of {other_name}, {other.dtype}, but has {tensor.dtype}")
 
 
 def check_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 from ocr_kernels.core import libraries
 
 BACKENDS = ("reference", "triton", "native")
-# of those that no one asked for, what to try before the reference
+# Tried in this order when no backend is named; then the reference.
 _FASTEST = {"cpu": ("native",), "cuda": ("triton", "native")}
 
-_selected = os.environ.get("OCR_KERNELS_BACKEND") or None  # process-wide, like torch.backends' flags
+_default = os.environ.get("OCR_KERNELS_BACKEND") or None
+_overrides: dict[object, str | None] = {}  # of the blocks of `use_backend` that are open, in the order of their start
+_selected = _default  # process-wide, like torch.backends' flags
+_lock = threading.Lock()
 _problems: dict[tuple[str, str | None], str | None] = {}  # of backends on types of devices, or on this machine
 
 
@@ -23,7 +29,7 @@ Function = TypeVar("Function", bound=Callable[..., object])
 
 
 def assume_constant_result(function: Function) -> Function:
-    """`torch.compiler.assume_constant_result`, less its import of `torch._dynamo`, which takes a second."""
+    """`torch.compiler.assume_constant_result`, less its import of Dynamo, which takes a second."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 
@@ -41,20 +47,28 @@ def use_backend(backend: str | None) -> Iterator[None]:
     """Run the calls inside the block that name no backend on `backend` (`None`: choose by device).
 
     The choice holds for the whole process, like PyTorch's own backend flags, so worker threads see it
-    too. A backward pass runs on the backend of its forward pass, inside the block or after it.
+    too. Of several open blocks, in whatever threads, the one that was entered last decides; none outlasts its block.
+    A backward pass runs on the backend of its forward pass, inside the block or after it.
 
     Raises:
         ValueError: `backend` is not the name of a backend.
         RuntimeError: it cannot run on this machine; the message says why.
     """
-    global _selected
     if backend is not None:
         _require(backend)
-    previous, _selected = _selected, backend
+    block = object()
+    _override(lambda: _overrides.update({block: backend}))
     try:
         yield
     finally:
-        _selected = previous
+        _override(lambda: _overrides.pop(block))
+
+
+def _override(change: Callable[[], object]) -> None:
+    global _selected
+    with _lock:
+        change()
+        _selected = [_default, *_overrides.values()][-1]
 
 
 def resolve_backend(device: torch.device, backend: str | None = None, implemented: Sequence[str] = BACKENDS) -> str:
@@ -77,6 +91,14 @@ def resolve_backend(device: torch.device, backend: str | None = None, implemente
             raise RuntimeError(f"backend {name!r} has no kernels for this op; {' and '.join(implemented)} have")
         raise RuntimeError(f"backend {name!r} cannot run on a {kind} tensor: {problem}")
     return name
+
+
+@functools.cache
+def implementation(op: str, backend: str, device_type: str, implemented: Sequence[str] = BACKENDS) -> Any:
+    """The module that has an op's kernels for one backend, once it is known to run on that type of device."""
+    return importlib.import_module(
+        f"ocr_kernels.{op}.{resolve_backend(torch.device(device_type), backend, implemented)}"
+    )
 
 
 def interpreting() -> bool:

@@ -39,6 +39,8 @@ def _absent(device_type: str) -> str | None:
     path = library(device_type)
     if path.is_file():
         return None
+    if device_type == "cpu" and os.environ.get("OCR_KERNELS_LIBRARY"):
+        _warn(f"OCR_KERNELS_LIBRARY names a file that is not there: {path}")
     return f"this installation contains no {_NAMES[device_type]} ({path}): {_build(device_type)}"
 
 
@@ -54,9 +56,22 @@ def _load(device_type: str) -> str | None:
     except OSError as error:
         name, cause = _NAMES[device_type], error.__cause__ or error  # PyTorch keeps what the system said for itself
         reason = f"the {name} was built for another PyTorch or another system ({cause}): {_build(device_type)}"
-        warnings.warn(f"ocr_kernels: {reason}. Until then the other backends run", RuntimeWarning, stacklevel=2)
+        _warn(f"{reason}. Until then the other backends run")
         return reason
+    if device_type == "cpu":
+        try:
+            torch.ops.ocr_kernels_native.build_facts()
+        except RuntimeError as error:  # OCR_KERNELS_ISA
+            reason = str(error).splitlines()[0]
+            _warn(f"{reason}. Until then the other backends run")
+            return reason
     return None
+
+
+@functools.cache
+def _warn(message: str) -> None:
+    """Once for each message."""
+    warnings.warn(f"ocr_kernels: {message}", RuntimeWarning, stacklevel=2)
 
 
 def _no_gpu() -> str | None:

@@ -8,204 +8,120 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from importlib.machinery import PathFinder
-from types import ModuleType
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import TransformType, get_interpreter_stack
-from torch._functorch.utils import enable_single_level_autograd_function
-from torch.autograd import forward_ad
+
+from ocr_kernels.core.derivatives import Op, refuse_derivative, register_derivative, underived
 
 LIBRARY = torch.library.Library("ocr_kernels", "DEF")
+_decompositions: dict[Op, Op] = {}
+_flop_formulas: dict[Any, Callable[..., int]] = {}
+
+
+def decompositions() -> dict[Op, Op]:
+    """Our ops in plain PyTorch, a table for `torch.export.ExportedProgram.run_decompositions`."""
+    return dict(_decompositions)
+
+
+def exportable(op: Op) -> Op:
+    """`op`, or its definition while `torch.onnx.export` traces a model: ONNX has no custom ops."""
+    return _decompositions[op] if torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export() else op
+
+
+def flop_formulas() -> dict[Any, Callable[..., int]]:
+    """Our ops' operations, for `torch.utils.flop_counter.FlopCounterMode(custom_mapping=...)`.
+
+    It has them already where it was imported before this library, which does not import it: it imports Triton.
+    """
+    return dict(_flop_formulas)
 
 
 def register_op(
     schema: str,
     *,
-    kernel: Callable[..., Any],
-    fake: Callable[..., Any],
-    definition: Callable[..., Any],
+    kernel: Op,
+    fake: Op,
+    definition: Op,
     flops: Callable[..., int],
     setup_context: Callable[..., None],
-    backward: Callable[..., Any],
-    vmap: Callable[..., Any],
-) -> torch._ops.OpOverload:
+    backward: Op,
+    vmap: Op,
+    autocast: int = 0,
+) -> Op:
     """Define `ocr_kernels::<schema>` with its kernel, its fake, its derivative and its batching rule.
 
-    `definition` is the op in plain PyTorch, through which forward-mode derivatives go. `flops` counts the operations
-    of the definition's matrix products from the op's arguments, with shapes in place of tensors.
+    `definition` is the op in plain PyTorch: forward mode goes through it, and programs that cannot hold the op compute
+    it. `flops` counts the operations of its matrix products from the op's arguments, with shapes in place of tensors.
+    Under autocast the first `autocast` arguments are cast to the autocast dtype, as those of a convolution are.
 
     The schema has no defaults: the dispatcher would leave out arguments that equal them.
     """
-    op = _register(schema, kernel, fake, flops, vmap)
-    LIBRARY.impl(op._opname, _derivative(op, definition, setup_context, backward), "Autograd")
+    op, run = _register(schema, kernel, fake, flops, vmap, definition)
+    rules = {device_type: _autocast_rule(op, autocast, device_type) for device_type in ("cpu", "cuda") if autocast}
+    for device_type, rule in rules.items():
+        LIBRARY.impl(op, rule, f"Autocast{device_type.upper()}")
+    tensors = schema.split("->")[0].count("Tensor ")
+    register_derivative(LIBRARY, op, run, tensors, definition, setup_context, backward, vmap, rules)
     return op
 
 
 def register_inference_op(
-    schema: str,
-    *,
-    kernel: Callable[..., Any],
-    fake: Callable[..., Any],
-    flops: Callable[..., int],
-    vmap: Callable[..., Any],
-    instead: str,
-) -> torch._ops.OpOverload:
+    schema: str, *, kernel: Op, fake: Op, flops: Callable[..., int], vmap: Op, instead: str
+) -> Op:
     """Define `ocr_kernels::<schema>` as `register_op` does, without a derivative: where one is wanted it raises.
 
     `instead` names what has a derivative.
     """
-    op = _register(schema, kernel, fake, flops, vmap)
-
-    def refuse_derivatives(*args: Any) -> Any:
-        forward_mode = forward_ad._current_level >= 0 or (torch._C._are_functorch_transforms_active() and _in_jvp())
-        if forward_mode or (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
-            raise RuntimeError(
-                f"ocr_kernels::{op._opname} is for inference and has no derivative: call it under torch.no_grad() or "
-                f"torch.inference_mode(), or train with {instead}"
-            )
-        with torch._C._AutoDispatchBelowAutograd():
-            return op(*args)
-
-    LIBRARY.impl(op._opname, refuse_derivatives, "Autograd")
+    op, run = _register(schema, kernel, fake, flops, vmap)
+    message = (
+        f"{op} is for inference and has no derivative: call it under torch.no_grad() or torch.inference_mode(), or "
+        f"train with {instead}"
+    )
+    refuse_derivative(LIBRARY, op, run, message)
     return op
 
 
 def _register(
-    schema: str,
-    kernel: Callable[..., Any],
-    fake: Callable[..., Any],
-    flops: Callable[..., int],
-    vmap: Callable[..., Any],
-) -> torch._ops.OpOverload:
-    name = schema[: schema.index("(")]
-    LIBRARY.define(schema)
-    op: torch._ops.OpOverload = getattr(torch.ops.ocr_kernels, name).default
-    LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"ocr_kernels::{name}", fake, lib=LIBRARY)
-    torch.library.register_vmap(f"ocr_kernels::{name}", vmap, lib=LIBRARY)
-    _Imports.then("torch.utils.flop_counter", lambda module: module.register_flop_formula(op.overloadpacket)(flops))
-    return op
+    schema: str, kernel: Op, fake: Op, flops: Callable[..., int], vmap: Op, definition: Op | None = None
+) -> tuple[Op, Op]:
+    """The op, and the op less its derivative."""
+    name, arguments = schema.split("(", 1)
+
+    def define(name: str) -> Op:
+        LIBRARY.define(f"{name}({arguments}")
+        packet = getattr(torch.ops.ocr_kernels, name)
+        op: Op = packet.default
+        LIBRARY.impl(op, kernel, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"ocr_kernels::{name}", fake, lib=LIBRARY)
+        torch.library.register_vmap(f"ocr_kernels::{name}", vmap, lib=LIBRARY)
+        _flop_formulas[packet] = flops
+        if "torch.utils.flop_counter" in sys.modules:
+            sys.modules["torch.utils.flop_counter"].register_flop_formula(packet)(flops)
+        if definition is not None:
+            _decompositions[op] = definition
+        return op
+
+    op = define(name)
+    return op, underived(op, lambda: define(f"{name}_underived"))
 
 
-def _derivative(
-    op: torch._ops.OpOverload,
-    definition: Callable[..., Any],
-    setup_context: Callable[..., None],
-    backward: Callable[..., Any],
-) -> Callable[..., Any]:
-    """What `torch.library.register_autograd` registers, at half its cost per call."""
+def _autocast_rule(op: Op, leading: int, device_type: str) -> Op:
+    def cast(tensor: Tensor) -> Tensor:
+        # float64 stays, as in PyTorch's own autocast
+        eligible = tensor.device.type == device_type and tensor.is_floating_point() and tensor.dtype != torch.float64
+        return tensor.to(torch.get_autocast_dtype(device_type)) if eligible else tensor
 
-    def run(*args: Any) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
-            return op(*args)
+    def rule(*args: Any) -> Any:
+        tensors = [cast(tensor) for tensor in args[:leading]]
+        torch.set_autocast_enabled(device_type, False)  # in a tenth of the time of `torch.autocast`
+        try:
+            return op(*tensors, *args[leading:])
+        finally:
+            torch.set_autocast_enabled(device_type, True)
 
-    def forward(ctx: Any, *args: Any) -> Any:
-        if torch._C._are_functorch_transforms_active():
-            # for the transforms around this one, which `run` reaches
-            with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
-                output = run(*args)
-        else:
-            output = run(*args)
-        setup_context(ctx, args, output)
-        return output
-
-    members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    function = type(f"{op._opname}_derivative", (torch.autograd.Function,), members)
-    # what Function.apply calls after checks for callers above the dispatcher, which hands us one transform at a time
-    apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]
-
-    def differentiable(*args: Any) -> Any:
-        transformed = torch._C._are_functorch_transforms_active()
-        if forward_ad._current_level >= 0 or (transformed and _in_jvp()):
-            return definition(*args)
-        if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
-            return run(*args)
-        if transformed:
-            with enable_single_level_autograd_function():
-                return apply(*args)
-        return apply(*args)
-
-    return differentiable
-
-
-def _in_jvp() -> bool:
-    """Whether `torch.func.jvp` is active, also in a graph of `torch.compile`, where `forward_ad` does not know."""
-    return any(transform.key() == TransformType.Jvp for transform in get_interpreter_stack() or ())
-
-
-class _Imports:
-    """Modules of PyTorch that are told about our ops once something imports them: some take seconds to import.
-
-    This is a finder on `sys.meta_path`, where every import of a new module looks.
-    """
-
-    waiting: ClassVar[dict[str, list[Callable[[ModuleType], object]]]] = {}
-
-    @classmethod
-    def then(cls, name: str, action: Callable[[ModuleType], object]) -> None:
-        """Call `action` with the module `name`: now if it is imported, else once it is."""
-        if name in sys.modules:
-            action(sys.modules[name])
-        else:
-            cls.waiting.setdefault(name, []).append(action)
-
-    @classmethod
-    def find_spec(cls, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> Any:
-        if name not in cls.waiting:
-            return None
-        spec = PathFinder.find_spec(name, path, target)
-        if spec is not None and spec.loader is not None:
-            execute = spec.loader.exec_module
-
-            def execute_and_act(module: ModuleType) -> None:
-                execute(module)
-                for action in cls.waiting.pop(name, ()):
-                    action(module)
-
-            spec.loader.exec_module = execute_and_act  # type: ignore[method-assign]
-        return spec
-
-
-sys.meta_path.insert(0, _Imports)
-
-
-def register_autocast(op: torch._ops.OpOverload, leading: int) -> None:
-    """Under autocast, cast the first `leading` arguments to the autocast dtype, as a convolution does."""
-
-    def make_rule(device_type: str, excluded: torch._C.DispatchKeySet) -> Callable[..., Any]:
-        def rule(*args: Any, **kwargs: Any) -> Any:
-            cast = [_autocast(tensor, device_type) for tensor in args[:leading]]
-            with torch._C._ExcludeDispatchKeyGuard(excluded):
-                return op(*cast, *args[leading:], **kwargs)
-
-        return rule
-
-    for device_type, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
-        excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
-        LIBRARY.impl(op._opname, make_rule(device_type, excluded), key)
-
-
-def register_decomposition(op: torch._ops.OpOverload, decomposition: Callable[..., Any]) -> None:
-    """Let programs that cannot hold `op`, as those of ONNX, compute `decomposition`, in the same memory format."""
-    torch._decomp.decomposition_table[op] = decomposition
-    torch._decomp.meta_table[op] = decomposition  # only looked up: symbolic sizes go to the op's fake, as all others do
-    _Imports.then("torch._inductor.lowering", lambda module: _keep_in_inductor(op, module))
-
-
-def _keep_in_inductor(op: torch._ops.OpOverload, lowering: ModuleType) -> None:
-    """What Inductor does when it meets an op that it does not know, which it refuses where `CI` is set in the
-    environment and the op has a decomposition."""
-    constraint = lowering.tag_to_layout_constraint(torch._library.utils.get_layout_constraint_tag(op))
-    lowering.make_fallback(op, layout_constraint=constraint, warn=False)
-
-
-def _autocast(tensor: Tensor, device_type: str) -> Tensor:
-    # float64 stays, as in PyTorch's own autocast
-    eligible = tensor.device.type == device_type and tensor.is_floating_point() and tensor.dtype != torch.float64
-    return tensor.to(torch.get_autocast_dtype(device_type)) if eligible else tensor
+    return rule
 
 
 def differentiate(

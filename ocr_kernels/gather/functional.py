@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ocr_kernels.core.arguments import check_tensors
+from ocr_kernels.core.arguments import check_tensors, split_scale
 from ocr_kernels.core.backends import resolve_backend
+from ocr_kernels.core.registration import exportable
 from ocr_kernels.gather.registration import spatial_gather_op
 
 
-def spatial_gather(feats: Tensor, logits: Tensor, scale: float = 1.0, *, backend: str | None = None) -> Tensor:
+def spatial_gather(feats: Tensor, logits: Tensor, scale: float | Tensor = 1.0, *, backend: str | None = None) -> Tensor:
     r"""Region representations: each region's average pixel, weighted by a softmax **over pixels** (Eq. 4).
 
     .. math:: f_k = \sum_i \tilde m_{ki} x_i, \qquad \tilde m_{ki} = \mathrm{softmax}_i(\mathrm{scale} \cdot M_{ki})
@@ -18,7 +19,7 @@ def spatial_gather(feats: Tensor, logits: Tensor, scale: float = 1.0, *, backend
         feats: pixel representations x, `[B, C, *S]`, any number of spatial dimensions.
         logits: soft object regions M, `[B, K, *S]`, before any softmax; any K >= 1. It may have another
             floating dtype than `feats` (float32 logits beside bfloat16 feats is usual).
-        scale: factor on the logits.
+        scale: factor on the logits; a tensor of one element is trained like any other factor.
         backend: `"reference"`, `"triton"` or `"native"`; `None` chooses (see `ocr_kernels.use_backend`).
 
     Returns:
@@ -26,13 +27,15 @@ def spatial_gather(feats: Tensor, logits: Tensor, scale: float = 1.0, *, backend
         accepted; sums and softmax statistics are float32, or float64 if an input is.
 
     Under autocast `feats` is cast to the autocast dtype and `logits` are taken as they are. Forward and
-    backward are bitwise reproducible. Saved for backward: the inputs, the result, and two numbers per region.
+    backward are bitwise reproducible. Saved for backward: the inputs, and for each region two numbers and the result
+    before it is rounded to `feats.dtype`.
 
     Raises:
-        TypeError: an argument is no tensor, or of another dtype.
+        TypeError: an argument is no tensor, or of another dtype, or `scale` is no number.
         ValueError: shapes or devices do not match, C or K is 0, or `backend` is unknown.
         RuntimeError: the backend asked for cannot run here; the message says why.
     """
     check_tensors(feats=feats, logits=logits)
-    out: Tensor = spatial_gather_op(feats, logits, scale, resolve_backend(feats.device, backend))[0]
+    logits, factor = split_scale(scale, logits)
+    out: Tensor = exportable(spatial_gather_op)(feats, logits, factor, resolve_backend(feats.device, backend))[0]
     return out

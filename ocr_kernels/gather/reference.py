@@ -17,12 +17,13 @@ def spatial_gather(feats: Tensor, logits: Tensor, scale: float = 1.0) -> Tensor:
 
 
 def gather_and_statistics(feats: Tensor, logits: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """f [B, C, K] and the softmax's row maxima and sums, [B, 2, K]."""
+    """f [B, C, K], and [B, C + 2, K]: f before it is rounded to the feats' dtype, the softmax's maxima and its sums."""
     dtype = statistics_dtype(feats, logits)
     x, scores = feats.flatten(2).to(dtype), scale * logits.flatten(2).to(dtype)
     maximum = scores.amax(2)
     total = (scores - maximum.unsqueeze(2)).exp().sum(2)
-    return spatial_gather(x, scores), torch.stack((maximum, total), dim=1)
+    unrounded = spatial_gather(x, scores)
+    return unrounded.to(feats.dtype), torch.cat((unrounded, maximum.unsqueeze(1), total.unsqueeze(1)), dim=1)
 
 
 def forward(out: Tensor, stats: Tensor, feats: Tensor, logits: Tensor, scale: float) -> None:
@@ -37,21 +38,21 @@ def backward(
     grad: Tensor,
     feats: Tensor,
     logits: Tensor,
-    out: Tensor,
     stats: Tensor,
     scale: float,
 ) -> None:
     """Fill the gradients that are wanted.
 
-    dX = dF P,  dM = scale * P * (dF^T X - rowsum(dF * F)),  P recomputed from the saved statistics.
+    dX = dF P,  dM = scale * P * (dP - delta) with dP = dF^T X,  P recomputed from the saved statistics. The kernels
+    have delta = sum_c dF F; where all of dP is at hand, sum_i P dP is the same, with the errors of the same products.
     """
     dtype = stats.dtype
-    maximum, total = stats.unsqueeze(3).unbind(1)  # [B, K, 1] each
+    maximum, total = stats[:, -2:].unsqueeze(3).unbind(1)  # [B, K, 1] each
     weights = (scale * logits.flatten(2).to(dtype) - maximum).exp() / total  # [B, K, N]
     g = grad.to(dtype)  # [B, C, K]
     if dfeats is not None:
         dfeats.copy_(torch.matmul(g, weights).view(feats.shape))
     if dlogits is not None:
         dweights = torch.matmul(g.transpose(1, 2), feats.flatten(2).to(dtype))  # [B, K, N]
-        row = (g * out.to(dtype)).sum(1).unsqueeze(2)  # [B, K, 1]
-        dlogits.copy_((scale * weights * (dweights - row)).view(logits.shape))
+        delta = (weights * dweights).sum(2, keepdim=True)
+        dlogits.copy_((scale * weights * (dweights - delta)).view(logits.shape))

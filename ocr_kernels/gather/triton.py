@@ -111,6 +111,7 @@ def forward(out: Tensor, stats: Tensor, feats: Tensor, logits: Tensor, scale: fl
 def spatial_gather_delta_kernel(
     padded_grad,  # [B, C, row_length]: grad with zeros after its K regions
     delta,  # [B, K]: sum over c of grad * F, the term that all pixels of a region share in the softmax's derivative
+    peaks,  # [B, K], filled with -1
     grad, grad_strides,  # [B, C, K]
     stats,  # [B, C + 2, K], of which the first C rows are F
     C, K, row_length,
@@ -128,6 +129,7 @@ def spatial_gather_delta_kernel(
         store_tile(padded_grad, g, c0, k0)
     k = k0 + tl.arange(0, BLOCK_K)
     tl.store(delta + image * K + k, total.to(delta.dtype.element_ty), mask=k < K)
+    tl.store(peaks + image * K + k, tl.full([BLOCK_K], -1, tl.int32), mask=k < K)
 
 
 @triton.jit
@@ -149,6 +151,8 @@ def spatial_gather_backward_kernel(
     logits, logits_strides,  # [B, K, N]
     stats,  # [B, C + 2, K], of which the last two rows are maxima and sums
     delta,  # [B, K]
+    peaks,  # [B, K]: the pixel with more than half of a region's weight, if there is one
+    others,  # [B, tiles of pixels, K]: sum over the tile of P * (dF^T X - delta), less the peak's
     C, K, N, row_length, scale: tl.float64,
     NEED_FEATS: tl.constexpr,  # only of one tile of regions
     NEED_LOGITS: tl.constexpr,
@@ -156,7 +160,11 @@ def spatial_gather_backward_kernel(
     MATH: tl.constexpr, ALIGNMENT: tl.constexpr, INT64: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """A program owns a tile of regions and pixels: dX = dF P, dM = scale * P * (dF^T X - delta)."""
+    """A program owns a tile of regions and pixels: dX = dF P, dM = scale * P * (dF^T X - delta).
+
+    A softmax's gradients add up to zero: that of a peak, in which nearly equal numbers are subtracted, is left to
+    `spatial_gather_peaks_kernel`.
+    """
     # regions vary fastest, so that programs which share a tile of feats run together
     k0 = tl.program_id(0) % REGION_TILES * BLOCK_K
     program = tl.program_id(0) // REGION_TILES
@@ -182,7 +190,37 @@ def spatial_gather_backward_kernel(
     if NEED_LOGITS:
         k = k0 + tl.arange(0, BLOCK_K)
         shared = tl.load(delta + image * K + k, mask=k < K, other=0.0)
-        store_tile(dlogits, factor * weights * (dweights - shared[:, None]), k0, n0)
+        dscores = weights * (dweights - shared[:, None])
+        store_tile(dlogits, factor * dscores, k0, n0)
+        n = n0 + tl.arange(0, BLOCK_N)
+        is_peak = (weights > 0.5) & (n < N)[None, :]
+        peak = tl.max(tl.where(is_peak, n[None, :], -1), 1)
+        tl.store(peaks + image * K + k, peak, mask=(peak >= 0) & (k < K))
+        dscores = tl.where((n < N)[None, :], tl.where(is_peak, dscores - dscores, dscores), 0.0)  # 0 of a peak, or NaN
+        tl.store(others + program.to(tl.int64) * K + k, tl.sum(dscores, 1), mask=k < K)
+
+
+@triton.jit(do_not_specialize=["pixel_tiles"])
+def spatial_gather_peaks_kernel(
+    dlogits, dlogits_strides,  # [B, K, N]
+    peaks,  # [B, K]
+    others,  # [B, pixel_tiles, K]
+    K, pixel_tiles, scale: tl.float64,
+    BLOCK_K: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """The gradient of a region's peak: minus the sum of its other pixels'."""
+    image = tl.cast(tl.program_id(0) // tl.cdiv(K, BLOCK_K), tl.int64)
+    k = tl.program_id(0) % tl.cdiv(K, BLOCK_K) * BLOCK_K + tl.arange(0, BLOCK_K)
+    total = tl.zeros([BLOCK_K], others.dtype.element_ty)
+    others += image * pixel_tiles * K + k[None, :]
+    for t0 in range(0, pixel_tiles, BLOCK_T):
+        t = t0 + tl.arange(0, BLOCK_T)
+        inside = (t < pixel_tiles)[:, None] & (k < K)[None, :]
+        total += tl.sum(tl.load(others + tl.cast(t, tl.int64)[:, None] * K, mask=inside, other=0.0), 0)
+    peak = tl.load(peaks + image * K + k, mask=k < K, other=-1)
+    pixel = image * dlogits_strides[0] + k * dlogits_strides[1] + tl.cast(peak, tl.int64) * dlogits_strides[2]
+    dpeak = -tl.full((), scale, total.dtype) * total
+    tl.store(dlogits + pixel, narrow(dpeak, dlogits.dtype.element_ty), mask=peak >= 0)
 
 
 @triton.jit
@@ -235,7 +273,9 @@ def backward(
     region_tiles = cdiv(regions, tile.regions)
     rows = grad.new_empty((batch, channels, round_up(regions)))
     delta = stats.new_empty((batch, regions))
-    pixel_tiles = batch * cdiv(pixels, tile.pixels)
+    peaks = stats.new_empty((batch, regions), dtype=torch.int32)
+    pixel_tiles = cdiv(pixels, tile.pixels)
+    others = stats.new_empty((batch, pixel_tiles, regions) if dlogits is not None else 1)
     sizes = channels, regions, pixels, rows.shape[2], scale
     options = tile.arguments | {
         "MATH": numbers,
@@ -246,18 +286,24 @@ def backward(
     }
     with torch.cuda.device_of(x):
         spatial_gather_delta_kernel[(batch * cdiv(regions, 16),)](
-            rows, delta, grad, grad.stride(), stats, channels, regions, rows.shape[2],
+            rows, delta, peaks, grad, grad.stride(), stats, channels, regions, rows.shape[2],
             BLOCK_C=512, BLOCK_K=16, num_warps=8, **NEVER_FUSED,
         )  # fmt: skip
         if region_tiles == 1 or dlogits is not None:
-            spatial_gather_backward_kernel[(pixel_tiles * region_tiles,)](
-                dx, dx.stride(), dm, dm.stride(), rows, x, x.stride(), m, m.stride(), stats, delta, *sizes,
+            spatial_gather_backward_kernel[(batch * pixel_tiles * region_tiles,)](
+                dx, dx.stride(), dm, dm.stride(), rows, x, x.stride(), m, m.stride(), stats, delta, peaks, others,
+                *sizes,
                 NEED_FEATS=region_tiles == 1 and dfeats is not None,
                 NEED_LOGITS=dlogits is not None,
                 REGION_TILES=region_tiles,
                 **options,
             )  # fmt: skip
+        if dlogits is not None:  # few regions a program, since there are few programs, and many tiles at once
+            spatial_gather_peaks_kernel[(batch * cdiv(regions, 4),)](
+                dm, dm.stride(), peaks, others, regions, pixel_tiles, scale,
+                BLOCK_K=4, BLOCK_T=512, num_warps=8, **NEVER_FUSED,
+            )  # fmt: skip
         if region_tiles > 1 and dfeats is not None:
-            spatial_gather_backward_feats_kernel[(pixel_tiles * cdiv(channels, tile.channels),)](
+            spatial_gather_backward_feats_kernel[(batch * pixel_tiles * cdiv(channels, tile.channels),)](
                 dx, dx.stride(), rows, m, m.stride(), stats, *sizes, **options
             )

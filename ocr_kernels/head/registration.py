@@ -53,19 +53,32 @@ def _flops(
     return 2 * pixels(feats) * (feats[0] * matrices + math.prod(key) + math.prod(context_regions))
 
 
-def _vmap(info: Any, in_dims: Sequence[Any], *args: Any) -> Any:
-    if any(dim is not None for dim in in_dims[3]):  # weights of several heads: one after the other
-        heads = []
-        for i in range(info.batch_size):
-            tensors, weights = (
-                [t if dim is None else t.select(dim, i).contiguous() for t, dim in zip(group, dims, strict=True)]
-                for group, dims in ((args[:3], in_dims[:3]), (args[3], in_dims[3]))
-            )
-            heads.append(ocr_head_op(*tensors, weights, *args[4:]))
+def _vmap(
+    info: Any,
+    in_dims: Sequence[Any],
+    feats: Tensor,
+    key: Tensor,
+    context_regions: Tensor,
+    weights: Sequence[Tensor],
+    output: str,
+    backend: str,
+) -> tuple[Tensor, int]:
+    tensors = feats, key, context_regions
+    *dims, weights_dims, _, _ = in_dims
+    if any(dim is not None for dim in weights_dims):  # weights of several heads: one after the other
+        heads = [
+            ocr_head_op(*_select(tensors, dims, i), _select(weights, weights_dims, i), output, backend)
+            for i in range(info.batch_size)
+        ]
         return torch.stack(heads), 0
-    tensors = batch_first(args[:3], in_dims[:3], info.batch_size)
-    (out,), (dim,) = batch_back([ocr_head_op(*tensors, *args[3:])], info.batch_size)
+    out = ocr_head_op(*batch_first(tensors, dims, info.batch_size), weights, output, backend)
+    (out,), (dim,) = batch_back([out], info.batch_size)
     return out, dim
+
+
+def _select(tensors: Sequence[Tensor], dims: Sequence[int | None], index: int) -> list[Tensor]:
+    """One of the vmapped tensors each."""
+    return [t if d is None else t.select(d, index).contiguous() for t, d in zip(tensors, dims, strict=True)]
 
 
 ocr_head_op = register_inference_op(

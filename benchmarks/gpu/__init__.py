@@ -1,0 +1,1 @@
+"""One round on a machine with a GPU: `python -m benchmarks.gpu`, which is `make gpu`."""
