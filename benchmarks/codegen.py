@@ -44,7 +44,13 @@ from ocr_kernels.core.layout import statistics_dtype
 from ocr_kernels.core.triton_host import DeviceFacts
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-TYPES = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+TYPES = {
+    torch.float64: "fp64",
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.int32: "i32",
+}
 FORMATS = {torch.contiguous_format: "contiguous", torch.channels_last: "channels last"}
 
 # What to look for in PTX, which ptxas translates one to one, or in AMD's assembly.

@@ -122,13 +122,13 @@ def spatial_gather_delta_kernel(
     grad = image_of(grad, grad_strides, image, C, K, 1, False)
     result = rows_of(stats + image * (C + 2) * K, C, K, K)
     padded_grad = rows_of(padded_grad + image * C * row_length, C, row_length, row_length)
-    total = tl.zeros([BLOCK_K], tl.float64)  # where regions are peaked, little is left of dP - delta but rounding
+    total = tl.zeros([BLOCK_K], delta.dtype.element_ty)
     for c0 in range(0, C, BLOCK_C):
         g = load_tile(grad, c0, k0, BLOCK_C, BLOCK_K)
-        total += tl.sum(g.to(tl.float64) * load_tile(result, c0, k0, BLOCK_C, BLOCK_K).to(tl.float64), 0)
+        total += tl.sum(g.to(total.dtype) * load_tile(result, c0, k0, BLOCK_C, BLOCK_K), 0)
         store_tile(padded_grad, g, c0, k0)
     k = k0 + tl.arange(0, BLOCK_K)
-    tl.store(delta + image * K + k, total.to(delta.dtype.element_ty), mask=k < K)
+    tl.store(delta + image * K + k, total, mask=k < K)
     tl.store(peaks + image * K + k, tl.full([BLOCK_K], -1, tl.int32), mask=k < K)
 
 
@@ -178,6 +178,12 @@ def spatial_gather_backward_kernel(
 
     factor = tl.full((), scale, MATH.accumulator)
     weights = softmax_over_pixels(logits, stats + (image * (C + 2) + C) * K, k0, n0, factor, K, BLOCK_K, BLOCK_N)
+    k = k0 + tl.arange(0, BLOCK_K)
+    if NEED_LOGITS:
+        n = n0 + tl.arange(0, BLOCK_N)
+        weights = tl.where((n < N)[None, :], weights, 0.0)
+        peak = tl.max(tl.where(weights > 0.5, n[None, :], -1), 1)
+        tl.store(peaks + image * K + k, peak, mask=(peak >= 0) & (k < K))
     rounded = narrow(weights * MATH.lift, MATH.dot)
     dweights = tl.zeros([BLOCK_K, BLOCK_N], MATH.accumulator)
     for c0 in range(0, C, BLOCK_C):
@@ -188,16 +194,11 @@ def spatial_gather_backward_kernel(
         if NEED_FEATS:
             store_tile(dfeats, product(g, rounded, MATH) / MATH.lift, c0, n0)
     if NEED_LOGITS:
-        k = k0 + tl.arange(0, BLOCK_K)
         shared = tl.load(delta + image * K + k, mask=k < K, other=0.0)
         dscores = weights * (dweights - shared[:, None])
+        total = tl.sum(tl.where(weights > 0.5, dscores - dscores, dscores), 1)  # 0 of a peak, or NaN
+        tl.store(others + program.to(tl.int64) * K + k, total, mask=k < K)
         store_tile(dlogits, factor * dscores, k0, n0)
-        n = n0 + tl.arange(0, BLOCK_N)
-        is_peak = (weights > 0.5) & (n < N)[None, :]
-        peak = tl.max(tl.where(is_peak, n[None, :], -1), 1)
-        tl.store(peaks + image * K + k, peak, mask=(peak >= 0) & (k < K))
-        dscores = tl.where((n < N)[None, :], tl.where(is_peak, dscores - dscores, dscores), 0.0)  # 0 of a peak, or NaN
-        tl.store(others + program.to(tl.int64) * K + k, tl.sum(dscores, 1), mask=k < K)
 
 
 @triton.jit(do_not_specialize=["pixel_tiles"])
@@ -268,8 +269,10 @@ def backward(
     regions = m.shape[1]
     dx = x if dfeats is None else dfeats.flatten(2)
     dm = m if dlogits is None else dlogits.flatten(2)
-    numbers = math_of(x, m)
-    tile = tiles.BACKWARD.choose(Problem(numbers.itemsize, device_facts(x.device), channels, regions))
+    numbers, common = math_of(x, m), alignment(x, m, dx, dm)
+    scattered = common == 1 and x.stride(1) != 1
+    problem = Problem(numbers.itemsize, device_facts(x.device), channels, regions, scattered=scattered)
+    tile = tiles.BACKWARD.choose(problem)
     region_tiles = cdiv(regions, tile.regions)
     rows = grad.new_empty((batch, channels, round_up(regions)))
     delta = stats.new_empty((batch, regions))
@@ -279,7 +282,7 @@ def backward(
     sizes = channels, regions, pixels, rows.shape[2], scale
     options = tile.arguments | {
         "MATH": numbers,
-        "ALIGNMENT": alignment(x, m, dx, dm),
+        "ALIGNMENT": common,
         "INT64": requires_int64_offsets(
             *((t, tile.channels, tile.pixels) for t in (x, dx)), *((t, tile.regions, tile.pixels) for t in (m, dm))
         ),
