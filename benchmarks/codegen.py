@@ -350,7 +350,7 @@ def faults(architecture: str, launch: Launch, found: Resources) -> list[str]:
     """What a launch should not be."""
     on = ARCHITECTURES[architecture]
     allowed = allowed_spills(launch, found)
-    numbers = launch.constant("MATH")
+    numbers = launch.constant("NUMBERS")
     operand = str(numbers.dot) if numbers else "none"  # what enters products, if there are any
     problems = {
         f"spills more than {allowed}": found.spilled > allowed,

@@ -15,7 +15,7 @@ from benchmarks.cases import Case
 from benchmarks.codegen import ARCHITECTURES, HeadShape, Shape
 from ocr_kernels.attention import tiles as attention
 from ocr_kernels.core.backends import interpreting
-from ocr_kernels.core.triton_host import Problem, TileTable, math_of
+from ocr_kernels.core.triton_host import Problem, TileTable, numbers_of
 from ocr_kernels.gather import tiles as gather
 from ocr_kernels.head.triton import PIXELS_AT_ONCE, pixels_at_once
 
@@ -106,9 +106,9 @@ def test_steps_of_the_head(batch: int, pixels: int) -> None:
 
 def test_unknown_dtypes_fail_by_name() -> None:
     with pytest.raises(TypeError, match=r"float64, float32, bfloat16 or float16, but not torch\.int8"):
-        math_of(torch.zeros(1, dtype=torch.int8))
+        numbers_of(torch.zeros(1, dtype=torch.int8))
     with pytest.raises(TypeError, match=r"torch\.float8_e5m2"):
-        math_of(torch.zeros(1, dtype=torch.float8_e5m2))
+        numbers_of(torch.zeros(1, dtype=torch.float8_e5m2))
 
 
 @pytest.mark.parametrize("table", [gather.FORWARD, gather.BACKWARD, attention.FORWARD, attention.MAPS, attention.SUMS])
