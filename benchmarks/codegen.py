@@ -46,10 +46,10 @@ from ocr_kernels.core.triton_host import DeviceFacts
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 TYPES = {
     torch.float64: "fp64",
+    torch.int32: "i32",
     torch.float32: "fp32",
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
-    torch.int32: "i32",
 }
 FORMATS = {torch.contiguous_format: "contiguous", torch.channels_last: "channels last"}
 

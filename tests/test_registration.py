@@ -350,7 +350,7 @@ region = torch.zeros(2, 3, 6)
         (lambda: spatial_gather(x3, None), TypeError, "logits must be a tensor, but is NoneType"),
         (lambda: spatial_gather(x3.int(), x3), TypeError, "feats must be float64, .*but is torch.int32"),
         (lambda: spatial_gather(x3, x3.bool()), TypeError, "logits must be float64, .*but is torch.bool"),
-        (lambda: spatial_gather(x3, x3, "1"), RuntimeError, "argument 'scale'"),
+        (lambda: spatial_gather(x3, x3, "1"), TypeError, "^scale must be a number"),
         (lambda: spatial_gather(x3[0], x3[0]), ValueError, r"feats must have shape \[B, C, \*S\].*but has \(3, 5\)"),
         (lambda: spatial_gather(x3[:, :0], x3), ValueError, "feats must have shape .*C >= 1"),
         (lambda: spatial_gather(x3, x3[:, :0]), ValueError, "logits must have shape .*K >= 1"),

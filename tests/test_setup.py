@@ -128,7 +128,7 @@ def test_installing_needs_neither_compiler_nor_pytorch(checkout: Path, missing: 
 
 
 def test_a_compiler_that_fails_later_leaves_the_library_out(checkout: Path) -> None:
-    (checkout / "csrc" / "gather" / "cpu.cpp").write_text("#error\n")
+    (checkout / "csrc" / "cpu" / "registration.cpp").write_text("#error\n")
     for source in checkout.glob("csrc/*/cpu_kernels.cpp"):
         source.write_text("")
     result = build_wheel(checkout)

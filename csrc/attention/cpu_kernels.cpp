@@ -129,17 +129,18 @@ void backward(const AttentionBackward& a, Parallel parallel) {
   using A = AccumulatorOf<Lane>;
   const int64_t B = a.query.batch, D = a.query.rows, Dv = a.value.rows, K = a.key.columns;
   const bool dscores_wanted = a.dquery.data || a.dkey.data;
-  const int64_t min_pixels = max(256, K / 2);  // of a split, so that its sums are small beside them
+  const int64_t min_pixels = max(512, K);  // of a split, so that its sums are small beside them
   const Splits splits(a.query.columns, kPixels, min(a.query.columns / min_pixels, kMaxSplits));
-  const int64_t tasks = product(B, splits.count);
 
   const SmallMatrix<Lane> keys(transposed(a.key), parallel), values(transposed(a.value), parallel, dscores_wanted);
   const OutputProduct<Lane> dquery(a.dquery, a.key, parallel);
   const int64_t dkey_stride = row_stride<A>(D), dvalue_stride = row_stride<A>(Dv);
-  const Buffer<A> dkey_sums(a.dkey.data ? tasks : 0, K, dkey_stride);
-  const Buffer<A> dvalue_sums(a.dvalue.data ? tasks : 0, K, dvalue_stride);
+  const int64_t sums = product(K, (a.dkey.data ? dkey_stride : 0) + (a.dvalue.data ? dvalue_stride : 0));
+  const int64_t group = images_at_a_time(B, product(int64_t(sizeof(A)), splits.count, sums));
+  const Buffer<A> dkey_sums(a.dkey.data ? group : 0, splits.count, K, dkey_stride);
+  const Buffer<A> dvalue_sums(a.dvalue.data ? group : 0, splits.count, K, dvalue_stride);
 
-  run_tasks(parallel, tasks, [&](int64_t task) {
+  const auto sum_split = [&](int64_t first_image, int64_t task) {
     const PixelTile<Lane> query{a.query}, grad{a.grad};
     const Buffer<A> weights(K, kPixels), dscores(K, kPixels);
     const Buffer<Lane> made(K, kPixels);  // lanes of weights and dscores
@@ -156,7 +157,7 @@ void backward(const AttentionBackward& a, Parallel parallel) {
                pixels.tensor.rows);
     };
 
-    splits.for_each_tile(task, [&](int64_t image, int64_t first, int64_t count) {
+    splits.for_each_tile(first_image * splits.count + task, [&](int64_t image, int64_t first, int64_t count) {
       const Window w{image, 0, 0, first, count};
       query.read(w);
       grad.read(w);
@@ -172,10 +173,17 @@ void backward(const AttentionBackward& a, Parallel parallel) {
       if (a.dkey.data) add_sums(dkey_sum, dkey_stride, dscores.data(), query);
       if (a.dquery.data) dquery.write(w, lanes_across(made.data(), dscores.data(), K, kPixels), kPixels);
     });
-  });
+  };
   const A* const same = nullptr;
-  if (a.dkey.data) reduce(parallel, a.dkey, {}, splits.count, dkey_sums.data(), dkey_stride, same, 0);
-  if (a.dvalue.data) reduce(parallel, a.dvalue, {}, splits.count, dvalue_sums.data(), dvalue_stride, same, 0);
+  for (int64_t first = 0; first < B; first += group) {
+    const int64_t images = min(group, B - first);
+    run_tasks(parallel, images * splits.count, [&](int64_t task) { sum_split(first, task); });
+    if (a.dkey.data)
+      reduce(parallel, images_of(a.dkey, first, images), {}, splits.count, dkey_sums.data(), dkey_stride, same, 0);
+    if (a.dvalue.data)
+      reduce(parallel, images_of(a.dvalue, first, images), {}, splits.count, dvalue_sums.data(), dvalue_stride, same,
+             0);
+  }
 }
 
 }  // namespace

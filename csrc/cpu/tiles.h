@@ -63,6 +63,12 @@ struct Splits {
   }
 };
 
+// How many images have their splits' sums in memory at a time: malloc keeps up to 32 MiB, and gives back to the system
+// what is larger, whose pages it would have to hand out anew in every call.
+inline int64_t images_at_a_time(int64_t batch, int64_t bytes_of_image) {
+  return max(1, min(batch, (int64_t(24) << 20) / max(1, bytes_of_image)));
+}
+
 // ---- lanes
 
 // Two bfloat16 in one 32-bit lane, for products on AVX512-BF16.
@@ -109,6 +115,14 @@ inline bool channels_last(const Tensor& t) { return t.stride_row == 1 && t.strid
 template <class T>
 OCR_INLINE T* element(const Tensor& t, int64_t batch, int64_t row, int64_t column) {
   return static_cast<T*>(t.data) + batch * t.stride_batch + row * t.stride_row + column * t.stride_column;
+}
+
+// Some images of a tensor, or none of a tensor without data.
+inline Tensor images_of(Tensor t, int64_t first, int64_t count) {
+  const int64_t bytes = t.dtype == Dtype::Float64 ? 8 : t.dtype == Dtype::Float32 ? 4 : 2;
+  if (t.data) t.data = static_cast<char*>(t.data) + first * t.stride_batch * bytes;
+  t.batch = count;
+  return t;
 }
 
 // The part of a tensor [batch, rows, columns] that a tile holds.

@@ -37,8 +37,9 @@ struct Forward {
   const int64_t sums_stride = row_stride<A>(C);
   const int64_t max_splits = max(4, (int64_t(16) << 20) / int64_t(sizeof(A)) / product(K, sums_stride));
   const Splits splits{N, tile, min(64, max_splits)};
-  const Buffer<A> all_sums{B, splits.count, K, sums_stride};
-  const Buffer<A> all_stats{B, splits.count, 2, K};  // of each split maxima, then sums of weights
+  const int64_t group_images = images_at_a_time(B, product(int64_t(sizeof(A)), splits.count, K, sums_stride));
+  const Buffer<A> all_sums{group_images, splits.count, K, sums_stride};
+  const Buffer<A> all_stats{group_images, splits.count, 2, K};  // of each split maxima, then sums of weights
 
   struct Scratch {
     A *maximum, *total, *sums;
@@ -46,7 +47,7 @@ struct Forward {
     Buffer<Lane> weights, feats;
   };
 
-  void sum_split(int64_t task) const {
+  void sum_split(int64_t first_image, int64_t task) const {
     A* maximum = all_stats.data() + task * 2 * K;
     const Scratch s{maximum,
                     maximum + K,
@@ -58,7 +59,7 @@ struct Forward {
     fill(s.maximum, K, A(-INFINITY));
     fill(s.total, K, A(0));
     fill(s.sums, K * sums_stride, A(0));
-    splits.for_each_tile(task, [&](int64_t image, int64_t first, int64_t count) {
+    splits.for_each_tile(first_image * splits.count + task, [&](int64_t image, int64_t first, int64_t count) {
       for (int64_t k = 0; k < K; k += group) {
         const Window w{image, k, min(group, K - k), first, count};
         weigh(s, w);
@@ -136,7 +137,7 @@ struct Forward {
   }
 
   // The image's maxima and sums of weights, and in place of each split's maxima what its sums are multiplied by.
-  void reduce_stats(int64_t b) const {
+  void reduce_stats(int64_t first_image, int64_t b) const {
     A* of_split = all_stats.data() + b * splits.count * 2 * K;
     const A* end = of_split + splits.count * 2 * K;
     for (int64_t k = 0; k < K; ++k) {
@@ -148,15 +149,19 @@ struct Forward {
       }
       if (maximum == A(-INFINITY)) total = A(NAN);
       for (A* p = of_split + k; p < end; p += 2 * K) *p /= total;
-      *element<A>(a.stats, b, C, k) = maximum;
-      *element<A>(a.stats, b, C + 1, k) = total / lift;
+      *element<A>(a.stats, first_image + b, C, k) = maximum;
+      *element<A>(a.stats, first_image + b, C + 1, k) = total / lift;
     }
   }
 
   void operator()(Parallel parallel) const {
-    run_tasks(parallel, B * splits.count, [this](int64_t task) { sum_split(task); });
-    run_tasks(parallel, B, [this](int64_t b) { reduce_stats(b); });
-    reduce(parallel, a.out, a.stats, splits.count, all_sums.data(), sums_stride, all_stats.data(), 2 * K);
+    for (int64_t first = 0; first < B; first += group_images) {
+      const int64_t images = min(group_images, B - first);
+      run_tasks(parallel, images * splits.count, [&](int64_t task) { sum_split(first, task); });
+      run_tasks(parallel, images, [&](int64_t b) { reduce_stats(first, b); });
+      reduce(parallel, images_of(a.out, first, images), images_of(a.stats, first, images), splits.count,
+             all_sums.data(), sums_stride, all_stats.data(), 2 * K);
+    }
   }
 };
 
