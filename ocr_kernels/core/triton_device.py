@@ -179,7 +179,7 @@ def reduce_splits_kernel(
     for s0 in range(0, splits, BLOCK_S):
         split = tl.cast(s0 + tl.arange(0, BLOCK_S), tl.int64)
         inside = (split < splits)[:, None] & (k < K)[None, :]
-        elements = (split * partial_strides[1])[:, None] + (c * partial_strides[2])[None, :]
+        elements = (split * partial_strides[1])[:, None] + (tl.cast(c, tl.int64) * partial_strides[2])[None, :]
         elements = elements[:, :, None] + k[None, None, :]  # [BLOCK_S, BLOCK_C, BLOCK_K]
         pieces = tl.load(partial + elements, mask=inside[:, None, :] & (c < C)[None, :, None], other=0.0)
         if SOFTMAX:

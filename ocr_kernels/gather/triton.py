@@ -215,9 +215,9 @@ def spatial_gather_peaks_kernel(
         inside = (t < pixel_tiles)[:, None] & (k < K)[None, :]
         total += tl.sum(tl.load(others + tl.cast(t, tl.int64)[:, None] * K, mask=inside, other=0.0), 0)
     peak = tl.load(peaks + image * K + k, mask=k < K, other=-1)
-    pixel = image * dlogits_strides[0] + k * dlogits_strides[1] + tl.cast(peak, tl.int64) * dlogits_strides[2]
-    dpeak = -tl.full((), scale, total.dtype) * total
-    tl.store(dlogits + pixel, narrow(dpeak, dlogits.dtype.element_ty), mask=peak >= 0)
+    row = image * dlogits_strides[0] + tl.cast(k, tl.int64) * dlogits_strides[1]
+    dpeak = narrow(-tl.full((), scale, total.dtype) * total, dlogits.dtype.element_ty)
+    tl.store(dlogits + row + tl.cast(peak, tl.int64) * dlogits_strides[2], dpeak, mask=peak >= 0)
 
 
 @triton.jit
@@ -277,7 +277,7 @@ def backward(
     with torch.cuda.device_of(x):
         spatial_gather_delta_kernel[(batch * cdiv(regions, 16),)](
             rows, delta, peaks, grad, grad.stride(), stats, channels, regions, rows.shape[2],
-            BLOCK_C=512, BLOCK_K=16, num_warps=8, **NEVER_FUSED,
+            BLOCK_C=2048 // stats.itemsize, BLOCK_K=16, num_warps=8, **NEVER_FUSED,
         )  # fmt: skip
         if region_tiles == 1 or dlogits is not None:
             spatial_gather_backward_kernel[(batch * pixel_tiles * region_tiles,)](
