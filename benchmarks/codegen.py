@@ -10,10 +10,12 @@ import argparse
 import itertools
 import os
 import pkgutil
+import random
 import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
@@ -183,6 +185,17 @@ def shapes(quick: bool) -> list[Shape]:
     ]
 
 
+def random_shapes(count: int = 200) -> list[Shape]:
+    """Images of any size, in batches of any, as a network sees them that is run on photos."""
+    draw = random.Random(0)
+    case = CASES["cityscapes-inference"]
+    cases = [
+        replace(case, batch=draw.randint(1, 8), height=draw.randint(16, 256), width=draw.randint(16, 256))
+        for _ in range(count)
+    ]
+    return [kind(case, torch.bfloat16) for kind in (Shape, HeadShape) for case in cases]
+
+
 Position = tuple[int, ...]  # an argument's position, and an element's in it where it is a tuple
 
 
@@ -196,12 +209,15 @@ class Launch:
     divisible_by_16: tuple[Position, ...]
     options: tuple[tuple[str, Any], ...]
 
+    @property
+    def name(self) -> str:
+        return self.kernel.split(":")[1].removeprefix("spatial_").removeprefix("pixel_region_").removesuffix("_kernel")
+
     def __str__(self) -> str:
-        name = self.kernel.split(":")[1].removeprefix("spatial_").removeprefix("pixel_region_").removesuffix("_kernel")
         named = [(name, self.constant(name)) for name, _ in self.signature]
         tiles = [f"{name[6:]}{value}" for name, value in named if name.startswith("BLOCK_")]
         runs = [f"{name[4]}{value}" for name, value in self.options if name.startswith("num_")]
-        return f"{name:26} {' '.join(tiles + runs):25}"
+        return f"{self.name:26} {' '.join(tiles + runs):25}"
 
     def constant(self, name: str) -> Any:
         """The value of a parameter that is a constant; None where there is no such."""
@@ -334,7 +350,7 @@ def faults(architecture: str, launch: Launch, found: Resources) -> list[str]:
     """What a launch should not be."""
     on = ARCHITECTURES[architecture]
     allowed = allowed_spills(launch, found)
-    numbers = launch.constant("MATH")
+    numbers = launch.constant("NUMBERS")
     operand = str(numbers.dot) if numbers else "none"  # what enters products, if there are any
     problems = {
         f"spills more than {allowed}": found.spilled > allowed,
@@ -350,8 +366,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.codegen", description=__doc__.splitlines()[0])
     parser.add_argument("architectures", nargs="*", choices=[*ARCHITECTURES, []], help="default: all")
     parser.add_argument("--quick", action="store_true", help="only a few cases that have all rows of the tile tables")
+    parser.add_argument("--variants", action="store_true", help="only count: how many kernels do 200 sizes compile?")
     args = parser.parse_args(argv)
     failures = 0
+    if args.variants:
+        for name in args.architectures or ARCHITECTURES:
+            counts = Counter(launch.name for launch in chosen(name, random_shapes()))
+            print(f"{name}: {counts.total()} kernels", *(f"{n:5} {kernel}" for kernel, n in counts.items()), sep="\n")
+        return 0
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
         for name in args.architectures or ARCHITECTURES:
             made = chosen(name, shapes(args.quick))

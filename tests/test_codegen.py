@@ -1,13 +1,23 @@
-"""Every kernel compiles for every architecture: without spills, within its shared memory, on its matrix units."""
+"""Every kernel compiles for every architecture: without spills, within its shared memory, on its matrix units.
+
+And what the launchers decide: tiles, grids, steps.
+"""
 
 from __future__ import annotations
 
 import pytest
+import torch
 from fresh import python
 
 pytest.importorskip("triton", reason="compiles with Triton")
 
-from benchmarks.codegen import ARCHITECTURES
+from benchmarks.cases import Case
+from benchmarks.codegen import ARCHITECTURES, HeadShape, Shape
+from ocr_kernels.attention import tiles as attention
+from ocr_kernels.core.backends import interpreting
+from ocr_kernels.core.triton_host import Problem, TileTable, numbers_of
+from ocr_kernels.gather import tiles as gather
+from ocr_kernels.head.triton import PIXELS_AT_ONCE, pixels_at_once
 
 
 @pytest.mark.slow
@@ -41,3 +51,76 @@ def test_resident_blocks(
     architecture: str, registers: int, shared: int, num_warps: int, tensor_memory: int, blocks: int
 ) -> None:
     assert ARCHITECTURES[architecture].resident_blocks(registers, shared, num_warps, tensor_memory) == blocks
+
+
+def test_few_variants() -> None:
+    """200 sizes of images compile a kernel once for each alignment (1, 2, 4, 8, 16), two where two tensors' matter."""
+    lines = python("-m", "benchmarks.codegen", "--variants", "sm_90").stdout.splitlines()
+    counts = {name: int(count) for count, name in (line.split() for line in lines[1:])}
+    assert len(counts) == 9
+    assert counts.pop("reduce_splits") <= 8  # of a softmax or not, in tiles for up to 16, 32, 64 and 128 splits
+    assert counts.pop("ocr_head_linear") <= 9
+    assert max(counts.values()) <= 5
+
+
+# What the launchers decide, seen in launches that are not run.
+
+
+@pytest.fixture
+def grids(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[int, ...]]]:
+    """The name and the grid of each kernel that is launched from here on; none of them runs."""
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    if not interpreting():
+        pytest.skip("records in Triton's interpreter; set TRITON_INTERPRET=1")
+    found: list[tuple[str, tuple[int, ...]]] = []
+    monkeypatch.setattr(
+        interpreter.GridExecutor, "__call__", lambda self, *_, **__: found.append((self.fn.__name__, self.grid))
+    )
+    return found
+
+
+@pytest.mark.parametrize("regions", [5, 70, 300], ids=["one-pass", "maps", "many"])
+def test_any_number_of_images(grids: list[tuple[str, tuple[int, ...]]], regions: int) -> None:
+    """CUDA takes 65,535 programs at most along a grid's second and third axis."""
+    batch = 70_000
+    case = Case("small", batch, channels=80, key_channels=80, regions=regions, height=4, width=4)
+    for kind in (Shape, HeadShape):
+        kind(case, torch.bfloat16).launch()
+    assert len({name for name, _ in grids}) == {5: 9, 70: 10, 300: 8}[regions]
+    for _, grid in grids:
+        assert grid[0] < 2**31
+        assert max((*grid[1:], 1)) <= 65_535
+        assert grid[0] >= batch
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 5, 6, 40, 70_000])
+@pytest.mark.parametrize("pixels", [1, 1030, 256 * 512, 130 * 130])
+def test_steps_of_the_head(batch: int, pixels: int) -> None:
+    """Equal but for the last, and as aligned as the image itself."""
+    step = pixels_at_once(batch, pixels)
+    assert step % 128 == 0
+    assert batch * step <= max(PIXELS_AT_ONCE, 1024 * batch)
+    steps = -(-pixels // step)
+    assert steps * step - pixels < 128 * steps
+
+
+def test_unknown_dtypes_fail_by_name() -> None:
+    with pytest.raises(TypeError, match=r"float64, float32, bfloat16 or float16, but not torch\.int8"):
+        numbers_of(torch.zeros(1, dtype=torch.int8))
+    with pytest.raises(TypeError, match=r"torch\.float8_e5m2"):
+        numbers_of(torch.zeros(1, dtype=torch.float8_e5m2))
+
+
+@pytest.mark.parametrize("table", [gather.FORWARD, gather.BACKWARD, attention.FORWARD, attention.MAPS, attention.SUMS])
+@pytest.mark.parametrize("itemsize", [2, 4, 8])
+@pytest.mark.parametrize("regions", [1, 32, 33, 150, 256, 257, 5000])
+@pytest.mark.parametrize("scattered", [False, True])
+def test_tiles_for_any_problem(table: TileTable, itemsize: int, regions: int, scattered: bool) -> None:
+    """One or more, none larger than the problem, on any architecture."""
+    for architecture in ARCHITECTURES.values():
+        problem = Problem(itemsize, architecture.facts, channels=20, regions=regions, scattered=scattered)
+        tiles = table.candidates(problem)
+        assert tiles[0] == table.choose(problem)
+        for tile in tiles:
+            assert tile.channels <= 32
+            assert tile.regions <= max(16, 2 * regions - 1)

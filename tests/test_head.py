@@ -357,9 +357,7 @@ def test_memory_of_the_kernels(
         assert all(torch.equal(a, b) for a, b in zip(parts, whole, strict=True))
         assert max(t.shape[0] * t.shape[2] for t in made) <= 1024
     _, logits, classes = whole
-    assert torch.equal(
-        logits.gather(1, classes.unsqueeze(1)).squeeze(1), logits.amax(1)
-    )  # of those that are alike, any
+    assert torch.equal(logits.gather(1, classes.unsqueeze(1)).squeeze(1), logits.amax(1))  # of those alike, any
 
 
 # Errors

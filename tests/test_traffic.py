@@ -17,11 +17,12 @@ from traffic import Launch, record_traffic
 import ocr_kernels.attention.triton
 import ocr_kernels.core.triton_host
 import ocr_kernels.gather.triton
-import ocr_kernels.head.triton
 from ocr_kernels.attention import registration as attention
 from ocr_kernels.core.backends import interpreting
+from ocr_kernels.core.triton_host import Problem, device_facts
 from ocr_kernels.gather import registration as gather
 from ocr_kernels.head import registration as head
+from ocr_kernels.head import tiles
 
 pytestmark = pytest.mark.skipif(not interpreting(), reason="counts in Triton's interpreter; set TRITON_INTERPRET=1")
 
@@ -126,10 +127,9 @@ def test_pixels_of_head(regions: int, memory_format: torch.memory_format) -> Non
         z = head._forward(feats, key, context_regions, weights, "features", "triton")
     assert_once(launches, written=[z])
     reads = {launch.name: launch.loads.counts(feats) for launch in launches if launch.loads.counts(feats).any()}
-    shared_memory = ocr_kernels.core.triton_host.device_facts(feats.device).shared_memory
     scattered = memory_format == torch.contiguous_format  # of an odd number of pixels
-    blocks = ocr_kernels.head.triton.fuse_blocks(channels, outputs, regions, 2, scattered, shared_memory)
-    output_tiles = triton.cdiv(outputs, blocks.outputs)
+    problem = Problem(2, device_facts(feats.device), channels, regions, outputs, scattered)
+    output_tiles = triton.cdiv(outputs, tiles.FUSE.choose(problem).outputs)
     assert output_tiles > 1
     expected = {"ocr_head_weights_kernel": 1, "ocr_head_fuse_kernel": output_tiles}
     assert {name: counts.unique().tolist() for name, counts in reads.items()} == {n: [c] for n, c in expected.items()}
@@ -142,7 +142,7 @@ def spatial_size(monkeypatch: pytest.MonkeyPatch) -> tuple[int, int]:
     Programs do there what they do on the whole machine, and there are as many of them for each pixel. What is done once
     for an image weighs more than it does there, so what is counted is an upper bound.
     """
-    facts = ocr_kernels.core.triton_host.device_facts(torch.device("cpu"))._replace(multiprocessors=4)
+    facts = device_facts(torch.device("cpu"))._replace(multiprocessors=4)
     for module in (ocr_kernels.gather.triton, ocr_kernels.attention.triton, ocr_kernels.core.triton_host):
         monkeypatch.setattr(module, "device_facts", lambda device: facts)
     return 4 * 31, 32

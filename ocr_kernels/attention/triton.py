@@ -27,17 +27,17 @@ from ocr_kernels.core.triton_device import (
     rows_of,
     split_of_program,
     store_tile,
+    tile_of_program,
 )
 from ocr_kernels.core.triton_host import (
     Problem,
     Tile,
     aligned_rows,
-    alignment,
     cdiv,
+    constants,
     device_facts,
-    math_of,
+    numbers_of,
     reduce_splits,
-    requires_int64_offsets,
     round_up,
     split,
 )
@@ -45,24 +45,24 @@ from ocr_kernels.core.triton_host import (
 
 @triton.jit
 def channel_product(
-    pixels, regions, k0, n0, MATH: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr
+    pixels, regions, k0, n0, NUMBERS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr
 ):
     """sum over channels of regions[c, k] * pixels[c, n], a [BLOCK_K, BLOCK_N] tile."""
-    total = tl.zeros([BLOCK_K, BLOCK_N], MATH.accumulator)
+    total = tl.zeros([BLOCK_K, BLOCK_N], NUMBERS.accumulator)
     for c0 in range(0, pixels.height, BLOCK_C):
         p = load_tile(pixels, c0, n0, BLOCK_C, BLOCK_N)
         r = load_tile(regions, c0, k0, BLOCK_C, BLOCK_K)
-        total = add_product(total, tl.trans(r), p, MATH)
+        total = add_product(total, tl.trans(r), p, NUMBERS)
     return total
 
 
 @triton.jit
 def region_scores(
     query, key, k0, n0, K, factor,
-    MATH: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
+    NUMBERS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """factor * q . k, a [BLOCK_K, BLOCK_N] tile, with -inf where there is no region."""
-    scores = channel_product(query, key, k0, n0, MATH, BLOCK_C, BLOCK_K, BLOCK_N) * factor
+    scores = channel_product(query, key, k0, n0, NUMBERS, BLOCK_C, BLOCK_K, BLOCK_N) * factor
     return tl.where((k0 + tl.arange(0, BLOCK_K) < K)[:, None], scores, float("-inf"))
 
 
@@ -73,23 +73,22 @@ def pixel_region_attention_forward_kernel(
     key, key_strides,  # [B, D, row_length], of which K are regions
     value, value_strides,  # [B, V, row_length]
     D, V, K, N, row_length, scale: tl.float64,
-    MATH: tl.constexpr, ALIGNMENT: tl.constexpr, INT64: tl.constexpr,
+    NUMBERS: tl.constexpr, ALIGNMENT: tl.constexpr, INT64: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """A program owns a tile of pixels, all their regions and all their channels."""
-    n0 = tl.program_id(0) % tl.cdiv(N, BLOCK_N) * BLOCK_N
-    image = tl.cast(tl.program_id(0) // tl.cdiv(N, BLOCK_N), tl.int64)
+    _, n0, image = tile_of_program(1, N, BLOCK_N)
     out = image_of(out, out_strides, image, V, N, ALIGNMENT, INT64)
     query = image_of(query, query_strides, image, D, N, ALIGNMENT, INT64)
     key = image_of(key, key_strides, image, D, row_length, 1, INT64)
     value = image_of(value, value_strides, image, V, row_length, 1, INT64)
-    factor = tl.full((), scale, MATH.accumulator)
+    factor = tl.full((), scale, NUMBERS.accumulator)
 
-    scores = region_scores(query, key, 0, n0, K, factor, MATH, BLOCK_C, BLOCK_K, BLOCK_N)
-    weights = narrow(tl.exp(scores - finite(tl.max(scores, 0))[None, :]) * MATH.lift, MATH.dot)
-    total = tl.sum(weights.to(MATH.accumulator), 0)  # of what enters the product
+    scores = region_scores(query, key, 0, n0, K, factor, NUMBERS, BLOCK_C, BLOCK_K, BLOCK_N)
+    weights = narrow(tl.exp(scores - finite(tl.max(scores, 0))[None, :]) * NUMBERS.lift, NUMBERS.dot)
+    total = tl.sum(weights.to(NUMBERS.accumulator), 0)  # of what enters the product
     for v0 in range(0, V, BLOCK_C):
-        context = product(load_tile(value, v0, 0, BLOCK_C, BLOCK_K), weights, MATH)
+        context = product(load_tile(value, v0, 0, BLOCK_C, BLOCK_K), weights, NUMBERS)
         store_tile(out, context / total[None, :], v0, n0)
 
 
@@ -100,32 +99,29 @@ def pixel_region_attention_forward_many_kernel(
     key, key_strides,  # [B, D, row_length], of which K are regions
     value, value_strides,  # [B, V, row_length]
     D, V, K, N, row_length, scale: tl.float64,
-    MATH: tl.constexpr, ALIGNMENT: tl.constexpr, INT64: tl.constexpr,
+    NUMBERS: tl.constexpr, ALIGNMENT: tl.constexpr, INT64: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """The same of more regions than a program holds, as flash attention has it; it owns a tile of values' channels."""
-    # channels vary fastest, so that programs which share a tile of the query run together
-    v0 = tl.program_id(0) % tl.cdiv(V, BLOCK_C) * BLOCK_C
-    program = tl.program_id(0) // tl.cdiv(V, BLOCK_C)
-    n0 = program % tl.cdiv(N, BLOCK_N) * BLOCK_N
-    image = tl.cast(program // tl.cdiv(N, BLOCK_N), tl.int64)
+    tile, n0, image = tile_of_program(tl.cdiv(V, BLOCK_C), N, BLOCK_N)
+    v0 = tile * BLOCK_C
     out = image_of(out, out_strides, image, V, N, ALIGNMENT, INT64)
     query = image_of(query, query_strides, image, D, N, ALIGNMENT, INT64)
     key = image_of(key, key_strides, image, D, row_length, 1, INT64)
     value = image_of(value, value_strides, image, V, row_length, 1, INT64)
-    factor = tl.full((), scale, MATH.accumulator)
+    factor = tl.full((), scale, NUMBERS.accumulator)
 
-    maximum = tl.full([BLOCK_N], float("-inf"), MATH.accumulator)
-    total = tl.zeros([BLOCK_N], MATH.accumulator)
-    context = tl.zeros([BLOCK_C, BLOCK_N], MATH.accumulator)
+    maximum = tl.full([BLOCK_N], float("-inf"), NUMBERS.accumulator)
+    total = tl.zeros([BLOCK_N], NUMBERS.accumulator)
+    context = tl.zeros([BLOCK_C, BLOCK_N], NUMBERS.accumulator)
     for k0 in range(0, K, BLOCK_K):
-        scores = region_scores(query, key, k0, n0, K, factor, MATH, BLOCK_C, BLOCK_K, BLOCK_N)
+        scores = region_scores(query, key, k0, n0, K, factor, NUMBERS, BLOCK_C, BLOCK_K, BLOCK_N)
         new_maximum = tl.maximum(maximum, tl.max(scores, 0))
         shift = finite(new_maximum)
-        weights = narrow(tl.exp(scores - shift[None, :]) * MATH.lift, MATH.dot)
+        weights = narrow(tl.exp(scores - shift[None, :]) * NUMBERS.lift, NUMBERS.dot)
         decay = tl.exp(maximum - shift)
-        total = total * decay + tl.sum(weights.to(MATH.accumulator), 0)
-        part = product(load_tile(value, v0, k0, BLOCK_C, BLOCK_K), weights, MATH)
+        total = total * decay + tl.sum(weights.to(NUMBERS.accumulator), 0)
+        part = product(load_tile(value, v0, k0, BLOCK_C, BLOCK_K), weights, NUMBERS)
         context = context * decay[None, :] + part_of_sum(part, n0, N)
         maximum = new_maximum
     store_tile(out, context / total[None, :], v0, n0)
@@ -136,7 +132,7 @@ def forward(out: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: float
     q, y = query.flatten(2), out.flatten(2)
     batch, channels, pixels = q.shape
     _, value_channels, regions = value.shape
-    numbers = math_of(q)
+    numbers = numbers_of(q)
     problem = Problem(numbers.itemsize, device_facts(q.device), max(channels, value_channels), regions)
     tile = tiles.FORWARD.choose(problem)
     kernel, programs = pixel_region_attention_forward_kernel, batch * cdiv(pixels, tile.pixels)
@@ -148,23 +144,13 @@ def forward(out: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: float
         kernel[(programs,)](
             y, y.stride(), q, q.stride(), key, key.stride(), value, value.stride(),
             channels, value_channels, regions, pixels, key.shape[2], scale,
-            MATH=numbers,
-            ALIGNMENT=alignment(q, y),
-            INT64=_int64(tile, (q, y), (key, value)),
-            **tile.arguments,
+            **constants(tile, numbers, (q, y), (key, value)),
         )  # fmt: skip
 
 
 def _rows(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     """Few regions need no rows that are aligned."""
     return (key, value) if key.shape[2] <= 32 else aligned_rows(key, value)
-
-
-def _int64(tile: Tile, pixel_tensors: tuple[Tensor, ...], region_tensors: tuple[Tensor, ...]) -> bool:
-    height = max(tile.channels, tile.outputs)
-    return requires_int64_offsets(
-        *((t, height, tile.pixels) for t in pixel_tensors), *((t, height, tile.regions) for t in region_tensors)
-    )
 
 
 @triton.jit(do_not_specialize=["splits"])
@@ -177,7 +163,7 @@ def pixel_region_attention_backward_kernel(
     value, value_strides,  # [B, V, K]
     D, V, K, N, row_length, split_length, splits, scale: tl.float64,
     NEED_QUERY: tl.constexpr, NEED_KEY: tl.constexpr, NEED_VALUE: tl.constexpr,
-    MATH: tl.constexpr, ALIGNMENT: tl.constexpr, INT64: tl.constexpr,
+    NUMBERS: tl.constexpr, ALIGNMENT: tl.constexpr, INT64: tl.constexpr,
     BLOCK_C: tl.constexpr,  # >= D
     BLOCK_O: tl.constexpr,  # >= V
     BLOCK_K: tl.constexpr,  # >= K
@@ -193,32 +179,32 @@ def pixel_region_attention_backward_kernel(
     key = load_tile(image_of(key, key_strides, image, D, K, 1, INT64), 0, 0, BLOCK_C, BLOCK_K)
     value = load_tile(image_of(value, value_strides, image, V, K, 1, INT64), 0, 0, BLOCK_O, BLOCK_K)
 
-    factor = tl.full((), scale, MATH.accumulator)
-    dkey = tl.zeros([BLOCK_C, BLOCK_K], MATH.accumulator)
-    dvalue = tl.zeros([BLOCK_O, BLOCK_K], MATH.accumulator)
+    factor = tl.full((), scale, NUMBERS.accumulator)
+    dkey = tl.zeros([BLOCK_C, BLOCK_K], NUMBERS.accumulator)
+    dvalue = tl.zeros([BLOCK_O, BLOCK_K], NUMBERS.accumulator)
     for n0 in range(start, min(start + split_length, query.width), BLOCK_N):
         q = load_tile(query, 0, n0, BLOCK_C, BLOCK_N)
         dy = load_tile(grad, 0, n0, BLOCK_O, BLOCK_N)
-        scores = product(tl.trans(key), q, MATH) * factor
+        scores = product(tl.trans(key), q, NUMBERS) * factor
         scores = tl.where((tl.arange(0, BLOCK_K) < K)[:, None], scores, float("-inf"))
         weights = tl.exp(scores - tl.max(scores, 0)[None, :])
         weights /= tl.sum(weights, 0)[None, :]
         if NEED_QUERY or NEED_KEY:
-            dweights = product(tl.trans(value), dy, MATH)
-            dscores = narrow(weights * (dweights - tl.sum(weights * dweights, 0)[None, :]), MATH.dot)
+            dweights = product(tl.trans(value), dy, NUMBERS)
+            dscores = narrow(weights * (dweights - tl.sum(weights * dweights, 0)[None, :]), NUMBERS.dot)
         if NEED_QUERY:
-            store_tile(dquery, product(key, dscores, MATH) * factor, 0, n0)
+            store_tile(dquery, product(key, dscores, NUMBERS) * factor, 0, n0)
         if NEED_KEY:
-            dkey = add_product(dkey, q, tl.trans(dscores), MATH)
+            dkey = add_product(dkey, q, tl.trans(dscores), NUMBERS)
         if NEED_VALUE:
-            dvalue = add_product(dvalue, dy, tl.trans(narrow(weights * MATH.lift, MATH.dot)), MATH)
+            dvalue = add_product(dvalue, dy, tl.trans(narrow(weights * NUMBERS.lift, NUMBERS.dot)), NUMBERS)
 
     partial = rows_of(partial + tl.cast(program, tl.int64) * (D + V) * row_length, D, row_length, row_length)
     if NEED_KEY:
         store_tile(partial, dkey * factor, 0, 0)
     if NEED_VALUE:
         partial = rows_of(partial.base + D * row_length, V, row_length, row_length)
-        store_tile(partial, dvalue / MATH.lift, 0, 0)
+        store_tile(partial, dvalue / NUMBERS.lift, 0, 0)
 
 
 @triton.jit
@@ -232,30 +218,29 @@ def pixel_region_attention_backward_maps_kernel(
     value, value_strides,  # [B, V, row_length]
     D, V, K, N, row_length, scale: tl.float64,
     NEED_SCORES: tl.constexpr, NEED_VALUE: tl.constexpr,
-    MATH: tl.constexpr, ALIGNMENT: tl.constexpr, MAP_ALIGNMENT: tl.constexpr, INT64: tl.constexpr,
+    NUMBERS: tl.constexpr, ALIGNMENT: tl.constexpr, MAP_ALIGNMENT: tl.constexpr, INT64: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """The two maps that the gradients are products of; a program owns a tile of pixels, all regions and channels."""
-    n0 = tl.program_id(0) % tl.cdiv(N, BLOCK_N) * BLOCK_N
-    image = tl.cast(tl.program_id(0) // tl.cdiv(N, BLOCK_N), tl.int64)
+    _, n0, image = tile_of_program(1, N, BLOCK_N)
     weights_map = image_of(weights_map, map_strides, image, K, N, MAP_ALIGNMENT, INT64)
     dscores_map = image_of(dscores_map, map_strides, image, K, N, MAP_ALIGNMENT, INT64)
     grad = image_of(grad, grad_strides, image, V, N, ALIGNMENT, INT64)
     query = image_of(query, query_strides, image, D, N, ALIGNMENT, INT64)
     key = image_of(key, key_strides, image, D, row_length, 1, INT64)
     value = image_of(value, value_strides, image, V, row_length, 1, INT64)
-    factor = tl.full((), scale, MATH.accumulator)
+    factor = tl.full((), scale, NUMBERS.accumulator)
 
-    scores = region_scores(query, key, 0, n0, K, factor, MATH, BLOCK_C, BLOCK_K, BLOCK_N)
+    scores = region_scores(query, key, 0, n0, K, factor, NUMBERS, BLOCK_C, BLOCK_K, BLOCK_N)
     if NEED_SCORES:
-        dweights = channel_product(grad, value, 0, n0, MATH, BLOCK_C, BLOCK_K, BLOCK_N)
+        dweights = channel_product(grad, value, 0, n0, NUMBERS, BLOCK_C, BLOCK_K, BLOCK_N)
     weights = tl.exp(scores - finite(tl.max(scores, 0))[None, :])
     total = tl.sum(weights, 0)
     if NEED_SCORES:
         delta = tl.sum(weights * dweights, 0) / total
     weights /= total[None, :]
     if NEED_VALUE:
-        store_tile(weights_map, weights * MATH.lift, 0, n0)
+        store_tile(weights_map, weights * NUMBERS.lift, 0, n0)
     if NEED_SCORES:
         store_tile(dscores_map, weights * (dweights - delta[None, :]), 0, n0)
 
@@ -271,42 +256,41 @@ def pixel_region_attention_backward_many_maps_kernel(
     value, value_strides,  # [B, V, row_length]
     D, V, K, N, row_length, scale: tl.float64,
     NEED_SCORES: tl.constexpr, NEED_VALUE: tl.constexpr,
-    MATH: tl.constexpr, ALIGNMENT: tl.constexpr, MAP_ALIGNMENT: tl.constexpr, INT64: tl.constexpr,
+    NUMBERS: tl.constexpr, ALIGNMENT: tl.constexpr, MAP_ALIGNMENT: tl.constexpr, INT64: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """The same of more regions than a program holds: once for each pixel's statistics, once for the maps."""
-    n0 = tl.program_id(0) % tl.cdiv(N, BLOCK_N) * BLOCK_N
-    image = tl.cast(tl.program_id(0) // tl.cdiv(N, BLOCK_N), tl.int64)
+    _, n0, image = tile_of_program(1, N, BLOCK_N)
     weights_map = image_of(weights_map, map_strides, image, K, N, MAP_ALIGNMENT, INT64)
     dscores_map = image_of(dscores_map, map_strides, image, K, N, MAP_ALIGNMENT, INT64)
     grad = image_of(grad, grad_strides, image, V, N, ALIGNMENT, INT64)
     query = image_of(query, query_strides, image, D, N, ALIGNMENT, INT64)
     key = image_of(key, key_strides, image, D, row_length, 1, INT64)
     value = image_of(value, value_strides, image, V, row_length, 1, INT64)
-    factor = tl.full((), scale, MATH.accumulator)
+    factor = tl.full((), scale, NUMBERS.accumulator)
 
-    maximum = tl.full([BLOCK_N], float("-inf"), MATH.accumulator)
-    total = tl.zeros([BLOCK_N], MATH.accumulator)
-    delta = tl.zeros([BLOCK_N], MATH.accumulator)  # sum over k of w * dw
+    maximum = tl.full([BLOCK_N], float("-inf"), NUMBERS.accumulator)
+    total = tl.zeros([BLOCK_N], NUMBERS.accumulator)
+    delta = tl.zeros([BLOCK_N], NUMBERS.accumulator)  # sum over k of w * dw
     for k0 in range(0, K, BLOCK_K):
-        scores = region_scores(query, key, k0, n0, K, factor, MATH, BLOCK_C, BLOCK_K, BLOCK_N)
+        scores = region_scores(query, key, k0, n0, K, factor, NUMBERS, BLOCK_C, BLOCK_K, BLOCK_N)
         new_maximum = tl.maximum(maximum, tl.max(scores, 0))
         shift = finite(new_maximum)
         decay = tl.exp(maximum - shift)
         weights = tl.exp(scores - shift[None, :])
         total = total * decay + tl.sum(weights, 0)
         if NEED_SCORES:
-            dweights = channel_product(grad, value, k0, n0, MATH, BLOCK_C, BLOCK_K, BLOCK_N)
+            dweights = channel_product(grad, value, k0, n0, NUMBERS, BLOCK_C, BLOCK_K, BLOCK_N)
             delta = delta * decay + tl.sum(weights * dweights, 0)
         maximum = new_maximum
     delta /= total
     for k0 in range(0, K, BLOCK_K):
-        scores = region_scores(query, key, k0, n0, K, factor, MATH, BLOCK_C, BLOCK_K, BLOCK_N)
+        scores = region_scores(query, key, k0, n0, K, factor, NUMBERS, BLOCK_C, BLOCK_K, BLOCK_N)
         weights = tl.exp(scores - finite(maximum)[None, :]) / total[None, :]
         if NEED_VALUE:
-            store_tile(weights_map, weights * MATH.lift, k0, n0)
+            store_tile(weights_map, weights * NUMBERS.lift, k0, n0)
         if NEED_SCORES:
-            dweights = channel_product(grad, value, k0, n0, MATH, BLOCK_C, BLOCK_K, BLOCK_N)
+            dweights = channel_product(grad, value, k0, n0, NUMBERS, BLOCK_C, BLOCK_K, BLOCK_N)
             store_tile(dscores_map, weights * (dweights - delta[None, :]), k0, n0)
 
 
@@ -316,7 +300,7 @@ def pixel_region_attention_backward_regions_kernel(
     pixels, pixels_strides,  # [B, C, N]: the query or the incoming gradient
     region_map, map_strides,  # [B, K, N]: the scores' gradient or the weights
     C, K, N, row_length, split_length, splits, scale: tl.float64,
-    MATH: tl.constexpr, ALIGNMENT: tl.constexpr, MAP_ALIGNMENT: tl.constexpr, INT64: tl.constexpr,
+    NUMBERS: tl.constexpr, ALIGNMENT: tl.constexpr, MAP_ALIGNMENT: tl.constexpr, INT64: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """scale * sum over pixels of pixels[c, n] * region_map[k, n]: dkey or dvalue."""
@@ -324,13 +308,13 @@ def pixel_region_attention_backward_regions_kernel(
     image = tl.cast(program // splits, tl.int64)
     pixels = image_of(pixels, pixels_strides, image, C, N, ALIGNMENT, INT64)
     region_map = image_of(region_map, map_strides, image, K, N, MAP_ALIGNMENT, INT64)
-    total = tl.zeros([BLOCK_C, BLOCK_K], MATH.accumulator)
+    total = tl.zeros([BLOCK_C, BLOCK_K], NUMBERS.accumulator)
     for n0 in range(start, min(start + split_length, pixels.width), BLOCK_N):
         p = load_tile(pixels, c0, n0, BLOCK_C, BLOCK_N)
         r = load_tile(region_map, k0, n0, BLOCK_K, BLOCK_N)
-        total = add_product(total, p, tl.trans(r), MATH)
+        total = add_product(total, p, tl.trans(r), NUMBERS)
     partial = rows_of(partial + tl.cast(program, tl.int64) * C * row_length, C, row_length, row_length)
-    store_tile(partial, total * tl.full((), scale, MATH.accumulator), c0, k0)
+    store_tile(partial, total * tl.full((), scale, NUMBERS.accumulator), c0, k0)
 
 
 def backward(
@@ -346,7 +330,7 @@ def backward(
     """Fill the gradients that are wanted, in their own strides."""
     q, dy, dq = query.flatten(2), grad.flatten(2), None if dquery is None else dquery.flatten(2)
     channels, (_, value_channels, regions) = q.shape[1], value.shape
-    problem = Problem(math_of(q).itemsize, device_facts(q.device), channels, regions, outputs=value_channels)
+    problem = Problem(numbers_of(q).itemsize, device_facts(q.device), channels, regions, outputs=value_channels)
     in_one_pass = tiles.one_pass(problem)
     with torch.cuda.device_of(q):
         if in_one_pass:
@@ -356,16 +340,9 @@ def backward(
 
 
 def _backward_in_one_pass(
-    tile: Tile,
-    dquery: Tensor | None,
-    dkey: Tensor | None,
-    dvalue: Tensor | None,
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scale: float,
-) -> None:
+    tile: Tile, dquery: Tensor | None, dkey: Tensor | None, dvalue: Tensor | None,
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: float,
+) -> None:  # fmt: skip
     batch, channels, pixels = query.shape
     _, value_channels, regions = value.shape
     dq = query if dquery is None else dquery
@@ -375,13 +352,8 @@ def _backward_in_one_pass(
     pixel_region_attention_backward_kernel[(batch * splits,)](
         dq, dq.stride(), partial, grad, grad.stride(), query, query.stride(), key, key.stride(), value, value.stride(),
         channels, value_channels, regions, pixels, partial.shape[3], split_length, splits, scale,
-        NEED_QUERY=dquery is not None,
-        NEED_KEY=dkey is not None,
-        NEED_VALUE=dvalue is not None,
-        MATH=math_of(query),
-        ALIGNMENT=alignment(dq, query, grad),
-        INT64=_int64(tile, (dq, query, grad), (key, value)),
-        **tile.arguments,
+        NEED_QUERY=dquery is not None, NEED_KEY=dkey is not None, NEED_VALUE=dvalue is not None,
+        **constants(tile, numbers_of(query), (dq, query, grad), (key, value)),
     )  # fmt: skip
     if dkey is not None:
         reduce_splits(dkey, partial[:, :, :channels])
@@ -390,22 +362,16 @@ def _backward_in_one_pass(
 
 
 def _backward_in_maps(
-    dquery: Tensor | None,
-    dkey: Tensor | None,
-    dvalue: Tensor | None,
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scale: float,
-) -> None:
+    dquery: Tensor | None, dkey: Tensor | None, dvalue: Tensor | None,
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: float,
+) -> None:  # fmt: skip
     batch, channels, pixels = query.shape
     _, value_channels, regions = value.shape
     need_scores = dquery is not None or dkey is not None
     weights = query.new_empty((batch, regions, pixels) if dvalue is not None else 1)
     dscores = query.new_empty((batch, regions, pixels) if need_scores else 1)
     a_map = dscores if need_scores else weights
-    numbers = math_of(query)
+    numbers = numbers_of(query)
     problem = Problem(numbers.itemsize, device_facts(query.device), max(channels, value_channels), regions)
     tile = tiles.MAPS.choose(problem)
     kernel = pixel_region_attention_backward_maps_kernel
@@ -416,13 +382,8 @@ def _backward_in_maps(
         weights, dscores, a_map.stride(), grad, grad.stride(), query, query.stride(),
         key_rows, key_rows.stride(), value_rows, value_rows.stride(),
         channels, value_channels, regions, pixels, key_rows.shape[2], scale,
-        NEED_SCORES=need_scores,
-        NEED_VALUE=dvalue is not None,
-        MATH=numbers,
-        ALIGNMENT=alignment(query, grad),
-        MAP_ALIGNMENT=math.gcd(pixels, 16),
-        INT64=_int64(tile, (query, grad), (key_rows, value_rows)) or requires_int64_offsets((a_map, tile.regions, 1)),
-        **tile.arguments,
+        NEED_SCORES=need_scores, NEED_VALUE=dvalue is not None, MAP_ALIGNMENT=math.gcd(pixels, 16),
+        **constants(tile, numbers, (query, grad), (key_rows, value_rows, a_map)),
     )  # fmt: skip
     if dquery is not None:
         torch.baddbmm(dquery, key, dscores, beta=0, alpha=scale, out=dquery)
@@ -435,7 +396,7 @@ def _backward_in_maps(
 def _sum_over_pixels(out: Tensor, pixels: Tensor, region_map: Tensor, scale: float) -> None:
     batch, channels, length = pixels.shape
     regions = region_map.shape[1]
-    numbers, device = math_of(pixels), device_facts(pixels.device)
+    numbers, device = numbers_of(pixels), device_facts(pixels.device)
     tile = tiles.SUMS.choose(Problem(numbers.itemsize, device, channels, regions))
     programs = cdiv(channels, tile.channels) * cdiv(regions, tile.regions) * batch
     split_length, splits = split(length, tile.pixels, programs, 2 * device.multiprocessors)
@@ -444,10 +405,6 @@ def _sum_over_pixels(out: Tensor, pixels: Tensor, region_map: Tensor, scale: flo
     pixel_region_attention_backward_regions_kernel[(programs * splits,)](
         partial, pixels, pixels.stride(), region_map, region_map.stride(),
         channels, regions, length, partial.shape[3], split_length, splits, scale,
-        MATH=numbers,
-        ALIGNMENT=alignment(pixels),
-        MAP_ALIGNMENT=math.gcd(length, 16),
-        INT64=requires_int64_offsets((pixels, tile.channels, tile.pixels), (region_map, tile.regions, tile.pixels)),
-        **tile.arguments,
+        MAP_ALIGNMENT=math.gcd(length, 16), **constants(tile, numbers, (pixels,), (region_map,)),
     )  # fmt: skip
     reduce_splits(out, partial)

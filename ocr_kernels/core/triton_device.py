@@ -86,20 +86,20 @@ INTERPRETING = tl.constexpr(interpreting())
 
 
 @triton.jit
-def add_product(total, a, b, MATH: tl.constexpr):
+def add_product(total, a, b, NUMBERS: tl.constexpr):
     """total + a @ b."""
-    a = a.to(MATH.dot)
-    b = b.to(MATH.dot)
+    a = a.to(NUMBERS.dot)
+    b = b.to(NUMBERS.dot)
     if INTERPRETING:
-        a = a.to(MATH.accumulator)
-        b = b.to(MATH.accumulator)
-    return tl.dot(a, b, total, input_precision=MATH.input_precision, out_dtype=MATH.accumulator)
+        a = a.to(NUMBERS.accumulator)
+        b = b.to(NUMBERS.accumulator)
+    return tl.dot(a, b, total, input_precision=NUMBERS.input_precision, out_dtype=NUMBERS.accumulator)
 
 
 @triton.jit
-def product(a, b, MATH: tl.constexpr):
+def product(a, b, NUMBERS: tl.constexpr):
     """a @ b, in the accumulators' dtype."""
-    return add_product(tl.zeros([a.shape[0], b.shape[1]], MATH.accumulator), a, b, MATH)
+    return add_product(tl.zeros([a.shape[0], b.shape[1]], NUMBERS.accumulator), a, b, NUMBERS)
 
 
 @triton.jit
@@ -124,6 +124,15 @@ def narrow(x, DTYPE: tl.constexpr):
 def finite(maximum):
     """What scores are lowered by before they are exponentiated: 0 where none is above -inf, since inf - inf is NaN."""
     return tl.where(maximum == float("-inf"), 0.0, maximum)
+
+
+@triton.jit
+def tile_of_program(TILES, N, BLOCK_N: tl.constexpr):
+    """What a program makes: one of TILES tiles of something, of the pixels from n0 on, of an image."""
+    # pixels vary slowest, so that programs which share a tile of them run together
+    program = tl.program_id(0) // TILES
+    n0 = program % tl.cdiv(N, BLOCK_N) * BLOCK_N
+    return tl.program_id(0) % TILES, n0, tl.cast(program // tl.cdiv(N, BLOCK_N), tl.int64)
 
 
 @triton.jit
@@ -170,7 +179,7 @@ def reduce_splits_kernel(
     for s0 in range(0, splits, BLOCK_S):
         split = tl.cast(s0 + tl.arange(0, BLOCK_S), tl.int64)
         inside = (split < splits)[:, None] & (k < K)[None, :]
-        elements = (split * partial_strides[1])[:, None] + (c * partial_strides[2])[None, :]
+        elements = (split * partial_strides[1])[:, None] + (tl.cast(c, tl.int64) * partial_strides[2])[None, :]
         elements = elements[:, :, None] + k[None, None, :]  # [BLOCK_S, BLOCK_C, BLOCK_K]
         pieces = tl.load(partial + elements, mask=inside[:, None, :] & (c < C)[None, :, None], other=0.0)
         if SOFTMAX:

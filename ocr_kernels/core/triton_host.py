@@ -6,7 +6,7 @@ import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -33,18 +33,8 @@ class DeviceFacts(NamedTuple):
 
     @property
     def has_matrix_units(self) -> bool:
-        """Whether Triton multiplies 16-bit tiles on matrix units."""
+        """Whether Triton multiplies 16-bit tiles on them."""
         return self.capability is None or self.capability >= (8, 0)
-
-    @property
-    def has_wgmma(self) -> bool:
-        """Whether matrix units read their operands from shared memory: wgmma, and its successor tcgen05."""
-        return self.capability is not None and (9, 0) <= self.capability < (12, 0)
-
-    @property
-    def has_large_shared_memory(self) -> bool:
-        """More than the 64 KiB of Turing and of AMD's older GPUs."""
-        return self.shared_memory >= 96 * 1024
 
 
 @functools.cache
@@ -59,8 +49,8 @@ def device_facts(device: torch.device) -> DeviceFacts:
 # Dtypes
 
 
-@dataclass(frozen=True, eq=False)  # `math_of` has one object for each: a launch looks them up
-class Math:
+@dataclass(frozen=True, eq=False)  # `numbers_of` has one object for each: a launch looks them up
+class Numbers:
     """The numbers that a kernel computes with; a constant of it."""
 
     dot: tl.dtype  # of tiles that enter products
@@ -74,20 +64,20 @@ class Math:
         return int(self.dot.primitive_bitwidth) // 8
 
 
-def math_of(*tensors: Tensor) -> Math:
+def numbers_of(*tensors: Tensor) -> Numbers:
     """Products in float64 if any tensor's dtype is that, else in that of the first; sums in the statistics' dtype."""
     precision = "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
-    return _math_of(
+    return _numbers_of(
         tensors[0].dtype, statistics_dtype(*tensors), device_facts(tensors[0].device).has_matrix_units, precision
     )
 
 
 @functools.cache
-def _math_of(dtype: torch.dtype, accumulator: torch.dtype, matrix_units: bool, precision: str) -> Math:
+def _numbers_of(dtype: torch.dtype, accumulator: torch.dtype, matrix_units: bool, precision: str) -> Numbers:
     dot = dtype
     if accumulator == torch.float64 or (dtype.itemsize == 2 and not matrix_units):  # float32 holds 16 bits exactly
         dot = accumulator
-    return Math(tl_dtype(dot), tl_dtype(accumulator), FLOAT16_LIFT if dtype == torch.float16 else 1.0, precision)
+    return Numbers(tl_dtype(dot), tl_dtype(accumulator), FLOAT16_LIFT if dtype == torch.float16 else 1.0, precision)
 
 
 def tl_dtype(dtype: torch.dtype) -> tl.dtype:
@@ -116,11 +106,14 @@ def always(problem: Problem) -> bool:
 
 
 def has_wgmma(problem: Problem) -> bool:
-    return problem.device.has_wgmma
+    """Whether matrix units read their operands from shared memory: wgmma, and its successor tcgen05."""
+    capability = problem.device.capability
+    return capability is not None and (9, 0) <= capability < (12, 0)
 
 
 def has_large_shared_memory(problem: Problem) -> bool:
-    return problem.device.has_large_shared_memory
+    """More than the 64 KiB of Turing and of AMD's older GPUs."""
+    return problem.device.shared_memory >= 96 * 1024
 
 
 def is_scattered(problem: Problem) -> bool:
@@ -196,9 +189,21 @@ def alignment(*tensors: Tensor) -> int:
     return math.gcd(16, *(length for t in tensors for length in (t.shape[2], *t.stride()[:2])))
 
 
-def requires_int64_offsets(*tiles: tuple[Tensor, int, int]) -> bool:
-    """Whether an offset can pass 2**31 inside a tile of a tensor [B, height, width]: (tensor, rows, columns)."""
-    return any((rows - 1) * abs(t.stride(1)) + (columns - 1) * abs(t.stride(2)) >= 2**31 for t, rows, columns in tiles)
+def requires_int64_offsets(tile: Tile, *tensors: Tensor) -> bool:
+    """Whether an offset inside a tile of tensors [B, rows, columns] can pass 2**31."""
+    last = max(tile.regions, tile.channels, tile.outputs, tile.pixels) - 1
+    return any(last * (t.stride(1) + t.stride(2)) >= 2**31 for t in tensors)
+
+
+def constants(
+    tile: Tile, numbers: Numbers, pixel_tensors: Sequence[Tensor], region_tensors: Sequence[Tensor] = ()
+) -> dict[str, Any]:
+    """Arguments of a launch that loads or stores tiles of these tensors, [B, channels, N] and [B, channels, K]."""
+    return tile.arguments | {
+        "NUMBERS": numbers,
+        "ALIGNMENT": alignment(*pixel_tensors),
+        "INT64": requires_int64_offsets(tile, *pixel_tensors, *region_tensors),
+    }
 
 
 def cdiv(length: int, block: int) -> int:

@@ -31,11 +31,12 @@ FORWARD = TileTable(
     }
 )
 
-# All regions if they are up to 256, then pixels, then channels.
+# All regions if they are up to 256, then pixels, then channels. Pixels are scattered or not.
 BACKWARD = TileTable(
     {
         2: (
             Tile(regions=256, channels=64, pixels=64, stages=2, when=has_wgmma),
+            Tile(regions=64, channels=32, pixels=64, stages=2, when=is_scattered),
             Tile(regions=64, channels=64, pixels=64, stages=2),
             Tile(regions=128, channels=64, pixels=64),
             Tile(regions=256, channels=64, pixels=32),

@@ -22,16 +22,17 @@ from ocr_kernels.core.triton_device import (
     rows_of,
     split_of_program,
     store_tile,
+    tile_of_program,
 )
 from ocr_kernels.core.triton_host import (
     NEVER_FUSED,
     Problem,
     alignment,
     cdiv,
+    constants,
     device_facts,
-    math_of,
+    numbers_of,
     reduce_splits,
-    requires_int64_offsets,
     round_up,
     split,
 )
@@ -45,7 +46,7 @@ def spatial_gather_forward_kernel(
     feats, feats_strides,  # [B, C, N]
     logits, logits_strides,  # [B, K, N]
     C, K, N, row_length, split_length, splits, scale: tl.float64,
-    MATH: tl.constexpr, ALIGNMENT: tl.constexpr, INT64: tl.constexpr,
+    NUMBERS: tl.constexpr, ALIGNMENT: tl.constexpr, INT64: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     c0, k0, program, start = split_of_program(C, K, splits, split_length, BLOCK_C, BLOCK_K)
@@ -56,24 +57,24 @@ def spatial_gather_forward_kernel(
     k = k0 + tl.arange(0, BLOCK_K)
     in_k = k < K
     n = tl.arange(0, BLOCK_N)
-    factor = tl.full((), scale, MATH.accumulator)
-    maximum = tl.full([BLOCK_K], float("-inf"), MATH.accumulator)
-    total = tl.zeros([BLOCK_K], MATH.accumulator)
-    rounded_total = tl.zeros([BLOCK_K], MATH.accumulator)
-    sums = tl.zeros([BLOCK_C, BLOCK_K], MATH.accumulator)
+    factor = tl.full((), scale, NUMBERS.accumulator)
+    maximum = tl.full([BLOCK_K], float("-inf"), NUMBERS.accumulator)
+    total = tl.zeros([BLOCK_K], NUMBERS.accumulator)
+    rounded_total = tl.zeros([BLOCK_K], NUMBERS.accumulator)
+    sums = tl.zeros([BLOCK_C, BLOCK_K], NUMBERS.accumulator)
     for n0 in range(start, min(start + split_length, logits.width), BLOCK_N):
         in_n = n0 + n < logits.width
         m = load_tile(logits, k0, n0, BLOCK_K, BLOCK_N)
         x = load_tile(feats, c0, n0, BLOCK_C, BLOCK_N)
-        scores = tl.where(in_n[None, :], m.to(MATH.accumulator) * factor, float("-inf"))  # [BLOCK_K, BLOCK_N]
+        scores = tl.where(in_n[None, :], m.to(NUMBERS.accumulator) * factor, float("-inf"))  # [BLOCK_K, BLOCK_N]
         new_maximum = tl.maximum(maximum, tl.max(scores, 1))
         shift = finite(new_maximum)
         weights = tl.exp(scores - shift[:, None])
-        rounded = narrow(weights * MATH.lift, MATH.dot)
+        rounded = narrow(weights * NUMBERS.lift, NUMBERS.dot)
         decay = tl.exp(maximum - shift)
         total = total * decay + tl.sum(weights, 1)
-        rounded_total = rounded_total * decay + tl.sum(rounded.to(MATH.accumulator), 1)
-        sums = add_product(sums * decay[None, :], x, tl.trans(rounded), MATH)
+        rounded_total = rounded_total * decay + tl.sum(rounded.to(NUMBERS.accumulator), 1)
+        sums = add_product(sums * decay[None, :], x, tl.trans(rounded), NUMBERS)
         maximum = new_maximum
 
     stats = partial_stats + tl.cast(program, tl.int64) * 3 * K + k
@@ -88,7 +89,7 @@ def forward(out: Tensor, stats: Tensor, feats: Tensor, logits: Tensor, scale: fl
     x, m = feats.flatten(2), logits.flatten(2)
     batch, channels, pixels = x.shape
     regions = m.shape[1]
-    numbers, device = math_of(x, m), device_facts(x.device)
+    numbers, device = numbers_of(x, m), device_facts(x.device)
     scattered = m.dtype.itemsize > numbers.itemsize or m.stride(2) != 1
     tile = tiles.FORWARD.choose(Problem(numbers.itemsize, device, channels, regions, scattered=scattered))
     programs = cdiv(channels, tile.channels) * cdiv(regions, tile.regions) * batch
@@ -99,10 +100,7 @@ def forward(out: Tensor, stats: Tensor, feats: Tensor, logits: Tensor, scale: fl
         spatial_gather_forward_kernel[(programs * splits,)](
             partial, partial_stats, x, x.stride(), m, m.stride(),
             channels, regions, pixels, partial.shape[3], split_length, splits, scale,
-            MATH=numbers,
-            ALIGNMENT=alignment(x, m),
-            INT64=requires_int64_offsets((x, tile.channels, tile.pixels), (m, tile.regions, tile.pixels)),
-            **tile.arguments,
+            **constants(tile, numbers, (x, m)),
         )  # fmt: skip
         reduce_splits(out, partial, (partial_stats, stats))
 
@@ -122,13 +120,13 @@ def spatial_gather_delta_kernel(
     grad = image_of(grad, grad_strides, image, C, K, 1, False)
     result = rows_of(stats + image * (C + 2) * K, C, K, K)
     padded_grad = rows_of(padded_grad + image * C * row_length, C, row_length, row_length)
-    total = tl.zeros([BLOCK_K], tl.float64)  # where regions are peaked, little is left of dP - delta but rounding
+    total = tl.zeros([BLOCK_K], delta.dtype.element_ty)
     for c0 in range(0, C, BLOCK_C):
         g = load_tile(grad, c0, k0, BLOCK_C, BLOCK_K)
-        total += tl.sum(g.to(tl.float64) * load_tile(result, c0, k0, BLOCK_C, BLOCK_K).to(tl.float64), 0)
+        total += tl.sum(g.to(total.dtype) * load_tile(result, c0, k0, BLOCK_C, BLOCK_K), 0)
         store_tile(padded_grad, g, c0, k0)
     k = k0 + tl.arange(0, BLOCK_K)
-    tl.store(delta + image * K + k, total.to(delta.dtype.element_ty), mask=k < K)
+    tl.store(delta + image * K + k, total, mask=k < K)
     tl.store(peaks + image * K + k, tl.full([BLOCK_K], -1, tl.int32), mask=k < K)
 
 
@@ -157,7 +155,7 @@ def spatial_gather_backward_kernel(
     NEED_FEATS: tl.constexpr,  # only of one tile of regions
     NEED_LOGITS: tl.constexpr,
     REGION_TILES: tl.constexpr,  # ceil(K / BLOCK_K)
-    MATH: tl.constexpr, ALIGNMENT: tl.constexpr, INT64: tl.constexpr,
+    NUMBERS: tl.constexpr, ALIGNMENT: tl.constexpr, INT64: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """A program owns a tile of regions and pixels: dX = dF P, dM = scale * P * (dF^T X - delta).
@@ -165,39 +163,38 @@ def spatial_gather_backward_kernel(
     A softmax's gradients add up to zero: that of a peak, in which nearly equal numbers are subtracted, is left to
     `spatial_gather_peaks_kernel`.
     """
-    # regions vary fastest, so that programs which share a tile of feats run together
-    k0 = tl.program_id(0) % REGION_TILES * BLOCK_K
-    program = tl.program_id(0) // REGION_TILES
-    n0 = program % tl.cdiv(N, BLOCK_N) * BLOCK_N
-    image = tl.cast(program // tl.cdiv(N, BLOCK_N), tl.int64)
+    tile, n0, image = tile_of_program(REGION_TILES, N, BLOCK_N)
+    k0 = tile * BLOCK_K
     dfeats = image_of(dfeats, dfeats_strides, image, C, N, ALIGNMENT, INT64)
     dlogits = image_of(dlogits, dlogits_strides, image, K, N, ALIGNMENT, INT64)
     grad = rows_of(grad + image * C * row_length, C, row_length, row_length)
     feats = image_of(feats, feats_strides, image, C, N, ALIGNMENT, INT64)
     logits = image_of(logits, logits_strides, image, K, N, ALIGNMENT, INT64)
 
-    factor = tl.full((), scale, MATH.accumulator)
+    factor = tl.full((), scale, NUMBERS.accumulator)
     weights = softmax_over_pixels(logits, stats + (image * (C + 2) + C) * K, k0, n0, factor, K, BLOCK_K, BLOCK_N)
-    rounded = narrow(weights * MATH.lift, MATH.dot)
-    dweights = tl.zeros([BLOCK_K, BLOCK_N], MATH.accumulator)
+    k = k0 + tl.arange(0, BLOCK_K)
+    if NEED_LOGITS:
+        n = n0 + tl.arange(0, BLOCK_N)
+        weights = tl.where((n < N)[None, :], weights, 0.0)
+        peak = tl.max(tl.where(weights > 0.5, n[None, :], -1), 1)
+        tl.store(peaks + image * K + k, peak, mask=(peak >= 0) & (k < K))
+    rounded = narrow(weights * NUMBERS.lift, NUMBERS.dot)
+    dweights = tl.zeros([BLOCK_K, BLOCK_N], NUMBERS.accumulator)
     for c0 in range(0, C, BLOCK_C):
         g = load_tile(grad, c0, k0, BLOCK_C, BLOCK_K)
         if NEED_LOGITS:
             x = load_tile(feats, c0, n0, BLOCK_C, BLOCK_N)
-            dweights = add_product(dweights, tl.trans(g), x, MATH)
+            dweights = add_product(dweights, tl.trans(g), x, NUMBERS)
         if NEED_FEATS:
-            store_tile(dfeats, product(g, rounded, MATH) / MATH.lift, c0, n0)
+            store_tile(dfeats, product(g, rounded, NUMBERS) / NUMBERS.lift, c0, n0)
     if NEED_LOGITS:
-        k = k0 + tl.arange(0, BLOCK_K)
         shared = tl.load(delta + image * K + k, mask=k < K, other=0.0)
         dscores = weights * (dweights - shared[:, None])
+        total = tl.sum(tl.where(weights > 0.5, dscores - dscores, dscores), 1)  # 0 of a peak, or NaN
+        program = tl.cast(tl.program_id(0) // REGION_TILES, tl.int64)  # image * tiles of pixels + tile
+        tl.store(others + program * K + k, total, mask=k < K)
         store_tile(dlogits, factor * dscores, k0, n0)
-        n = n0 + tl.arange(0, BLOCK_N)
-        is_peak = (weights > 0.5) & (n < N)[None, :]
-        peak = tl.max(tl.where(is_peak, n[None, :], -1), 1)
-        tl.store(peaks + image * K + k, peak, mask=(peak >= 0) & (k < K))
-        dscores = tl.where((n < N)[None, :], tl.where(is_peak, dscores - dscores, dscores), 0.0)  # 0 of a peak, or NaN
-        tl.store(others + program.to(tl.int64) * K + k, tl.sum(dscores, 1), mask=k < K)
 
 
 @triton.jit(do_not_specialize=["pixel_tiles"])
@@ -218,9 +215,9 @@ def spatial_gather_peaks_kernel(
         inside = (t < pixel_tiles)[:, None] & (k < K)[None, :]
         total += tl.sum(tl.load(others + tl.cast(t, tl.int64)[:, None] * K, mask=inside, other=0.0), 0)
     peak = tl.load(peaks + image * K + k, mask=k < K, other=-1)
-    pixel = image * dlogits_strides[0] + k * dlogits_strides[1] + tl.cast(peak, tl.int64) * dlogits_strides[2]
-    dpeak = -tl.full((), scale, total.dtype) * total
-    tl.store(dlogits + pixel, narrow(dpeak, dlogits.dtype.element_ty), mask=peak >= 0)
+    row = image * dlogits_strides[0] + tl.cast(k, tl.int64) * dlogits_strides[1]
+    dpeak = narrow(-tl.full((), scale, total.dtype) * total, dlogits.dtype.element_ty)
+    tl.store(dlogits + row + tl.cast(peak, tl.int64) * dlogits_strides[2], dpeak, mask=peak >= 0)
 
 
 @triton.jit
@@ -230,27 +227,24 @@ def spatial_gather_backward_feats_kernel(
     logits, logits_strides,  # [B, K, N]
     stats,  # [B, C + 2, K]
     C, K, N, row_length, scale: tl.float64,
-    MATH: tl.constexpr, ALIGNMENT: tl.constexpr, INT64: tl.constexpr,
+    NUMBERS: tl.constexpr, ALIGNMENT: tl.constexpr, INT64: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dX = dF P of more regions than a program holds; a program owns a tile of channels and pixels."""
-    # channels vary fastest, so that programs which share tiles of logits run together
-    c0 = tl.program_id(0) % tl.cdiv(C, BLOCK_C) * BLOCK_C
-    program = tl.program_id(0) // tl.cdiv(C, BLOCK_C)
-    n0 = program % tl.cdiv(N, BLOCK_N) * BLOCK_N
-    image = tl.cast(program // tl.cdiv(N, BLOCK_N), tl.int64)
+    tile, n0, image = tile_of_program(tl.cdiv(C, BLOCK_C), N, BLOCK_N)
+    c0 = tile * BLOCK_C
     dfeats = image_of(dfeats, dfeats_strides, image, C, N, ALIGNMENT, INT64)
     grad = rows_of(grad + image * C * row_length, C, row_length, row_length)
     logits = image_of(logits, logits_strides, image, K, N, ALIGNMENT, INT64)
     stats += (image * (C + 2) + C) * K
 
-    factor = tl.full((), scale, MATH.accumulator)
-    dx = tl.zeros([BLOCK_C, BLOCK_N], MATH.accumulator)
+    factor = tl.full((), scale, NUMBERS.accumulator)
+    dx = tl.zeros([BLOCK_C, BLOCK_N], NUMBERS.accumulator)
     for k0 in range(0, K, BLOCK_K):
         weights = softmax_over_pixels(logits, stats, k0, n0, factor, K, BLOCK_K, BLOCK_N)
         g = load_tile(grad, c0, k0, BLOCK_C, BLOCK_K)
-        dx += part_of_sum(product(g, narrow(weights * MATH.lift, MATH.dot), MATH), n0, N)
-    store_tile(dfeats, dx / MATH.lift, c0, n0)
+        dx += part_of_sum(product(g, narrow(weights * NUMBERS.lift, NUMBERS.dot), NUMBERS), n0, N)
+    store_tile(dfeats, dx / NUMBERS.lift, c0, n0)
 
 
 def backward(
@@ -268,8 +262,10 @@ def backward(
     regions = m.shape[1]
     dx = x if dfeats is None else dfeats.flatten(2)
     dm = m if dlogits is None else dlogits.flatten(2)
-    numbers = math_of(x, m)
-    tile = tiles.BACKWARD.choose(Problem(numbers.itemsize, device_facts(x.device), channels, regions))
+    numbers = numbers_of(x, m)
+    scattered = alignment(x, m, dx, dm) == 1 and x.stride(1) != 1
+    problem = Problem(numbers.itemsize, device_facts(x.device), channels, regions, scattered=scattered)
+    tile = tiles.BACKWARD.choose(problem)
     region_tiles = cdiv(regions, tile.regions)
     rows = grad.new_empty((batch, channels, round_up(regions)))
     delta = stats.new_empty((batch, regions))
@@ -277,26 +273,18 @@ def backward(
     pixel_tiles = cdiv(pixels, tile.pixels)
     others = stats.new_empty((batch, pixel_tiles, regions) if dlogits is not None else 1)
     sizes = channels, regions, pixels, rows.shape[2], scale
-    options = tile.arguments | {
-        "MATH": numbers,
-        "ALIGNMENT": alignment(x, m, dx, dm),
-        "INT64": requires_int64_offsets(
-            *((t, tile.channels, tile.pixels) for t in (x, dx)), *((t, tile.regions, tile.pixels) for t in (m, dm))
-        ),
-    }
+    options = constants(tile, numbers, (x, m, dx, dm))
     with torch.cuda.device_of(x):
         spatial_gather_delta_kernel[(batch * cdiv(regions, 16),)](
             rows, delta, peaks, grad, grad.stride(), stats, channels, regions, rows.shape[2],
-            BLOCK_C=512, BLOCK_K=16, num_warps=8, **NEVER_FUSED,
+            BLOCK_C=2048 // stats.itemsize, BLOCK_K=16, num_warps=8, **NEVER_FUSED,
         )  # fmt: skip
         if region_tiles == 1 or dlogits is not None:
             spatial_gather_backward_kernel[(batch * pixel_tiles * region_tiles,)](
                 dx, dx.stride(), dm, dm.stride(), rows, x, x.stride(), m, m.stride(), stats, delta, peaks, others,
                 *sizes,
-                NEED_FEATS=region_tiles == 1 and dfeats is not None,
-                NEED_LOGITS=dlogits is not None,
-                REGION_TILES=region_tiles,
-                **options,
+                NEED_FEATS=region_tiles == 1 and dfeats is not None, NEED_LOGITS=dlogits is not None,
+                REGION_TILES=region_tiles, **options,
             )  # fmt: skip
         if dlogits is not None:  # few regions a program, since there are few programs, and many tiles at once
             spatial_gather_peaks_kernel[(batch * cdiv(regions, 4),)](

@@ -25,18 +25,18 @@ from ocr_kernels.core.triton_device import (
     product,
     rows_of,
     store_tile,
+    tile_of_program,
     transposed,
 )
 from ocr_kernels.core.triton_host import (
     Problem,
-    Tile,
     aligned_rows,
     alignment,
     cdiv,
+    constants,
     device_facts,
-    math_of,
+    numbers_of,
     padded,
-    requires_int64_offsets,
     round_up,
 )
 from ocr_kernels.head import reference, tiles
@@ -45,12 +45,12 @@ from ocr_kernels.head import reference, tiles
 @triton.jit
 def add_channels(
     total, pixels, weight, n0, o0,
-    MATH: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_N: tl.constexpr,
+    NUMBERS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """total + sum over channels of pixels[n, c] * weight[c, o], a [BLOCK_N, BLOCK_O] tile."""
     for c0 in range(0, pixels.width, BLOCK_C):
         x = load_tile(pixels, n0, c0, BLOCK_N, BLOCK_C)
-        total = add_product(total, x, load_tile(weight, c0, o0, BLOCK_C, BLOCK_O), MATH)
+        total = add_product(total, x, load_tile(weight, c0, o0, BLOCK_C, BLOCK_O), NUMBERS)
     return total
 
 
@@ -83,7 +83,7 @@ def ocr_head_weights_kernel(
     pixel_out,  # [D, D]
     pixel_out_bias,  # [D]
     C, D, K, N, row_length, scale: tl.float64,
-    MATH: tl.constexpr, ALIGNMENT: tl.constexpr, INT64: tl.constexpr,
+    NUMBERS: tl.constexpr, ALIGNMENT: tl.constexpr, INT64: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,  # all of D
     BLOCK_O: tl.constexpr,  # channels of q that are made at a time
@@ -91,25 +91,24 @@ def ocr_head_weights_kernel(
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """A program owns a tile of pixels: phi, the scores and their softmax, with nothing stored in between."""
-    n0 = tl.program_id(0) % tl.cdiv(N, BLOCK_N) * BLOCK_N
-    image = tl.cast(tl.program_id(0) // tl.cdiv(N, BLOCK_N), tl.int64)
+    _, n0, image = tile_of_program(1, N, BLOCK_N)
     weights = rows_of(weights + image * N * row_length, N, row_length, row_length)
     feats = transposed(image_of(feats, feats_strides, image, C, N, ALIGNMENT, INT64))
     key = image_of(key, key_strides, image, D, row_length, 1, False)
     pixel_in, pixel_out = matrix_of(pixel_in, D, C), matrix_of(pixel_out, D, D)
 
-    hidden = tl.zeros([BLOCK_N, BLOCK_D], MATH.accumulator)
-    hidden = add_channels(hidden, feats, pixel_in, n0, 0, MATH, BLOCK_C, BLOCK_D, BLOCK_N)
-    hidden = narrow(positive(add_bias(hidden, pixel_in_bias, 0, D)), MATH.dot)
-    scores = tl.zeros([BLOCK_N, BLOCK_K], MATH.accumulator)
+    hidden = tl.zeros([BLOCK_N, BLOCK_D], NUMBERS.accumulator)
+    hidden = add_channels(hidden, feats, pixel_in, n0, 0, NUMBERS, BLOCK_C, BLOCK_D, BLOCK_N)
+    hidden = narrow(positive(add_bias(hidden, pixel_in_bias, 0, D)), NUMBERS.dot)
+    scores = tl.zeros([BLOCK_N, BLOCK_K], NUMBERS.accumulator)
     for d0 in range(0, D, BLOCK_O):
-        q = product(hidden, load_tile(pixel_out, 0, d0, BLOCK_D, BLOCK_O), MATH)
-        q = narrow(positive(add_bias(q, pixel_out_bias, d0, D)), MATH.dot)
-        scores = add_product(scores, q, load_tile(key, d0, 0, BLOCK_O, BLOCK_K), MATH)
-    factor = tl.full((), scale, MATH.accumulator)
+        q = product(hidden, load_tile(pixel_out, 0, d0, BLOCK_D, BLOCK_O), NUMBERS)
+        q = narrow(positive(add_bias(q, pixel_out_bias, d0, D)), NUMBERS.dot)
+        scores = add_product(scores, q, load_tile(key, d0, 0, BLOCK_O, BLOCK_K), NUMBERS)
+    factor = tl.full((), scale, NUMBERS.accumulator)
     scores = tl.where((tl.arange(0, BLOCK_K) < K)[None, :], scores * factor, float("-inf"))
     w = tl.exp(scores - tl.max(scores, 1)[:, None])
-    store_tile(weights, w / (tl.sum(w, 1) / MATH.lift)[:, None], n0, 0)
+    store_tile(weights, w / (tl.sum(w, 1) / NUMBERS.lift)[:, None], n0, 0)
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -124,33 +123,30 @@ def ocr_head_fuse_kernel(
     bias,  # [O]
     C, OUTPUTS, N, row_length,
     REGION_TILES: tl.constexpr,  # ceil(K / BLOCK_K)
-    MATH: tl.constexpr, ALIGNMENT: tl.constexpr, INT64: tl.constexpr,
+    NUMBERS: tl.constexpr, ALIGNMENT: tl.constexpr, INT64: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """z = ReLU(G_y y + G_x x + g), with y = ReLU(u w + up_bias) rebuilt for each tile."""
-    # output channels vary fastest, so that programs which share a tile of feats run together
-    o0 = tl.program_id(0) % tl.cdiv(OUTPUTS, BLOCK_O) * BLOCK_O
-    program = tl.program_id(0) // tl.cdiv(OUTPUTS, BLOCK_O)
-    n0 = program % tl.cdiv(N, BLOCK_N) * BLOCK_N
-    image = tl.cast(program // tl.cdiv(N, BLOCK_N), tl.int64)
+    tile, n0, image = tile_of_program(tl.cdiv(OUTPUTS, BLOCK_O), N, BLOCK_N)
+    o0 = tile * BLOCK_O
     out = transposed(image_of(out, out_strides, image, OUTPUTS, N, ALIGNMENT, INT64))
     feats = transposed(image_of(feats, feats_strides, image, C, N, ALIGNMENT, INT64))
     weights = rows_of(weights + image * N * row_length, N, row_length, row_length)
     u = transposed(image_of(context_regions, context_strides, image, C, row_length, 1, False))
     context, pixels = matrix_of(context, OUTPUTS, C), matrix_of(pixels, OUTPUTS, C)
 
-    total = tl.zeros([BLOCK_N, BLOCK_O], MATH.accumulator)
-    total = add_channels(total, feats, pixels, n0, o0, MATH, BLOCK_C, BLOCK_O, BLOCK_N)
+    total = tl.zeros([BLOCK_N, BLOCK_O], NUMBERS.accumulator)
+    total = add_channels(total, feats, pixels, n0, o0, NUMBERS, BLOCK_C, BLOCK_O, BLOCK_N)
     if REGION_TILES == 1:
         w = load_tile(weights, n0, 0, BLOCK_N, BLOCK_K)
     for c0 in range(0, C, BLOCK_C):
-        y = tl.zeros([BLOCK_N, BLOCK_C], MATH.accumulator)
+        y = tl.zeros([BLOCK_N, BLOCK_C], NUMBERS.accumulator)
         for k0 in tl.static_range(0, REGION_TILES * BLOCK_K, BLOCK_K):
             if REGION_TILES > 1:  # too many regions to hold their weights
                 w = load_tile(weights, n0, k0, BLOCK_N, BLOCK_K)
-            y = add_product(y, w, load_tile(u, k0, c0, BLOCK_K, BLOCK_C), MATH)
-        y = narrow(positive(add_bias(y / MATH.lift, up_bias, c0, C)), MATH.dot)
-        total = add_product(total, y, load_tile(context, c0, o0, BLOCK_C, BLOCK_O), MATH)
+            y = add_product(y, w, load_tile(u, k0, c0, BLOCK_K, BLOCK_C), NUMBERS)
+        y = narrow(positive(add_bias(y / NUMBERS.lift, up_bias, c0, C)), NUMBERS.dot)
+        total = add_product(total, y, load_tile(context, c0, o0, BLOCK_C, BLOCK_O), NUMBERS)
     store_tile(out, positive(add_bias(total, bias, o0, OUTPUTS)), n0, o0)
 
 
@@ -161,19 +157,16 @@ def ocr_head_linear_kernel(
     weight,  # [O, C]
     bias,  # [O]
     C, OUTPUTS, N,
-    MATH: tl.constexpr, ALIGNMENT: tl.constexpr, OUT_ALIGNMENT: tl.constexpr, INT64: tl.constexpr,
+    NUMBERS: tl.constexpr, ALIGNMENT: tl.constexpr, OUT_ALIGNMENT: tl.constexpr, INT64: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """weight @ pixels + bias: a 1x1 convolution."""
-    # output channels vary fastest, so that programs which share a tile of pixels run together
-    o0 = tl.program_id(0) % tl.cdiv(OUTPUTS, BLOCK_O) * BLOCK_O
-    program = tl.program_id(0) // tl.cdiv(OUTPUTS, BLOCK_O)
-    n0 = program % tl.cdiv(N, BLOCK_N) * BLOCK_N
-    image = tl.cast(program // tl.cdiv(N, BLOCK_N), tl.int64)
+    tile, n0, image = tile_of_program(tl.cdiv(OUTPUTS, BLOCK_O), N, BLOCK_N)
+    o0 = tile * BLOCK_O
     out = transposed(image_of(out, out_strides, image, OUTPUTS, N, OUT_ALIGNMENT, INT64))
     pixels = transposed(image_of(pixels, pixels_strides, image, C, N, ALIGNMENT, INT64))
-    total = tl.zeros([BLOCK_N, BLOCK_O], MATH.accumulator)
-    total = add_channels(total, pixels, matrix_of(weight, OUTPUTS, C), n0, o0, MATH, BLOCK_C, BLOCK_O, BLOCK_N)
+    total = tl.zeros([BLOCK_N, BLOCK_O], NUMBERS.accumulator)
+    total = add_channels(total, pixels, matrix_of(weight, OUTPUTS, C), n0, o0, NUMBERS, BLOCK_C, BLOCK_O, BLOCK_N)
     store_tile(out, add_bias(total, bias, o0, OUTPUTS), n0, o0)
 
 
@@ -184,7 +177,7 @@ def forward(
     out: Tensor, feats: Tensor, key: Tensor, context_regions: Tensor, weights: Sequence[Tensor], output: str
 ) -> None:
     """Fill `out`, in its own strides: z [B, O, *S], logits [B, L, *S], or the classes [B, *S]."""
-    if math_of(feats).itemsize > 2 or max(key.shape[1:]) > tiles.MOST:
+    if numbers_of(feats).itemsize > 2 or max(key.shape[1:]) > tiles.MOST:
         reference.forward(out, feats, key, context_regions, weights, output)
         return
     whole, result = feats.flatten(2), out.flatten(1 if output == "classes" else 2)
@@ -192,14 +185,18 @@ def forward(
     step = whole.shape[2] if output == "features" else pixels_at_once(*whole.shape[::2])
     with torch.cuda.device_of(feats):
         key, context_regions = aligned_rows(key, context_regions)
+        if output != "features":
+            some_z = _empty_pixels(whole, len(weights[7]), step, whole.dtype)
+        if output == "classes":  # of logits that are not rounded to 16 bits
+            some_logits = _empty_pixels(whole, len(weights[8]), step, torch.float32)
         for start in range(0, whole.shape[2], step):
             x, part = whole[..., start : start + step], result[..., start : start + step]
-            z = part if output == "features" else _empty_pixels(x, len(weights[7]), x.dtype)
+            z = part if output == "features" else some_z[..., : x.shape[2]]
             _fuse(z, x, _region_weights(x, key, regions, *weights[:4]), context_regions, regions, *weights[4:8])
             if output == "logits":
                 _linear(part, z, *weights[8:])
-            if output == "classes":  # of logits that are not rounded to 16 bits
-                logits = _empty_pixels(x, len(weights[8]), torch.float32)
+            if output == "classes":
+                logits = some_logits[..., : x.shape[2]]
                 _linear(logits, z, *weights[8:])
                 part.copy_(logits.argmax(1))
 
@@ -210,12 +207,12 @@ def pixels_at_once(batch: int, pixels: int) -> int:
     return round_up(cdiv(pixels, cdiv(pixels, most)), 128)
 
 
-def _empty_pixels(like: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
-    """[B, channels, N] in the memory format of `like`."""
-    batch, _, pixels = like.shape
+def _empty_pixels(like: Tensor, channels: int, pixels: int, dtype: torch.dtype) -> Tensor:
+    """[B, channels, pixels] in the memory format of `like` [B, C, N], and aligned whatever N is."""
+    pixels = round_up(min(pixels, like.shape[2]))
     if like.stride(1) == 1:
-        return like.new_empty((batch, pixels, channels), dtype=dtype).transpose(1, 2)
-    return like.new_empty((batch, channels, pixels), dtype=dtype)
+        return like.new_empty((len(like), pixels, channels), dtype=dtype).transpose(1, 2)
+    return like.new_empty((len(like), channels, pixels), dtype=dtype)
 
 
 def _region_weights(
@@ -226,17 +223,13 @@ def _region_weights(
     batch, channels, pixels = feats.shape
     _, key_channels, row_length = key.shape
     weights = feats.new_empty((batch, pixels, row_length))
-    numbers = math_of(feats)
+    numbers = numbers_of(feats)
     problem = Problem(numbers.itemsize, device_facts(feats.device), channels, regions, outputs=key_channels)
     tile = tiles.WEIGHTS.choose(problem)
     ocr_head_weights_kernel[(batch * cdiv(pixels, tile.pixels),)](
         weights, feats, feats.stride(), key, key.stride(), pixel_in, pixel_in_bias, pixel_out, pixel_out_bias,
         channels, key_channels, regions, pixels, row_length, key_channels**-0.5,
-        MATH=numbers,
-        ALIGNMENT=alignment(feats),
-        INT64=_int64(tile, feats),
-        BLOCK_D=padded(key_channels),
-        **tile.arguments,
+        BLOCK_D=padded(key_channels), **constants(tile, numbers, (feats,)),
     )  # fmt: skip
     return weights
 
@@ -248,17 +241,13 @@ def _fuse(
     """Fill out [B, O, N]."""
     batch, channels, length = feats.shape
     outputs = out.shape[1]
-    numbers, device = math_of(feats), device_facts(feats.device)
+    numbers, device = numbers_of(feats), device_facts(feats.device)
     scattered = alignment(feats, out) == 1 and feats.stride(1) != 1
     tile = tiles.FUSE.choose(Problem(numbers.itemsize, device, channels, regions, outputs, scattered))
     ocr_head_fuse_kernel[(batch * cdiv(length, tile.pixels) * cdiv(outputs, tile.outputs),)](
         out, out.stride(), feats, feats.stride(), weights, context_regions, context_regions.stride(),
         up_bias, context, pixels, bias, channels, outputs, length, weights.shape[2],
-        REGION_TILES=cdiv(regions, tile.regions),
-        MATH=numbers,
-        ALIGNMENT=alignment(feats, out),
-        INT64=_int64(tile, feats, out),
-        **tile.arguments,
+        REGION_TILES=cdiv(regions, tile.regions), **constants(tile, numbers, (feats, out)),
     )  # fmt: skip
 
 
@@ -266,17 +255,9 @@ def _linear(out: Tensor, pixels: Tensor, weight: Tensor, bias: Tensor) -> None:
     """Fill out [B, O, N] with weight @ pixels + bias."""
     batch, channels, length = pixels.shape
     outputs = out.shape[1]
-    numbers = math_of(pixels)
+    numbers = numbers_of(pixels)
     tile = tiles.LINEAR.choose(Problem(numbers.itemsize, device_facts(pixels.device), channels, outputs=outputs))
     ocr_head_linear_kernel[(batch * cdiv(length, tile.pixels) * cdiv(outputs, tile.outputs),)](
         out, out.stride(), pixels, pixels.stride(), weight, bias, channels, outputs, length,
-        MATH=numbers,
-        ALIGNMENT=alignment(pixels),
-        OUT_ALIGNMENT=alignment(out),
-        INT64=_int64(tile, pixels, out),
-        **tile.arguments,
+        OUT_ALIGNMENT=alignment(out), **constants(tile, numbers, (pixels,), (out,)),
     )  # fmt: skip
-
-
-def _int64(tile: Tile, *tensors: Tensor) -> bool:
-    return requires_int64_offsets(*((t, max(tile.channels, tile.outputs), tile.pixels) for t in tensors))
