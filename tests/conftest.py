@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # one of several workers, which share the cores
@@ -25,6 +26,9 @@ import ocr_kernels
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is first imported
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs to be reproducible
+if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:  # what it compiled for an op that has changed since is no test of it
+    inductor_cache = tempfile.TemporaryDirectory()
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = inductor_cache.name
 
 
 def pytest_report_header() -> str:

@@ -164,7 +164,8 @@ OCR_KERNEL attention_scores_kernel(AttentionBackward a, Tensor to_weights, Tenso
   };
 
   const int64_t region_tiles = tiles(regions, REGIONS), steps = region_tiles == 1 ? 1 : 2 * region_tiles;
-  Accumulator maximum = -Accumulator(INFINITY), total = 0, dot = 0;
+  // dot is of what dw exceeds that of the highest weight by: nearly nothing is left of dw - dot where that is nearly 1
+  Accumulator maximum = -Accumulator(INFINITY), total = 0, highest = 0, dot = 0;
   OCR_UNROLL_BY(1)
   for (int64_t step = 0; step < steps; ++step) {
     const int64_t region = step % region_tiles * REGIONS;
@@ -179,6 +180,17 @@ OCR_KERNEL attention_scores_kernel(AttentionBackward a, Tensor to_weights, Tenso
       new_maximum = max_over_pixel<T>(new_maximum);
       const Accumulator subtracted = shift(new_maximum), decay = exponential(maximum - subtracted);
       maximum = new_maximum;
+      Accumulator new_highest = -Accumulator(INFINITY);
+      if (to_dscores.data) OCR_UNROLL_BY(4)
+      for (int e = 0; e < kEach; ++e) {
+        const int k = first + e * kPixelThreads<T>;
+        if (region + k < regions && weights.tile.at(k, i) == new_maximum)
+          new_highest = max(new_highest, dscores.tile.at(k, i));
+      }
+      new_highest = max_over_pixel<T>(new_highest);
+      if (new_highest == -Accumulator(INFINITY)) new_highest = highest;
+      dot += total * (highest - new_highest);
+      highest = new_highest;
       Accumulator tile_total = 0, tile_dot = 0;
       OCR_UNROLL_BY(4)
       for (int e = 0; e < kEach; ++e) {
@@ -186,7 +198,7 @@ OCR_KERNEL attention_scores_kernel(AttentionBackward a, Tensor to_weights, Tenso
         if (region + k >= regions) continue;
         const Accumulator weight = exponential(weights.tile.at(k, i) - subtracted);
         tile_total += weight;
-        if (to_dscores.data) tile_dot += weight * dscores.tile.at(k, i);
+        if (to_dscores.data) tile_dot += weight * (dscores.tile.at(k, i) - highest);
       }
       total = total * decay + tile_total;
       dot = dot * decay + tile_dot;
@@ -201,7 +213,7 @@ OCR_KERNEL attention_scores_kernel(AttentionBackward a, Tensor to_weights, Tenso
         const int k = first + e * kPixelThreads<T>;
         const Accumulator weight = exponential(weights.tile.at(k, i) - maximum) / total;
         weights.tile.at(k, i) = weight * Arithmetic<T>::lift;
-        if (to_dscores.data) dscores.tile.at(k, i) = weight * (dscores.tile.at(k, i) - dot);
+        if (to_dscores.data) dscores.tile.at(k, i) = weight * (dscores.tile.at(k, i) - highest - dot);
       }
       synchronize();
       const auto same = [](int64_t, int64_t, Accumulator x) { return x; };

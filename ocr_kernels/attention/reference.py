@@ -39,14 +39,14 @@ def backward(
     """
     dtype = statistics_dtype(query)
     q, k, v, g = (t.to(dtype) for t in (query.flatten(2), key, value, grad.flatten(2)))
-    weights = F.softmax(scale * torch.matmul(k.transpose(1, 2), q), dim=1)  # [B, K, N]
+    weights = F.softmax(scale * torch.matmul(q.transpose(1, 2), k), dim=2)  # [B, N, K]
     if dvalue is not None:
-        dvalue.copy_(torch.matmul(g, weights.transpose(1, 2)))
+        dvalue.copy_(torch.matmul(g, weights))
     if dquery is None and dkey is None:
         return
-    dweights = torch.matmul(v.transpose(1, 2), g)  # [B, K, N]
-    dscores = scale * weights * (dweights - (weights * dweights).sum(1, keepdim=True))
+    dweights = torch.matmul(g.transpose(1, 2), v)  # [B, N, K]
+    dscores = scale * weights * (dweights - (weights * dweights).sum(2, keepdim=True))
     if dquery is not None:
-        dquery.copy_(torch.matmul(k, dscores).view(query.shape))
+        dquery.copy_(torch.matmul(k, dscores.transpose(1, 2)).view(query.shape))
     if dkey is not None:
-        dkey.copy_(torch.matmul(q, dscores.transpose(1, 2)))
+        dkey.copy_(torch.matmul(q, dscores))

@@ -67,6 +67,15 @@ def region_scores(
 
 
 @triton.jit
+def of_highest(dweights, scores, maximum):
+    """The gradient of each pixel's highest weight, or of one of them; -inf where the tile has none.
+
+    dw - sum_k w dw, of which nearly nothing is left where one weight is nearly 1, is taken of what dw exceeds it by.
+    """
+    return tl.max(tl.where(scores == maximum[None, :], dweights, float("-inf")), 0)
+
+
+@triton.jit
 def pixel_region_attention_forward_kernel(
     out, out_strides,  # [B, V, N]
     query, query_strides,  # [B, D, N]
@@ -187,10 +196,13 @@ def pixel_region_attention_backward_kernel(
         dy = load_tile(grad, 0, n0, BLOCK_O, BLOCK_N)
         scores = product(tl.trans(key), q, NUMBERS) * factor
         scores = tl.where((tl.arange(0, BLOCK_K) < K)[:, None], scores, float("-inf"))
-        weights = tl.exp(scores - tl.max(scores, 0)[None, :])
+        scores = tl.where((n0 + tl.arange(0, BLOCK_N) < N)[None, :], scores, 0.0)  # 0 times an infinite key is NaN
+        maximum = tl.max(scores, 0)
+        weights = tl.exp(scores - maximum[None, :])
         weights /= tl.sum(weights, 0)[None, :]
         if NEED_QUERY or NEED_KEY:
             dweights = product(tl.trans(value), dy, NUMBERS)
+            dweights -= of_highest(dweights, scores, maximum)[None, :]
             dscores = narrow(weights * (dweights - tl.sum(weights * dweights, 0)[None, :]), NUMBERS.dot)
         if NEED_QUERY:
             store_tile(dquery, product(key, dscores, NUMBERS) * factor, 0, n0)
@@ -232,9 +244,11 @@ def pixel_region_attention_backward_maps_kernel(
     factor = tl.full((), scale, NUMBERS.accumulator)
 
     scores = region_scores(query, key, 0, n0, K, factor, NUMBERS, BLOCK_C, BLOCK_K, BLOCK_N)
+    maximum = tl.max(scores, 0)
     if NEED_SCORES:
         dweights = channel_product(grad, value, 0, n0, NUMBERS, BLOCK_C, BLOCK_K, BLOCK_N)
-    weights = tl.exp(scores - finite(tl.max(scores, 0))[None, :])
+        dweights -= of_highest(dweights, scores, maximum)[None, :]
+    weights = tl.exp(scores - finite(maximum)[None, :])
     total = tl.sum(weights, 0)
     if NEED_SCORES:
         delta = tl.sum(weights * dweights, 0) / total
@@ -271,17 +285,22 @@ def pixel_region_attention_backward_many_maps_kernel(
 
     maximum = tl.full([BLOCK_N], float("-inf"), NUMBERS.accumulator)
     total = tl.zeros([BLOCK_N], NUMBERS.accumulator)
-    delta = tl.zeros([BLOCK_N], NUMBERS.accumulator)  # sum over k of w * dw
+    highest = tl.zeros([BLOCK_N], NUMBERS.accumulator)  # dw of the maximum
+    delta = tl.zeros([BLOCK_N], NUMBERS.accumulator)  # sum over k of w * (dw - highest)
     for k0 in range(0, K, BLOCK_K):
         scores = region_scores(query, key, k0, n0, K, factor, NUMBERS, BLOCK_C, BLOCK_K, BLOCK_N)
         new_maximum = tl.maximum(maximum, tl.max(scores, 0))
         shift = finite(new_maximum)
         decay = tl.exp(maximum - shift)
         weights = tl.exp(scores - shift[None, :])
-        total = total * decay + tl.sum(weights, 0)
         if NEED_SCORES:
             dweights = channel_product(grad, value, k0, n0, NUMBERS, BLOCK_C, BLOCK_K, BLOCK_N)
-            delta = delta * decay + tl.sum(weights * dweights, 0)
+            new_highest = of_highest(dweights, scores, new_maximum)
+            new_highest = tl.where(new_highest == float("-inf"), highest, new_highest)
+            delta = (delta + total * (highest - new_highest)) * decay
+            delta += tl.sum(weights * (dweights - new_highest[None, :]), 0)
+            highest = new_highest
+        total = total * decay + tl.sum(weights, 0)
         maximum = new_maximum
     delta /= total
     for k0 in range(0, K, BLOCK_K):
@@ -291,7 +310,7 @@ def pixel_region_attention_backward_many_maps_kernel(
             store_tile(weights_map, weights * NUMBERS.lift, k0, n0)
         if NEED_SCORES:
             dweights = channel_product(grad, value, k0, n0, NUMBERS, BLOCK_C, BLOCK_K, BLOCK_N)
-            store_tile(dscores_map, weights * (dweights - delta[None, :]), k0, n0)
+            store_tile(dscores_map, weights * (dweights - highest[None, :] - delta[None, :]), k0, n0)
 
 
 @triton.jit(do_not_specialize=["splits"])
@@ -385,7 +404,9 @@ def _backward_in_maps(
         NEED_SCORES=need_scores, NEED_VALUE=dvalue is not None, MAP_ALIGNMENT=math.gcd(pixels, 16),
         **constants(tile, numbers, (query, grad), (key_rows, value_rows, a_map)),
     )  # fmt: skip
-    if dquery is not None:
+    if dquery is not None and scale == 0:  # a product times 0 leaves what was in memory before, be it NaN
+        torch.bmm(key, dscores, out=dquery).mul_(scale)
+    elif dquery is not None:
         torch.baddbmm(dquery, key, dscores, beta=0, alpha=scale, out=dquery)
     if dkey is not None:
         _sum_over_pixels(dkey, query, dscores, scale)
