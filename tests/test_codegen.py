@@ -83,8 +83,8 @@ def grids(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[int, ...]]]:
 def test_any_number_of_images(grids: list[tuple[str, tuple[int, ...]]], regions: int) -> None:
     """CUDA takes 65,535 programs at most along a grid's second and third axis."""
     batch = 70_000
-    case = Case("small", batch, channels=80, key_channels=80, regions=regions, height=4, width=4)
-    for kind in (Shape, HeadShape):
+    case = Case("small", batch, channels=80, key_channels=80, regions=regions, height=1, width=2)
+    for kind in (Shape, HeadShape)[: 2 if regions <= 256 else 1]:  # the head's kernels hold no more regions
         kind(case, torch.bfloat16).launch()
     assert len({name for name, _ in grids}) == {5: 10, 70: 11, 300: 9}[regions]
     for _, grid in grids:

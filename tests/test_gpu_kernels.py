@@ -34,7 +34,7 @@ def run_all(*commands: Sequence[object], **environment: str) -> list[str]:
     return printed
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def host_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A library that takes the place of the one for CPUs."""
     if sys.platform != "linux" or shutil.which(CXX) is None:
@@ -90,7 +90,7 @@ def test_tests_on_a_cpu(host_library: Path, grid: str) -> None:
 @pytest.mark.xdist_group("host_library")
 def test_threads_in_reverse(host_library: Path) -> None:
     """They take turns from the last to the first, so that one that does not wait for another finds other numbers."""
-    command = pytest_with("native and (gather or attention or splits)", "test_parity.py")
+    command = pytest_with("native and (contiguous or splits)", "test_parity.py")
     (printed,) = run_all(command, OCR_KERNELS_LIBRARY=str(host_library), OCR_BACKWARDS="1")
     assert_nothing_was_skipped(printed)
 

@@ -37,9 +37,11 @@ MANY_REGIONS = {
     "peak": (0, 20),
     "batch": (1, 2),
     "channels": (17, 33),
-    "regions": (257, 1203),
+    "regions": (257, 400),
     "spatial": ((1,), (33,)),
 }
+MOST_REGIONS = {"batch": (1,), "channels": (17,), "regions": (1203,), "spatial": ((33,),)}
+MOST_REGIONS |= {"dtype": (torch.float32, torch.bfloat16)}
 ONE_CHANNEL = {"channels": (1, 2), "regions": (7, 70), "dtype": DTYPES}  # no score stands out there: all would be alike
 WIDE: list[dict[str, Any]] = [
     {"batch": (1,), "channels": (20,), "spatial": ((5, 8),), "dtype": DTYPES}
@@ -73,13 +75,13 @@ def check(op: Op, target: tuple[str, str], case: dict[str, Any]) -> None:
         grad = lay_out(torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out), case["grad_layout"])
     # Where regions are peaked, alike or repeated, few numbers make up the errors: more of them is luck.
     few = case.get("peak") or case.get("layout") == "expanded"
-    luck = 8.0 if scale == 0 else 1.5 if few else 1.0
+    luck = 8.0 if scale == 0 else 2.0 if few else 1.0
     factors = {dtype: factor * (luck if dtype.itemsize >= 4 else 1.0) for dtype, factor in FACTORS.items()}
     op.assert_parity(backend, inputs, grad_output=grad, factors=factors)
 
 
 @over(
-    [pairwise(**axes, logits_dtype=DTYPES) for axes in (SIZES_AND_OPTIONS, MANY_REGIONS)],
+    [*(pairwise(**axes, logits_dtype=DTYPES) for axes in (SIZES_AND_OPTIONS, MANY_REGIONS)), product(**MOST_REGIONS)],
     [product(**axes) for axes in WIDE],
 )
 def test_gather(target: tuple[str, str], case: dict[str, Any]) -> None:
@@ -91,6 +93,7 @@ def test_gather(target: tuple[str, str], case: dict[str, Any]) -> None:
         pairwise(**SIZES_AND_OPTIONS | {"channels": CHANNELS[1:]}, value_channels=CHANNELS),
         pairwise(**MANY_REGIONS, value_channels=(3, 33)),
         product(**ONE_CHANNEL),
+        product(**MOST_REGIONS),
     ],
     [product(**axes) for axes in WIDE + WIDE_VALUES],
 )

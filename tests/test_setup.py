@@ -219,6 +219,7 @@ def test_unknown_gpus_are_refused(checkout: Path, nvcc: Path, wanted: str) -> No
 
 @needs_compiler
 @pytest.mark.slow
+@pytest.mark.wide
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 def test_kernels_for_gpus_are_built_without_one(checkout: Path) -> None:
     """With any PyTorch; they are a library of their own in the same wheel."""
@@ -232,6 +233,7 @@ def test_kernels_for_gpus_are_built_without_one(checkout: Path) -> None:
 
 @needs_compiler
 @pytest.mark.slow
+@pytest.mark.wide
 def test_wheel_in_an_empty_environment(checkout: Path) -> None:
     """One wheel for all Pythons, with the library in it; it runs where there is PyTorch and no checkout."""
     result = build_wheel(checkout, OCR_KERNELS_BUILD="cpu")

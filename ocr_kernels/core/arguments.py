@@ -18,8 +18,8 @@ def check_tensors(**arguments: object) -> None:
 
 def split_scale(scale: object, scores: Tensor) -> tuple[Tensor, float]:
     """`scores` and the number to multiply them by; a tensor of one element is multiplied in, so that it is trained."""
-    if isinstance(scale, (float, int, torch.SymInt, torch.SymFloat)):  # as it is: it may be symbolic
-        return scores, scale
+    if isinstance(scale, (torch.SymInt, torch.SymFloat)):
+        return scores, scale  # type: ignore[return-value]  # a float, once it is known
     if isinstance(scale, Real):
         return scores, float(scale)
     if not isinstance(scale, Tensor):
