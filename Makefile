@@ -31,7 +31,8 @@ COMPAT = build/compat-$(or $(TORCH),newest)
 
 compat: ## every test but the slow ones on another PyTorch, in an environment of its own; TORCH=2.11.0, else the newest
 	$(PYTHON) -m venv $(COMPAT)
-	grep -vE '^(setuptools|torch|triton)==' constraints.txt > $(COMPAT)/constraints.txt
+	grep -vE '^(numpy|setuptools|torch|triton)==' constraints.txt > $(COMPAT)/constraints.txt
+	echo 'numpy<2.4' >> $(COMPAT)/constraints.txt # for the interpreter of Triton 3.6
 	$(COMPAT)/bin/pip install 'setuptools>=77' torch$(TORCH:%===%) 'triton$(TRITON:%===%); platform_system == "Linux"'
 	OCR_KERNELS_BUILD=none $(COMPAT)/bin/pip install --no-build-isolation -c $(COMPAT)/constraints.txt -e '.[test]'
 	OCR_KERNELS_BUILD=cpu $(COMPAT)/bin/python setup.py -q build_ext --build-lib $(COMPAT) --build-temp $(COMPAT)/objects

@@ -170,11 +170,7 @@ class Measurement:
 
 
 def judge(
-    tensor: str,
-    actual: Tensor,
-    references: Sequence[tuple[Tensor, Tensor, float]],
-    *,
-    factor: float | None = None,
+    tensor: str, actual: Tensor, references: Sequence[tuple[Tensor, Tensor, float]], *, factor: float | None = None
 ) -> list[Measurement]:
     """Measure `actual` and hold it against the error budget: max, mean, relative L2 error, and bias.
 

@@ -13,13 +13,7 @@ from ocr_kernels.attention import reference
 from ocr_kernels.core.arguments import check_device, check_dtype, check_same_dtype, check_shape
 from ocr_kernels.core.backends import implementation
 from ocr_kernels.core.layout import empty_in_format, is_channels_last, pixels, statistics_dtype
-from ocr_kernels.core.registration import (
-    batch_back,
-    batch_first,
-    differentiate,
-    differentiate_twice,
-    register_op,
-)
+from ocr_kernels.core.registration import batch_back, batch_first, differentiate, differentiate_twice, register_op
 
 
 def check_query_and_key(query: Tensor, key: Tensor) -> None:

@@ -134,10 +134,7 @@ def differentiate(
 
 
 def differentiate_twice(
-    definition: Callable[..., Tensor],
-    inputs: Sequence[Tensor],
-    grad: Tensor,
-    cotangents: Sequence[Tensor | None],
+    definition: Callable[..., Tensor], inputs: Sequence[Tensor], grad: Tensor, cotangents: Sequence[Tensor | None]
 ) -> tuple[Tensor | None, ...]:
     """The derivative of a backward pass with respect to `(grad, *inputs)`, by autograd through the definition.
 

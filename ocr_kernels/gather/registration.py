@@ -12,13 +12,7 @@ from torch import Tensor
 from ocr_kernels.core.arguments import check_device, check_dtype, check_same_dtype, check_shape
 from ocr_kernels.core.backends import implementation
 from ocr_kernels.core.layout import empty_in_format, statistics_dtype
-from ocr_kernels.core.registration import (
-    batch_back,
-    batch_first,
-    differentiate,
-    differentiate_twice,
-    register_op,
-)
+from ocr_kernels.core.registration import batch_back, batch_first, differentiate, differentiate_twice, register_op
 from ocr_kernels.gather import reference
 
 
@@ -179,13 +173,7 @@ def _vmap(info: Any, in_dims: Sequence[int | None], feats: Tensor, logits: Tenso
 
 
 def _vmap_backward(
-    info: Any,
-    in_dims: Sequence[int | None],
-    grad: Tensor,
-    feats: Tensor,
-    logits: Tensor,
-    stats: Tensor,
-    *options: Any,
+    info: Any, in_dims: Sequence[int | None], grad: Tensor, feats: Tensor, logits: Tensor, stats: Tensor, *options: Any
 ) -> Any:
     tensors = batch_first((grad, feats, logits, stats), in_dims[:4], info.batch_size)
     return batch_back(spatial_gather_backward_op(*tensors, *options), info.batch_size)

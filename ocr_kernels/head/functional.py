@@ -44,12 +44,7 @@ class HeadWeights(NamedTuple):
 
 
 def ocr_head(
-    feats: Tensor,
-    regions: Tensor,
-    weights: HeadWeights,
-    output: Output = "features",
-    *,
-    backend: str | None = None,
+    feats: Tensor, regions: Tensor, weights: HeadWeights, output: Output = "features", *, backend: str | None = None
 ) -> Tensor:
     r"""Augmented representations z of every pixel (Eqs. 3, 5 and 6), or what the classifier makes of them.
 
