@@ -121,8 +121,10 @@ def ratio(row: dict[str, Any], backend: str) -> float:
     dtypes = row["dtypes"].split("/")
     eps = torch.finfo(getattr(torch, dtypes[-1 if row["tensor"] == "dlogits" else 0])).eps
     left = max(0.0, row["errors"][backend] - eps / 2)
+    if not left:
+        return 0.0
     eager = row["errors"]["eager"]
-    return left / eager if eager else float("inf") if left else 0.0
+    return left / eager if eager else float("inf")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from benchmarks import __main__ as command
-from benchmarks import cases, jobs, measure, plot, readme, report
+from benchmarks import accuracy, cases, jobs, measure, plot, readme, report
 from benchmarks.cases import BACKBONE, CASES, NETWORKS, OPS, SUBJECTS, Case, Pass, Subject, Workload
 from ocr_kernels import cli, fold_ocr_modules
 
@@ -420,6 +420,16 @@ def test_host_times_have_a_line_without_kernels(monkeypatch: pytest.MonkeyPatch)
 
 def test_readme_and_pictures_are_what_the_result_files_give() -> None:
     assert readme.stale() == []
+
+
+def test_errors_in_the_design_are_those_of_the_result_file() -> None:
+    """None of them beyond 1.5 times eager's own, as the README promises."""
+    rows = json.loads((readme.RESULTS / "accuracy" / "amd-epyc.json").read_text())["rows"]
+    backends = ["reference", "native", "triton"]
+    assert "\n".join(accuracy.table(rows, backends)) in (readme.ROOT / "DESIGN.md").read_text()
+    mixed = [row for row in rows if set(row["dtypes"].split("/")) != {"float64"}]
+    assert {row["peak"] for row in mixed} == set(accuracy.PEAKS)
+    assert max(accuracy.ratio(row, name) for row in mixed for name in backends) <= 1.5
 
 
 def test_readme_section_is_replaced(
