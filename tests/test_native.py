@@ -298,8 +298,10 @@ def test_long_sums_do_not_pile_up_errors(op: Op, sizes: tuple[int, int, int]) ->
 @built
 @both_ops
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_an_images_bits_do_not_depend_on_the_others(op: Op, layout: Layout) -> None:
-    inputs = op.inputs(batch=4, channels=3, regions=40, spatial=(160, 256), layout=layout, requires_grad=True)
+@pytest.mark.parametrize("peak", [0, 12])
+def test_an_images_bits_do_not_depend_on_the_others(op: Op, layout: Layout, peak: float) -> None:
+    sizes = {"batch": 4, "channels": 3, "regions": 40, "spatial": (160, 256)}
+    inputs = op.inputs(**sizes, layout=layout, peak=peak, requires_grad=True)
     together = values_and_gradients(op, inputs)
     for image in range(4):
         alone = values_and_gradients(op, [t[image : image + 1].detach().requires_grad_() for t in inputs])

@@ -179,7 +179,7 @@ struct Backward {
   const A scale = A(a.scale);
   const int64_t tile = K <= 64 ? 384 : 192;  // whole panels, whole blocks of rows
   const int64_t stride = row_stride<A>(tile);
-  const Splits splits{N, tile, divide_up(64, B)};
+  const Splits splits{N, tile, 64};  // in any batch: an image's bits are the same
   const OutputProduct<Lane> dfeats{a.dfeats, a.grad, parallel};
   const SmallMatrix<Lane> grad{transposed(a.grad), parallel, a.dlogits.data != nullptr};  // [K, C]
   const Buffer<A> deltas{B, K};
