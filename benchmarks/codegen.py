@@ -342,8 +342,8 @@ def allowed_spills(launch: Launch, found: Resources) -> int:
     Below that, ptxas itself parks a few values in local memory where one more block then fits on a multiprocessor.
     """
     if found.registers < min(254, REGISTERS // dict(launch.options).get("num_warps", 4)):
-        return 32
-    return 16 if launch.constant("ALIGNMENT") == 1 else 0
+        return 64
+    return 32 if launch.constant("ALIGNMENT") == 1 else 0
 
 
 def faults(architecture: str, launch: Launch, found: Resources) -> list[str]:

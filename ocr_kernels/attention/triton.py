@@ -67,12 +67,12 @@ def region_scores(
 
 
 @triton.jit
-def of_highest(dweights, scores, maximum):
-    """The gradient of each pixel's highest weight, or of one of them; -inf where the tile has none.
+def of_highest(dweights, weights):
+    """dw of each pixel's highest weight, which before it is normalised is 1; -inf where the tile does not have it.
 
     dw - sum_k w dw, of which nearly nothing is left where one weight is nearly 1, is taken of what dw exceeds it by.
     """
-    return tl.max(tl.where(scores == maximum[None, :], dweights, float("-inf")), 0)
+    return tl.max(tl.where(weights == 1.0, dweights, float("-inf")), 0)
 
 
 @triton.jit
@@ -197,12 +197,12 @@ def pixel_region_attention_backward_kernel(
         scores = product(tl.trans(key), q, NUMBERS) * factor
         scores = tl.where((tl.arange(0, BLOCK_K) < K)[:, None], scores, float("-inf"))
         scores = tl.where((n0 + tl.arange(0, BLOCK_N) < N)[None, :], scores, 0.0)  # 0 times an infinite key is NaN
-        maximum = tl.max(scores, 0)
-        weights = tl.exp(scores - maximum[None, :])
-        weights /= tl.sum(weights, 0)[None, :]
+        weights = tl.exp(scores - tl.max(scores, 0)[None, :])
         if NEED_QUERY or NEED_KEY:
             dweights = product(tl.trans(value), dy, NUMBERS)
-            dweights -= of_highest(dweights, scores, maximum)[None, :]
+            dweights -= of_highest(dweights, weights)[None, :]
+        weights /= tl.sum(weights, 0)[None, :]
+        if NEED_QUERY or NEED_KEY:
             dscores = narrow(weights * (dweights - tl.sum(weights * dweights, 0)[None, :]), NUMBERS.dot)
         if NEED_QUERY:
             store_tile(dquery, product(key, dscores, NUMBERS) * factor, 0, n0)
@@ -244,11 +244,10 @@ def pixel_region_attention_backward_maps_kernel(
     factor = tl.full((), scale, NUMBERS.accumulator)
 
     scores = region_scores(query, key, 0, n0, K, factor, NUMBERS, BLOCK_C, BLOCK_K, BLOCK_N)
-    maximum = tl.max(scores, 0)
+    weights = tl.exp(scores - finite(tl.max(scores, 0))[None, :])
     if NEED_SCORES:
         dweights = channel_product(grad, value, 0, n0, NUMBERS, BLOCK_C, BLOCK_K, BLOCK_N)
-        dweights -= of_highest(dweights, scores, maximum)[None, :]
-    weights = tl.exp(scores - finite(maximum)[None, :])
+        dweights -= of_highest(dweights, weights)[None, :]
     total = tl.sum(weights, 0)
     if NEED_SCORES:
         delta = tl.sum(weights * dweights, 0) / total
@@ -295,7 +294,7 @@ def pixel_region_attention_backward_many_maps_kernel(
         weights = tl.exp(scores - shift[None, :])
         if NEED_SCORES:
             dweights = channel_product(grad, value, k0, n0, NUMBERS, BLOCK_C, BLOCK_K, BLOCK_N)
-            new_highest = of_highest(dweights, scores, new_maximum)
+            new_highest = of_highest(dweights, weights)
             new_highest = tl.where(new_highest == float("-inf"), highest, new_highest)
             delta = (delta + total * (highest - new_highest)) * decay
             delta += tl.sum(weights * (dweights - new_highest[None, :]), 0)
