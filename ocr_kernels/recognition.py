@@ -14,6 +14,7 @@ is not recognised gives what it always gave.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import operator
 import sys
 import threading
@@ -471,13 +472,17 @@ def _reads(x: Any, target: Any) -> bool:
 
 
 def _in_custom_function() -> bool:
-    """Whether a `torch.autograd.Function.apply` is running, which passes on what it does not know as a constant."""
-    frame = None if torch.compiler.is_compiling() else sys._getframe()
+    """Whether a `torch.autograd.Function` is in its forward pass: it passes on what it does not know as a constant."""
+    if torch.compiler.is_compiling():
+        return False
+    frame, running = sys._getframe(), set()
     while frame is not None:
-        if frame.f_code is torch.autograd.Function.apply.__func__.__code__:  # type: ignore[attr-defined]
-            return True
-        frame = frame.f_back
-    return False
+        running.add(frame.f_code)
+        frame = frame.f_back  # type: ignore[assignment]
+    functions: list[Any] = [torch.autograd.Function]
+    for function in functions:  # and theirs
+        functions += function.__subclasses__()
+    return any(getattr(inspect.unwrap(function.forward), "__code__", None) in running for function in functions)
 
 
 # Handlers return None where the call has to run as it is.
