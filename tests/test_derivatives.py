@@ -48,7 +48,13 @@ sys.exit(pytest.main({arguments!r}))
 """
 
 
-@pytest.mark.parametrize("changes", CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param(changes, id=id, marks=() if id == "nothing" else pytest.mark.wide)
+        for id, changes in CHANGES.items()
+    ],
+)
 def test_public_forms(changes: list[tuple[str, str]]) -> None:
     """They pass what the private ones pass, all of them both ops."""
     ops = "reference" if len(changes) > 1 else "reference and spatial_gather"

@@ -26,6 +26,9 @@ DYNAMIC = ({0: Dim("batch", min=1), 2: Dim("height", min=3), 3: Dim("width", min
 OURS = ["ocr_kernels.pixel_region_attention.default", "ocr_kernels.spatial_gather.default"]
 
 heads = pytest.mark.parametrize("kind", ["swapped", "ours"])
+compiled_heads = pytest.mark.parametrize(
+    "kind", ["ours", *(pytest.param(kind, marks=pytest.mark.wide) for kind in ("swapped", "plain"))]
+)
 
 
 @pytest.fixture(autouse=True)
@@ -70,7 +73,7 @@ def assert_agrees(found: Callable[..., Any], expected: nn.Module, sizes: tuple[t
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["swapped", "ours", pytest.param("plain", marks=pytest.mark.wide)])
+@compiled_heads
 def test_compiled_heads_train(kind: str) -> None:
     model = head(kind).double().train()
     feats = torch.randn(SIZES[0], dtype=torch.float64)
@@ -97,7 +100,7 @@ def assert_one_graph(call: Callable[..., Any], backend: str, marked: bool, draw:
             torch.testing.assert_close(evaluate(compiled, inputs), evaluate(call, inputs), rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("kind", ["swapped", "ours", pytest.param("plain", marks=pytest.mark.wide)])
+@compiled_heads
 @pytest.mark.parametrize("marked", [True, False], ids=["mark_dynamic", "dynamic=True"])
 def test_heads_compile_once_for_every_size(kind: str, marked: bool) -> None:
     """Not with Inductor, which compiles a convolution on a CPU for one size."""
@@ -174,7 +177,7 @@ def test_decompositions_give_what_the_ops_give(op: Op, dtype: torch.dtype, layou
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="AOTInductor needs a C++ compiler")
-@heads
+@pytest.mark.parametrize("kind", ["ours", pytest.param("swapped", marks=pytest.mark.wide)])
 def test_aot_inductor(kind: str, tmp_path: Path) -> None:
     """With the ops in it, a package runs in a Python that has imported this library."""
     model = head(kind)

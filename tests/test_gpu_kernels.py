@@ -101,7 +101,8 @@ MAX_SPILLED = 384  # bytes of a thread
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
-@pytest.mark.parametrize("architecture", [90, *(pytest.param(a, marks=pytest.mark.wide) for a in (80, 100))])
+@pytest.mark.wide
+@pytest.mark.parametrize("architecture", [90, 80, 100])
 def test_machine_code(architecture: int, tmp_path: Path) -> None:
     """The kernels compile, and hardly spill registers."""
     flags = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xptxas=-v", "-cubin"]

@@ -41,6 +41,7 @@ def required(requirement: str) -> set[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.wide
 def test_the_extra_alone_tests_what_is_installed(tmp_path: Path) -> None:
     try:
         distributions = [metadata.distribution(name) for name in required("ocr-kernels[test]")]

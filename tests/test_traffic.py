@@ -71,7 +71,11 @@ def draw(*shape: int, dtype: torch.dtype, memory_format: torch.memory_format = t
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "channels_last"])
 @pytest.mark.parametrize(
     ("regions", "dtype"),
-    [*((regions, torch.bfloat16) for regions in (19, 59, 150, 171, 256)), (171, torch.float32)],
+    [
+        *((regions, torch.bfloat16) for regions in (19, 171, 256)),
+        *(pytest.param(regions, torch.bfloat16, marks=pytest.mark.wide) for regions in (59, 150)),
+        (171, torch.float32),
+    ],
     ids=lambda value: str(value).removeprefix("torch."),
 )
 class TestPixelsPassOnce:
@@ -117,7 +121,7 @@ def head_weights(channels: int, key_channels: int, outputs: int, dtype: torch.dt
 
 @pytest.mark.slow
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "channels_last"])
-@pytest.mark.parametrize("regions", [19, 59, 150, 171, 256])
+@pytest.mark.parametrize("regions", [19, 171, 256, *(pytest.param(k, marks=pytest.mark.wide) for k in (59, 150))])
 def test_pixels_of_head(regions: int, memory_format: torch.memory_format) -> None:
     """The first kernel reads feats once, the second once for each tile of output channels; nothing else does."""
     channels, key_channels, outputs = 140, 40, 300
