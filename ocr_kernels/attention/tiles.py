@@ -41,7 +41,7 @@ MAPS = TileTable(
         2: (
             Tile(regions=128, channels=64, pixels=64, stages=2),
             Tile(regions=256, channels=64, pixels=32, stages=2),
-            Tile(regions=128, up_to=ANY, channels=64, pixels=32, stages=2),
+            Tile(regions=128, up_to=ANY, channels=64, pixels=32),
         ),
         4: (
             Tile(regions=128, channels=32, pixels=32, stages=2),
