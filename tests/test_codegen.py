@@ -21,9 +21,8 @@ from ocr_kernels.head.triton import PIXELS_AT_ONCE, pixels_at_once
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "architecture", [pytest.param(name, marks=() if name == "sm_90" else pytest.mark.wide) for name in ARCHITECTURES]
-)
+@pytest.mark.wide
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_machine_code(architecture: str) -> None:
     process = python("-m", "benchmarks.codegen", "--quick", architecture)
     assert process.returncode == 0, process.stdout + process.stderr

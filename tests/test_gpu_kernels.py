@@ -87,6 +87,7 @@ def test_tests_on_a_cpu(host_library: Path, grid: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.wide
 @pytest.mark.xdist_group("host_library")
 def test_threads_in_reverse(host_library: Path) -> None:
     """They take turns from the last to the first, so that one that does not wait for another finds other numbers."""
