@@ -195,5 +195,5 @@ def test_wrong_arguments_of_the_backward_are_named(op: Op, backend: str, data: s
         backward = getattr(torch.ops.ocr_kernels, op.name + "_backward")
         with pytest.raises((TypeError, ValueError)) as raised:
             backward(*wrong.values(), scale, *needs, backend)
-    # a meta tensor is refused by PyTorch, which looks for another kernel
-    assert named.search(str(raised.value)) or isinstance(raised.value, NotImplementedError), raised.value
+    if not (backend == "private" and wrong[name].is_meta):  # that PyTorch refuses, which finds no kernel for the device
+        assert named.search(str(raised.value)), raised.value
