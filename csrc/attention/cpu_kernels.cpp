@@ -119,6 +119,8 @@ struct PixelTile {
   void read(Window w) const {
     w.rows = tensor.rows;
     read_across(by_channel.data(), kPixels, kPixels, tensor, w);
+    if (!channels_last(tensor))
+      return turn(by_pixel.data(), stride, by_channel.data(), kPixels, lanes<Lane>(w.rows), kPixels);
     if (w.columns < kPixels) fill(by_pixel.data(), lanes<Lane>(kPixels) * stride, Lane(0));
     read_across(by_pixel.data(), stride, round_up(w.rows, Vec<Lane>::size), transposed(tensor), transposed(w));
   }

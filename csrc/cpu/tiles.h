@@ -227,6 +227,13 @@ void read_along(Lane* to, int64_t stride, int64_t padded, const Tensor& tensor, 
   read_across(to, stride, padded, tensor, w);
 }
 
+// to [columns, rows] = from [rows, columns], lanes across the rows of each, with zeros up to whole vectors.
+template <class Lane>
+void turn(Lane* to, int64_t stride, Lane* from, int64_t from_stride, int64_t rows, int64_t columns) {
+  const Tensor lanes{from, Holds<Lane>::dtype, 1, columns, rows, 0, 1, from_stride};
+  read_across(to, stride, round_up(rows, Vec<Lane>::size), lanes, {0, 0, columns, 0, rows});
+}
+
 // Asks for the memory of a window that is written soon.
 inline void prefetch(const Tensor& tensor, Window w) {
   const Tensor lines = channels_last(tensor) ? transposed(tensor) : tensor;
@@ -332,6 +339,22 @@ inline void read_along(Pair* to, int64_t stride, int64_t padded, const Tensor& t
       for (int64_t i = 0; i < w.columns; ++i) row[i] = from[i * tensor.stride_column];
     fill(row + w.columns, 2 * padded - w.columns, BFloat16{0});
   }
+}
+inline void turn(Pair* to, int64_t stride, Pair* from, int64_t from_stride, int64_t rows, int64_t columns) {
+  constexpr int64_t size = Vec<Pair>::size;
+  for (int64_t i = 0; i < columns; i += size, to += size / 2 * stride)
+    for (int64_t r = 0; r < rows; r += size) {
+      Vec<Pair> block[size];
+      for (int64_t j = 0; j < size; ++j)
+        block[j] = r + j < rows ? load<Pair>(from + (r + j) * from_stride + i) : broadcast(Pair(0));
+      transpose(block);
+      for (int64_t j = 0; j < size; j += 2) {
+        Half halves[4];
+        memcpy(halves, block + j, sizeof halves);
+        store(to + j / 2 * stride + 2 * r, interleave(halves[0], halves[2]));
+        store(to + j / 2 * stride + 2 * r + size, interleave(halves[1], halves[3]));
+      }
+    }
 }
 
 inline const Pair* lanes_along(Pair* to, const float* from, int64_t rows, int64_t stride) {
