@@ -6,23 +6,21 @@ The gather's softmax runs over pixels, once per region; the attention's runs ove
 from ocr_kernels.attention import pixel_region_attention
 from ocr_kernels.core.backends import available_backends, use_backend
 from ocr_kernels.core.registration import decompositions, flop_formulas
-from ocr_kernels.folding import FoldingReport, fold_ocr_modules, unfold_ocr_modules
 from ocr_kernels.gather import spatial_gather
 from ocr_kernels.head import HeadWeights, ocr_head
-from ocr_kernels.maps import attention_maps, record_maps, region_maps
-from ocr_kernels.replace import ReplacementReport, replace_ocr_modules, restore_ocr_modules
+from ocr_kernels.models.maps import attention_maps, record_maps, region_maps
+from ocr_kernels.models.replace import replace_ocr_modules, restore_ocr_modules
+from ocr_kernels.models.report import ReplacementReport
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "FoldingReport",
     "HeadWeights",
     "ReplacementReport",
     "attention_maps",
     "available_backends",
     "decompositions",
     "flop_formulas",
-    "fold_ocr_modules",
     "ocr_head",
     "pixel_region_attention",
     "record_maps",
@@ -30,6 +28,12 @@ __all__ = [
     "replace_ocr_modules",
     "restore_ocr_modules",
     "spatial_gather",
-    "unfold_ocr_modules",
     "use_backend",
 ]
+
+
+def __getattr__(name: str) -> object:
+    if name in ("fold_ocr_modules", "unfold_ocr_modules"):
+        instead = "replace_ocr_modules" if name == "fold_ocr_modules" else "restore_ocr_modules"
+        raise AttributeError(f"ocr_kernels.{name} is gone: {instead} does both")
+    raise AttributeError(f"module 'ocr_kernels' has no attribute {name!r}")

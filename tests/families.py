@@ -398,7 +398,7 @@ class Family:
 
 IMAGE, LABEL = (2, 3, 6, 4), (2, 6, 4)
 NO_PRODUCT = "the softmax is not followed by a product over its dimension"
-NOT_3D = "the softmax's input is not [B, K, N] or [B, N, K]"
+NOT_3D = "the softmax's input has 4 dimensions instead of 3"
 FAMILIES = [
     Family("regions [B, C, K], Conv1d, bmm", Head),
     Family("regions [B, K, C], Linear, @", RegionRows),
@@ -406,6 +406,7 @@ FAMILIES = [
     Family("volumes, regions [B, C, K, 1, 1]", Volume, inputs=((2, CHANNELS, 4, 2, 6),)),
     Family("einsum", Einsum),
     Family("einops", Rearranged),
+    Family("einops on scores", RearrangedScores, 1, 0),
     Family("inplace-abn", lambda: Head(norm=ActivatedNorm)),
     Family("inlined, coarse logits", Net, inputs=(IMAGE,)),
     Family("inlined, coarse feats", lambda: Net(scale_logits=False), inputs=((2, 3, 8, 8),)),
@@ -420,7 +421,7 @@ FAMILIES = [
     Family("hooks", hooked),
     Family("heads folded into the batch", FoldedHeads),
     Family("two heads", MultiHead, 1, 0, NOT_3D),
-    Family("weights of four dimensions", SpatialEinsum, 0, 1, NO_PRODUCT),
+    Family("weights of four dimensions", SpatialEinsum),
     Family("no scale", NoScale),
     Family("residual", Residual),
     Family("joined keys", lambda: TwoProxies(join_scores=False)),

@@ -7,13 +7,12 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from families import FAMILIES, FEATS, Family, Head, RearrangedScores, RegionRows
+from families import FAMILIES, FEATS, Family, Head, RegionRows
 from module_results import CountOps, assert_same, results
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ocr_kernels import replace
-from ocr_kernels.replace import replace_ocr_modules, restore_ocr_modules
+from ocr_kernels.models.replace import replace_ocr_modules, restore_ocr_modules
 
 
 @pytest.fixture(autouse=True)
@@ -45,25 +44,13 @@ def test_family(family: Family) -> None:
     assert_same(results(swapped, *inputs), expected, 0)
 
 
-def test_scores_given_to_what_takes_tensors_alone() -> None:
-    head = RearrangedScores()
-    feats = torch.rand(FEATS)
-    expected = head(feats)
-    report = replace_ocr_modules(head, example_inputs=feats)
-    assert "it fails where scores are deferred" in report.left_alone[0].reason
-    torch.testing.assert_close(head(feats), expected)
-
-
-@pytest.mark.parametrize("way", ["rewritten", "watched"])
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
-def test_compiled_family(family: Family, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if way == "watched":
-        monkeypatch.setattr(replace, "_is_direct", lambda module: False)
+def test_compiled_family(family: Family) -> None:
     plain, swapped = with_swapped_copy(family.make().double().eval())
     inputs = [torch.rand(shape, dtype=torch.float64) * 3 for shape in family.inputs]
     torch._dynamo.reset()
     # Dynamo cannot trace what is neither tensor nor function
-    found = torch.compile(swapped, fullgraph=family.name != "einops", backend="eager")(*inputs)
+    found = torch.compile(swapped, fullgraph="einops" not in family.name, backend="eager")(*inputs)
     torch.testing.assert_close(found, plain(*inputs), rtol=1e-10, atol=1e-10)
 
 

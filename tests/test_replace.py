@@ -15,16 +15,8 @@ import torch.nn.functional as F
 from module_results import CountOps, assert_same, results
 from torch import Tensor, nn
 
-from ocr_kernels import modules, reference, replace
-from ocr_kernels.replace import replace_ocr_modules, restore_ocr_modules
-
-
-@pytest.fixture(autouse=True, params=["rewritten", "watched"])
-def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """How a swapped forward is followed: its own calls only, where that is enough, or all by a mode."""
-    if request.param == "watched":
-        monkeypatch.setattr(replace, "_is_direct", lambda module: False)
-    return str(request.param)
+from ocr_kernels import modules, reference
+from ocr_kernels.models.replace import replace_ocr_modules, restore_ocr_modules
 
 
 @pytest.fixture(autouse=True)
@@ -706,7 +698,7 @@ def test_the_dry_run_measures_and_leaves_no_trace(form: str, training: bool) -> 
 
 
 def test_the_dry_run_reports_a_wrong_result(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ocr_kernels.recognition.spatial_gather", lambda *args: modules.spatial_gather(*args) + 0.5)
+    monkeypatch.setattr("ocr_kernels.models.recognition.spatial_gather", lambda *args: modules.spatial_gather(*args) + 0.5)
     report = replace_ocr_modules(head().eval(), example_inputs=torch.randn(HEAD_INPUT))
     assert report.swapped[0].max_error == pytest.approx(0.5, rel=1e-4)
     assert report.swapped[1].max_error < 1e-4

@@ -1,0 +1,239 @@
+"""One call that lets the OCR modules of a model run on the fused ops, and one that undoes it.
+
+A replaced module keeps its class, parameters, buffers, hooks and `state_dict` keys: what changes is the instance's
+`forward`, which computes what the module's own computes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from ocr_kernels import modules
+from ocr_kernels.core.backends import resolve_backend
+from ocr_kernels.models.block_plan import BlockPlan, plan_block, verify
+from ocr_kernels.models.replacement import Replacement, is_own_forward, replacement_of
+from ocr_kernels.models.report import LeftAlone, ReplacementReport, Swapped
+from ocr_kernels.models.rewriting import PRODUCTS, Rewriter
+from ocr_kernels.models.trial import Finding, device_of, dry_run
+
+Filter = Callable[[nn.Module, str], bool]
+
+
+def replace_ocr_modules(
+    model: nn.Module, *, filter: Filter | None = None, example_inputs: Any = None, blocks: bool = True
+) -> ReplacementReport:
+    """Let every module of `model`, itself included, that computes OCR's gather or attention do so with our ops.
+
+    The computation is recognised while it runs, not by names: a softmax over pixels followed by a product with the
+    pixels' features, and a product followed by a softmax over regions and a product with the regions' values, with
+    fewer regions than pixels. Everything else in the module's forward runs as it always did. What cannot be followed
+    from a module's source is not assumed: it is given computed tensors, or the module is left alone.
+
+    A module that computes the whole of step 4, from pixels and regions to z, runs as one op, `ocr_head`, in eval mode
+    where no gradient is wanted. It is found by what it computes, too: its layers are traced, and checked on random
+    weights. What a trained weight, another layer, a hook or an attribute changes is seen at the next call.
+
+    Args:
+        model: changed in place; repeating the call changes nothing more. `restore_ocr_modules` undoes it.
+        filter: `(module, name) -> bool`, whether a module may be replaced.
+        example_inputs: what `model` is called with: a tensor, a tuple of arguments or a dict of keyword arguments. A
+            dry run then finds out what really ran fused, and its error; modules in which nothing did, or whose outputs
+            would be off, are left as they were. Parameters, buffers, attributes, the training flags and PyTorch's
+            random state stay.
+        blocks: whether step 4 may run as one op.
+
+    Returns:
+        What was replaced, what looked like OCR and was left alone, and why.
+
+    Raises:
+        TypeError: an argument is of the wrong type; nothing is changed.
+
+    Example:
+        >>> report = replace_ocr_modules(model, example_inputs=image)
+        >>> print(report)
+        >>> report.raise_if_incomplete()
+    """
+    _check_arguments(model, filter, example_inputs)
+    rewriter, tried = Rewriter(), example_inputs is not None
+    rows: dict[nn.Module, Swapped | LeftAlone | None] = {}
+    replacements: dict[nn.Module, Replacement] = {}
+    names = {module: name for name, module in model.named_modules()}
+    for module, name in names.items():
+        found = _replacement(module, rewriter, blocks)
+        if isinstance(found, Replacement) and filter is not None and not filter(module, name):
+            found = LeftAlone(name, type(module).__qualname__, "the filter says so", is_intended=True)
+        if isinstance(found, Replacement):
+            replacements[module] = found
+        elif found is not None:
+            rows[module] = dataclasses.replace(found, name=name)
+    findings, failure = dry_run(model, replacements, example_inputs) if tried and replacements else ({}, None)
+    for module, replacement in replacements.items():
+        row, finding = None, findings.get(module)
+        if replacement.copies:
+            row = Swapped(names[module], type(module).__qualname__, backend=_backend(module, model))
+            row = _completed(row, replacement, finding, failure, tried)
+        rows[module] = _as_a_block(row, names[module], replacement, finding) if blocks else row
+    for module, replacement in replacements.items():
+        if isinstance(rows[module], Swapped):
+            replacement.install()
+    return ReplacementReport(
+        tuple(row for row in rows.values() if isinstance(row, Swapped)),
+        tuple(row for row in rows.values() if isinstance(row, LeftAlone)),
+    )
+
+
+def restore_ocr_modules(model: nn.Module) -> list[str]:
+    """Give the replaced modules of `model` their own forwards back; the names of those that were replaced.
+
+    Where another library has wrapped a replaced forward since, the module's own runs inside of what it made.
+
+    Raises:
+        TypeError: `model` is no module.
+    """
+    _check_arguments(model, None, None)
+    replaced = [(name, module, replacement_of(module)) for name, module in model.named_modules()]
+    for _, _, replacement in replaced:
+        if replacement is not None:
+            replacement.remove()
+    return [name for name, _, replacement in replaced if replacement is not None]
+
+
+def _check_arguments(model: object, filter: object, example_inputs: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, but is {type(model).__name__}")
+    if filter is not None and not callable(filter):
+        raise TypeError(f"filter must be callable as filter(module, name), but is {type(filter).__name__}")
+    if not isinstance(example_inputs, (Tensor, tuple, dict, type(None))):
+        raise TypeError(
+            "example_inputs must be a tensor, a tuple of arguments or a dict of keyword arguments, "
+            f"but is {type(example_inputs).__name__}"
+        )
+
+
+# Which modules may contain the computations
+
+
+def _replacement(module: nn.Module, rewriter: Rewriter, blocks: bool) -> Replacement | LeftAlone | None:
+    """What may stand in for a module's forward; or why nothing can; or None where nothing in it looks like OCR."""
+    kind = type(module)
+    if replacement_of(module) is not None:
+        return LeftAlone("", kind.__qualname__, "it was replaced before", is_intended=True)
+    if isinstance(module, (modules.SpatialGather, modules.ObjectAttentionBlock)):
+        return LeftAlone("", kind.__qualname__, "it calls ocr_kernels itself", is_intended=True)
+    classes = kind, *_softmax_parts(module, rewriter)
+    reason = _why_not(module, classes, rewriter)
+    if reason is None:
+        return Replacement(module, classes, rewriter.copies(classes), None)
+    if blocks and reason == "" and _may_be_a_block(module, rewriter):
+        return Replacement(module, (), {}, None)
+    return LeftAlone("", kind.__qualname__, reason) if reason else None
+
+
+def _why_not(module: nn.Module, classes: tuple[type[nn.Module], ...], rewriter: Rewriter) -> str | None:
+    """Why a module's own computations cannot be recognised: empty where it has none, None where they can."""
+    names = rewriter.names(type(module))
+    if not computes_softmax(names) and len(classes) == 1:
+        return "it takes a sigmoid, not a softmax" if "sigmoid" in names and names & PRODUCTS else ""
+    if not names & PRODUCTS:
+        summed = computes_softmax(names) and "sum" in names and "*" in names
+        return "it sums what it multiplies by a softmax, which is not recognised as a product" if summed else ""
+    if is_own_forward(module):
+        return "its forward is the instance's own, not its class's"
+    return rewriter.why_not(type(module))
+
+
+def computes_softmax(names: frozenset[str]) -> bool:
+    return any("softmax" in name.lower() for name in names) or "scaled_dot_product_attention" in names
+
+
+def _softmax_parts(module: nn.Module, rewriter: Rewriter) -> tuple[type[nn.Module], ...]:
+    """The classes of children that take a softmax for the module's own product."""
+    names = rewriter.names(type(module))
+    parts = (part for name in names & module._modules.keys() for part in module.get_submodule(name).modules())
+    found = {type(part): rewriter.names(type(part)) for part in parts}
+    return tuple(
+        kind
+        for kind, inside in found.items()
+        if issubclass(kind, nn.Softmax) or (computes_softmax(inside) and not inside & PRODUCTS)
+    )
+
+
+def _may_be_a_block(module: nn.Module, rewriter: Rewriter) -> bool:
+    """Whether a module has layers around an attention of its children."""
+    matrices = sum(parameter.dim() > 1 for parameter in module.parameters())
+    return matrices >= 5 and any(
+        isinstance(part, modules.ObjectAttentionBlock)
+        or (rewriter.names(type(part)) & PRODUCTS and computes_softmax(rewriter.names(type(part))))
+        for part in module.modules()
+    )
+
+
+def _backend(module: nn.Module, model: nn.Module) -> str:
+    """The backend that will run a module on its device."""
+    has_tensors = next(module.parameters(), None) is not None
+    device = device_of(module if has_tensors else model)
+    try:
+        return resolve_backend(device, None)
+    except RuntimeError as error:
+        return str(error)
+
+
+# What a dry run and a trace found out
+
+
+def _completed(
+    row: Swapped, replacement: Replacement, finding: Finding | None, failure: str | None, tried: bool
+) -> Swapped | LeftAlone:
+    """The row of a module whose own computations may run fused, after a dry run if there was one."""
+    if not tried:
+        return row
+    if finding is None:
+        if failure is not None:
+            return LeftAlone(row.name, row.module_class, f"the dry run failed before it was called: {failure}")
+        return dataclasses.replace(row, computations=())
+    errors, fused = finding.errors, tuple(dict.fromkeys(finding.log.fused))
+    reason = finding.failure or ("; ".join(finding.log.reasons()) or "neither computation ran" if not fused else None)
+    reason = reason or (errors and errors.why_not())
+    if reason or errors is None:
+        return LeftAlone(row.name, row.module_class, str(reason))
+    return dataclasses.replace(
+        row,
+        computations=fused,
+        max_error=errors.error,
+        eager_error=errors.eager_error,
+        relative_error=errors.relative_error,
+        saved_bytes=finding.saved_bytes,
+        notes=finding.log.reasons(),
+    )
+
+
+def _as_a_block(
+    row: Swapped | LeftAlone | None, name: str, replacement: Replacement, finding: Finding | None
+) -> Swapped | LeftAlone | None:
+    """The row of a module that may be the whole of step 4; its replacement gets the plan."""
+    module = replacement.module
+    given = [*finding.args, *finding.kwargs.values()] if finding is not None else []
+    example = tuple(given) if len(given) == 2 and all(isinstance(x, Tensor) for x in given) else None
+    plan = plan_block(module, example)
+    if isinstance(plan, BlockPlan):
+        errors = verify(module, plan, example)
+        if not isinstance(errors, str):
+            replacement.plan = plan
+            before = row.computations if isinstance(row, Swapped) else ()
+            found = row if isinstance(row, Swapped) else Swapped(name, type(module).__qualname__)
+            error, eager_error, relative = errors
+            return dataclasses.replace(
+                found,
+                computations=("block", *(before or ())),
+                max_error=max(error, found.max_error or 0.0),
+                eager_error=max(eager_error, found.eager_error or 0.0),
+                relative_error=max(relative, found.relative_error or 0.0),
+            )
+        plan = errors
+    if row is not None:
+        return dataclasses.replace(row, notes=(*row.notes, f"no block: {plan}")) if plan and isinstance(row, Swapped) else row
+    return LeftAlone(name, type(module).__qualname__, f"no block: {plan}", is_intended=True) if plan else None

@@ -1,0 +1,117 @@
+"""What stands in for the forward of one module: an attribute of the instance, whose class stays what it is.
+
+So `type(module)`, `isinstance`, registries, `state_dict` and what other libraries do to the class see nothing of it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from ocr_kernels.models.block_plan import BlockPlan
+from ocr_kernels.models.recognition import Copies, Log, Recognition
+from ocr_kernels.models.rewriting import Rewriter
+
+RESTORE_FIRST = "call ocr_kernels.restore_ocr_modules(model) first, and replace_ocr_modules(model) again after it"
+
+
+class Replacement:
+    """Calls a module's own forward, a rewritten copy of it, or in eval mode the block that it computes."""
+
+    def __init__(
+        self, module: nn.Module, classes: tuple[type[nn.Module], ...], copies: Copies, plan: BlockPlan | None
+    ) -> None:
+        self.module = module
+        self.classes = classes  # whose forwards may be followed: the module's own, and its children's
+        self.copies = copies
+        self.plan = plan
+        self.is_active = True
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.plan is not None and self.is_active:
+            out = self.plan.try_run(self.module, args, kwargs)
+            if out is not None:
+                return out
+        return self.follow(args, kwargs)
+
+    def follow(self, args: tuple[Any, ...], kwargs: dict[str, Any], log: Log | None = None) -> Any:
+        """The module's own forward, with its computations recognised."""
+        module = self.module
+        function = type(module).forward
+        rewritten = self.copies.get(function) if self.is_active else None  # type: ignore[call-overload]
+        if rewritten is None or _is_recorded():
+            return function(module, *args, **kwargs)
+        recognition = Recognition(self.copies, log)
+        return recognition.settle(rewritten(recognition, module, *args, **kwargs))
+
+    # The attributes of a module that is replaced
+
+    def install(self) -> None:
+        vars(self.module).update(
+            forward=self, _replicate_for_data_parallel=self.replicate, __prepare_scriptable__=self.refuse_scripting
+        )
+
+    def remove(self) -> None:
+        self.is_active = False  # where another library has wrapped and kept it, too
+        for name, value in list(vars(self.module).items()):
+            if value is self or getattr(value, "__self__", None) is self:
+                del vars(self.module)[name]
+
+    def replicate(self) -> nn.Module:
+        """For `nn.DataParallel`, whose replicas have a copy of the module's attributes."""
+        replica: nn.Module = type(self.module)._replicate_for_data_parallel(self.module)  # type: ignore[no-untyped-call]
+        Replacement(replica, self.classes, self.copies, self.plan).install()
+        return replica
+
+    def refuse_scripting(self) -> nn.Module:
+        raise RuntimeError(f"torch.jit.script cannot compile a module that was replaced: {RESTORE_FIRST}")
+
+    def __getattr__(self, name: str) -> Any:
+        """What is asked of a forward: its name, its signature, its code."""
+        if name in _OF_A_METHOD and "module" in vars(self):
+            return getattr(self.__wrapped__, name)
+        raise AttributeError(name)
+
+    @property
+    def __wrapped__(self) -> Callable[..., Any]:
+        return type(self.module).forward.__get__(self.module)  # type: ignore[no-any-return]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Replacement:
+        twin = memo[id(self)] = Replacement.__new__(Replacement)
+        vars(twin).update(vars(self), module=copy.deepcopy(self.module, memo), plan=copy.deepcopy(self.plan, memo))
+        return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "copies"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, copies=Rewriter().copies(state["classes"]))
+
+
+_OF_A_METHOD = {"__name__", "__qualname__", "__doc__", "__func__", "__self__", "__code__", "__defaults__"}
+_OF_A_METHOD |= {"__kwdefaults__", "__annotations__", "__signature__"}
+
+
+def replacement_of(module: nn.Module) -> Replacement | None:
+    """What stands in for a module's forward, also where another library has wrapped it since."""
+    found = (value for value in vars(module).values() if isinstance(value, Replacement))
+    return next((value for value in found if value.module is module), None)
+
+
+def _is_recorded() -> bool:
+    """Whether the call becomes part of a program that is to run elsewhere."""
+    return (
+        torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+        or torch.compiler._is_exporting_flag  # is_exporting() is true under any torch.compile of PyTorch 2.11
+    )
+
+
+def is_own_forward(module: nn.Module) -> bool:
+    """Whether a module's forward is the instance's own, not its class's."""
+    return "forward" in vars(module) or isinstance(module, torch.fx.GraphModule)
+
+

@@ -1,0 +1,90 @@
+"""What a replacement did, a row for each module."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+
+@dataclasses.dataclass(frozen=True)
+class Swapped:
+    """A module that was replaced, what runs it, and what a dry run found."""
+
+    name: str
+    module_class: str
+    computations: tuple[str, ...] | None = None
+    """`"gather"`, `"attention"`, `"block"`; None if it was not run, empty if `example_inputs` did not reach it."""
+    backend: str = ""
+    """That of the device its parameters are on."""
+    max_error: float | None = None
+    eager_error: float | None = None
+    """What the module's own forward is off in its dtype, as `max_error` against float64."""
+    relative_error: float | None = None
+    saved_bytes: int | None = None
+    """How much less is kept for the backward pass."""
+    notes: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class LeftAlone:
+    """A module that looks like OCR and was not changed."""
+
+    name: str
+    module_class: str
+    reason: str
+    is_intended: bool = False
+    """Whether nothing is missing: it was replaced before, calls ocr_kernels itself, or the filter says so."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ReplacementReport:
+    """What `replace_ocr_modules` did; `print` it. True if anything was replaced."""
+
+    swapped: tuple[Swapped, ...]
+    left_alone: tuple[LeftAlone, ...]
+
+    def __bool__(self) -> bool:
+        return bool(self.swapped)
+
+    def raise_if_incomplete(self) -> None:
+        """For a test of a model: `replace_ocr_modules(model, example_inputs=x).raise_if_incomplete()`.
+
+        Raises:
+            RuntimeError: with the report, where nothing was replaced, something that looks like OCR was left alone, or
+                a replaced module was not run by the example inputs.
+        """
+        missing = not self.swapped and not any(row.is_intended for row in self.left_alone)
+        missing |= any(not row.is_intended for row in self.left_alone)
+        missing |= any(row.computations == () for row in self.swapped)
+        if missing:
+            raise RuntimeError(f"not every OCR module of the model was replaced:\n{self}")
+
+    def __str__(self) -> str:
+        swapped = [(row.name or "(model)", row.module_class, *_findings(row)) for row in self.swapped]
+        left_alone = [(row.name or "(model)", row.module_class, row.reason) for row in self.left_alone]
+        lines = [f"{len(swapped)} swapped, {len(left_alone)} left alone"]
+        if swapped:
+            columns = "swapped", "class", "fused", "backend", "error", "eager's own", "relative", "saves", "remarks"
+            lines.append(_table(columns, *swapped))
+        if left_alone:
+            lines.append(_table(("left alone", "class", "because"), *left_alone))
+        return "\n".join(lines)
+
+
+def _findings(row: Swapped) -> tuple[str, ...]:
+    fused = {None: "to be seen when it runs", (): "not run by example_inputs"}.get(row.computations)
+    backend = "reference: not faster" if row.backend == "reference" else row.backend
+    errors = (row.max_error, row.eager_error, row.relative_error)
+    saved = "" if row.saved_bytes is None else f"{row.saved_bytes / 2**20 + 0.0:.1f} MiB"
+    return (
+        fused or ", ".join(row.computations or ()),
+        backend,
+        *("" if error is None else f"{error:.1e}" for error in errors),
+        saved,
+        "; ".join(row.notes),
+    )
+
+
+def _table(*rows: tuple[str, ...]) -> str:
+    widths = [max(map(len, column)) for column in itertools.zip_longest(*rows, fillvalue="")]
+    return "\n".join("  " + "  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)

@@ -1,0 +1,218 @@
+"""A run of a user's model that leaves no trace, in which each module's replacement is compared with its own forward."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ocr_kernels.models.recognition import Log
+from ocr_kernels.models.replacement import Replacement
+
+_running = threading.Lock()  # PyTorch's random state is one for all threads
+
+
+@dataclasses.dataclass(frozen=True)
+class Errors:
+    """How far outputs are off: ours and the module's own in its dtype, against float64 where that could be run."""
+
+    error: float
+    eager_error: float | None
+    relative_error: float
+    bound: float
+
+    def why_not(self) -> str | None:
+        if self.error <= self.bound:
+            return None
+        return f"its outputs would be off by {self.error:.1e} (relative {self.relative_error:.1e})"
+
+
+@dataclasses.dataclass
+class Finding:
+    """What the trial of one module found: what ran fused, and how well; or why it cannot be replaced."""
+
+    log: Log = dataclasses.field(default_factory=Log)
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    errors: Errors | None = None
+    saved_bytes: int | None = None
+    failure: str | None = None
+
+
+def dry_run(
+    model: nn.Module, replacements: Mapping[nn.Module, Replacement], example_inputs: Any
+) -> tuple[dict[nn.Module, Finding], str | None]:
+    """What was found in the modules that a run of `model` reaches first, and what the run failed of, if it did."""
+    findings: dict[nn.Module, Finding] = {}
+    kwargs = example_inputs if isinstance(example_inputs, dict) else {}
+    args = example_inputs if isinstance(example_inputs, tuple) else () if kwargs else (example_inputs,)
+    args, kwargs = cloned((args, kwargs))
+    with _running, torch.no_grad(), forked_rng(model), preserved(model), torch.compiler.set_stance("force_eager"):
+        for module, replacement in replacements.items():
+            vars(module)["forward"] = _Observer(replacement, findings)
+        try:
+            model(*args, **kwargs)
+        except Exception as error:
+            return findings, f"{type(error).__name__}: {error}"
+    return findings, None
+
+
+class _Observer:
+    """In place of a module's forward: tries its replacement at the first call."""
+
+    def __init__(self, replacement: Replacement, findings: dict[nn.Module, Finding]) -> None:
+        self.replacement = replacement
+        self.findings = findings
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        module = self.replacement.module
+        if module not in self.findings:
+            finding = self.findings[module] = Finding(args=cloned(args), kwargs=cloned(kwargs))
+            try:
+                _compare(self.replacement, finding)
+            except Exception as error:
+                finding.failure = f"it fails: {type(error).__name__}: {error}"
+        return type(module).forward(module, *args, **kwargs)
+
+    def __deepcopy__(self, memo: Any) -> None:
+        return None
+
+
+def _compare(replacement: Replacement, finding: Finding) -> None:
+    module, args, kwargs = replacement.module, finding.args, finding.kwargs
+    observers = [(part, vars(part).pop("forward")) for part in module.modules() if _is_observed(part)]
+    try:
+        grad = module.training
+        found, saved = _run(module, lambda a, k: replacement.follow(a, k, finding.log), args, kwargs, grad)
+        expected, saved_before = _run(module, lambda a, k: type(module).forward(module, *a, **k), args, kwargs, grad)
+        finding.saved_bytes = saved_before - saved if grad else None
+        finding.errors = errors(found, expected, lambda: _exact(module, args, kwargs))
+    finally:
+        for part, observer in observers:
+            vars(part)["forward"] = observer
+
+
+def _is_observed(module: nn.Module) -> bool:
+    return isinstance(vars(module).get("forward"), _Observer)
+
+
+def _run(
+    module: nn.Module, forward: Callable[[Any, Any], Any], args: Any, kwargs: Any, grad: bool
+) -> tuple[Any, int]:
+    """What a forward gives, and how many bytes it saves for a backward pass beside its inputs and parameters."""
+    args, kwargs = cloned((args, kwargs))
+    given = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+    if grad:
+        for tensor in given:
+            tensor.requires_grad_(tensor.is_floating_point())
+    own = {_address(t) for t in [*given, *module.parameters(), *module.buffers()]}
+    saved: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if _address(tensor) not in own:
+            saved[_address(tensor)] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with preserved(module), forked_rng(module), torch.set_grad_enabled(grad):
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            out = forward(args, kwargs)
+        return pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), out), sum(saved.values())
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _exact(module: nn.Module, args: Any, kwargs: Any) -> Any:
+    """What the module's own forward gives in float64."""
+    twin = copy.deepcopy(module).double()
+    args, kwargs = pytree.tree_map_only(Tensor, _double, (args, kwargs))
+    with forked_rng(module), torch.autocast(device_of(module).type, enabled=False):
+        return type(twin).forward(twin, *args, **kwargs)
+
+
+def _double(tensor: Tensor) -> Tensor:
+    return tensor.double() if tensor.is_floating_point() else tensor.clone()
+
+
+def errors(found: Any, expected: Any, exact: Callable[[], Any]) -> Errors:
+    """How far `found` is off, from float64 if `exact` gives something near `expected`, else from `expected`."""
+    outputs = [t for t in pytree.tree_leaves(expected) if isinstance(t, Tensor) and t.is_floating_point()]
+    eps = max([torch.finfo(t.dtype).eps for t in outputs], default=0.0)
+    try:
+        truth = exact()
+        eager_error, eager_relative = error_of(expected, truth)
+        if eager_relative <= min(0.5, 64 * eps**0.5):
+            error, relative = error_of(found, truth)
+            largest = error / relative if relative else 0.0
+            return Errors(error, eager_error, relative, 4 * eager_error + 8 * eps * largest)
+    except Exception:  # a module may do anything in another dtype
+        pass
+    error, relative = error_of(found, expected)
+    return Errors(error, None, relative, 4 * eps**0.5 * (error / relative if relative else 0.0))
+
+
+def error_of(output: Any, expected: Any) -> tuple[float, float]:
+    """The largest difference over all tensors, and the largest one relative to its tensor's largest value.
+
+    What is not finite on one side alone, or differs there, is off by infinity.
+    """
+    absolute = relative = 0.0
+    for a, b in zip(pytree.tree_leaves(output), pytree.tree_leaves(expected), strict=True):
+        if isinstance(b, Tensor) and b.is_floating_point() and b.numel():
+            if a.shape != b.shape:
+                return torch.inf, torch.inf
+            a, b = a.detach().double(), b.detach().double()
+            same = (a == b) | (a.isnan() & b.isnan())
+            error = (a - b).abs().nan_to_num(nan=torch.inf).masked_fill(same, 0).max().item()
+            largest = b.abs().nan_to_num(nan=0.0, posinf=0.0).max().item() or 1.0
+            absolute = max(absolute, error)
+            relative = max(relative, error / largest)
+    return absolute, relative
+
+
+# Without a trace
+
+
+def cloned(tree: Any) -> Any:
+    return pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), tree)
+
+
+def device_of(module: nn.Module) -> torch.device:
+    tensors = (*module.parameters(), *module.buffers())
+    return tensors[0].device if tensors else torch.device("cpu")
+
+
+def forked_rng(model: nn.Module) -> contextlib.AbstractContextManager[None]:
+    tensors = (*model.parameters(), *model.buffers())
+    return torch.random.fork_rng({t.device.index for t in tensors if t.device.type == "cuda"})
+
+
+@contextlib.contextmanager
+def preserved(model: nn.Module) -> Iterator[None]:
+    """Put everything that modules hold back as it was: values, attributes, children, hooks, containers."""
+    holders = [vars(module) for module in model.modules()]
+    holders += [value for holder in holders for value in holder.values() if isinstance(value, _CONTAINERS)]
+    before = [(holder, copy.copy(holder)) for holder in holders]
+    values = [(t, t.detach().clone()) for t in (*model.parameters(), *model.buffers())]
+    try:
+        yield
+    finally:
+        for holder, was in before:
+            holder.clear()
+            (holder.update if isinstance(holder, (dict, set)) else holder.extend)(was)
+        with torch.no_grad():
+            for tensor, value in values:
+                if not torch.equal(tensor, value):
+                    tensor.copy_(value)
+
+
+_CONTAINERS = dict, list, set, deque
