@@ -70,11 +70,11 @@ class Origin(NamedTuple):
 
 
 class Deferred:
-    """Stand-in for the result of a call that has not run: scores, their softmax, or contexts.
+    """Stand-in for the result of a call that has not run: scores, their softmax, or an op's result.
 
     With R rows and S columns the scores are `scale * operands[0]`, `[B, R, S]`, or `scale * operands[0] @ operands[1]`,
     of `[B, R, D]` and `[B, D, S]`. A softmax runs over the columns. If `flipped`, this stands for their transpose,
-    `[B, S, R]`. Contexts are the transpose of `operands[0]`, which is what the attention gives. If `spatial`, the columns
+    `[B, S, R]`. A result is the transpose of `operands[0]`, which the op gave. If `spatial`, the columns
     were given the dimensions of an image back. It has no tensor's storage and is none: whatever it cannot do itself,
     the computed tensor does.
     """
@@ -92,7 +92,7 @@ class Deferred:
         flipped: bool,
         softmaxed: bool = False,
         origin: Origin | None = None,
-        is_context: bool = False,
+        is_result: bool = False,
         spatial: bool = False,
     ) -> None:
         self.recognition = recognition
@@ -102,7 +102,7 @@ class Deferred:
         self.flipped = flipped
         self.softmaxed = softmaxed
         self.origin = origin or Origin(operands, _versions(operands), _settings(operands[0]))
-        self.is_context = is_context
+        self.is_result = is_result
         self.spatial = spatial
         self.value = None
         recognition.made.append(self)
@@ -110,7 +110,7 @@ class Deferred:
     def compute(self) -> Tensor:
         """The tensor this stands for; from then on this is that tensor, also for what is recognised."""
         if self.call is not None:
-            if not self.is_context:
+            if not self.is_result:
                 self.origin.check_unchanged()
             (func, args, kwargs), (grad, autocast) = self.call, self.origin.settings
             if self.origin.settings == _settings(self.operands[0]):
@@ -190,11 +190,12 @@ class Recognition:
 
     def call(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """`function(*args, **kwargs)`"""
-        handler = handler_of(function)
-        result = None if handler is None else handler(self, function, args, kwargs)
-        if result is not None:
-            return result
-        if handler is None:
+        handler = _handler_of(function)
+        if handler is not None:
+            result = handler(self, function, args, kwargs)
+            if result is not None:
+                return result
+        else:
             copy, first = self._seen(function)
             if copy is not None:
                 return copy(self, *first, *args, **kwargs)
@@ -260,11 +261,12 @@ class Recognition:
         tensors = [t for t in _leaves(targets) if isinstance(t, (Tensor, Deferred))]
         for deferred in live if tensors else ():
             if torch.compiler.is_compiling():  # nothing tells what shares memory; a copy that is not needed goes
-                deferred.is_context or deferred.keep()  # noqa: B018
+                deferred.is_result or deferred.keep()  # noqa: B018
             elif any(_depends(deferred, t) for t in tensors):
                 deferred.compute()
 
-    def before_any_change(self) -> None:
+    def compute_all(self) -> None:
+        """Before and after a block in which PyTorch's modes, as gradients and autocast, may be others."""
         computed(self.made)
 
     def settle(self, value: Any) -> Any:
@@ -292,33 +294,36 @@ class Recognition:
 
     def _seen(self, function: Any) -> tuple[FunctionType | None, tuple[Any, ...]]:
         """The rewritten copy of what `function` runs, and its first arguments."""
+        if isinstance(function, nn.Module):
+            copy = self.copies.get(type(function).forward)  # type: ignore[call-overload]
+            return (copy, (function,)) if copy is not None and is_plain_call(function) else (None, ())
         if isinstance(function, FunctionType):
             return self.copies.get(function), ()
         if isinstance(function, MethodType):
             inner = function.__func__
             return (self.copies.get(inner) if isinstance(inner, FunctionType) else None), (function.__self__,)
-        if isinstance(function, nn.Module) and is_plain_call(function):
-            return self.copies.get(type(function).forward), (function,)  # type: ignore[call-overload]
         return None, ()
 
     def product(self, left: Any, right: Any, call: Call, flipped: bool = False, factor: float = 1.0) -> Any:
         """`left` `[B, R, D]` @ `right` `[B, D, S]`, transposed if `flipped`; None if it has to run as it is."""
-        if _is_live(left) and left.softmaxed:
-            return self._fuse(left, left.flipped, _transpose(computed(right)), not flipped, factor)
-        if _is_live(right) and right.softmaxed:
-            return self._fuse(right, not right.flipped, computed(left), flipped, factor)
-        first, second = _scaled_tensor(left), _scaled_tensor(right)
-        if first is None or second is None:
+        if type(left) is Deferred or type(right) is Deferred:
+            if _is_live(left) and left.softmaxed:
+                return self._fuse(left, left.flipped, _transpose(computed(right)), not flipped, factor)
+            if _is_live(right) and right.softmaxed:
+                return self._fuse(right, not right.flipped, computed(left), flipped, factor)
+            left, a = _scaled_tensor(left)
+            right, b = _scaled_tensor(right)
+            factor = a * b * factor
+        if not (_is_plain(left) and _is_plain(right)):
             return None
-        (query, a), (key, b) = first, second
-        settings = _settings(query)
+        query, key = left, right
+        shape, other = query.shape, key.shape
         if (
-            _holds(query.size(0) == key.size(0))
-            and _holds(query.size(2) == key.size(1))
-            and not _holds(query.size(1) == key.size(2))
-            and _agree(query, key, settings)
+            _equal((shape[0], shape[2]), (other[0], other[1]))
+            and not _equal(shape[1], other[2])
+            and _agree(query, key)
         ):
-            return Deferred(self, call, (query, key), a * b * factor, flipped)
+            return Deferred(self, call, (query, key), factor, flipped)
         return None
 
     def _fuse(self, weights: Deferred, over_rows: bool, values: Any, transpose: bool, factor: float) -> Any:
@@ -328,44 +333,42 @@ class Recognition:
         if over_rows:
             self.note("the product after the softmax does not run over the softmax's dimension")
             return None
-        settings, first, last = weights.origin.settings, weights.operands[0], weights.operands[-1]
+        first, last = weights.operands[0], weights.operands[-1]
         if not _is_plain(values):
             self._note_tensor("the product's other factor", values)
             return None
-        if not (
-            _holds(values.size(0) == first.size(0))
-            and _holds(values.size(2) == last.size(2))
-            and not _holds(first.numel() * last.numel() * values.numel() == 0)
-            and settings == _settings(values)
-            and _agree(values, first, settings)
+        shape, rows, columns = values.shape, first.shape, last.shape
+        if (
+            not _equal((shape[0], shape[2]), (rows[0], columns[2]))
+            or _empty(shape, rows, columns)
+            or weights.origin.settings != _settings(values)
+            or not _agree(values, first)
         ):
             self.note("the product's factors differ in batch, dtype or device, or in the modes they were made in")
             return None
         weights.origin.check_unchanged()
         if len(weights.operands) == 1:
-            return self._gather(values, first, weights.scale, transpose)
-        return self.attend(first.transpose(1, 2), last, values, weights.scale, transpose)
+            self.fused("gather")
+            out = spatial_gather(values, first, weights.scale)
+        else:
+            self.fused("attention")
+            out = pixel_region_attention(first.transpose(1, 2), last, values, weights.scale)
+        return self.rows(out, weights.origin) if transpose else out
 
-    def _gather(self, feats: Tensor, logits: Tensor, scale: float, transpose: bool) -> Tensor:
+    def fused(self, computation: str) -> None:
         if self.log is not None:
-            self.log.fused.append("gather")
-        out = spatial_gather(feats, logits, scale)
-        # a copy, because the gather needs its result in the backward pass and this one may be modified
-        return (out.transpose(1, 2) if transpose else out).clone(memory_format=torch.contiguous_format)
+            self.log.fused.append(computation)
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float, transpose: bool) -> Any:
-        """Contexts `[B, C, N]`, or `[B, N, C]`, of query `[B, D, N]`, key `[B, D, K]` and value `[B, C, K]`."""
-        if self.log is not None:
-            self.log.fused.append("attention")
-        out = pixel_region_attention(query, key, value, scale)
-        return Deferred(self, (_rows, (out,), {}), (out,), 1.0, True, is_context=True) if transpose else out
+    def rows(self, out: Tensor, origin: Origin | None = None) -> Deferred:
+        """The transpose of what an op gave, which most often is transposed back."""
+        return Deferred(self, (_rows, (out,), {}), (out,), 1.0, True, origin=origin, is_result=True)
 
     def softmax(self, x: Any, dim: Any, call: Call) -> Any:
         """The softmax of scores, deferred; None if it has to run as it is."""
         if type(dim) is not int:
             self.note("the softmax names no dimension")
             return None
-        if _is_live(x) and not x.softmaxed and not x.is_context and x.origin.settings == _settings(x.operands[0]):
+        if _is_live(x) and not x.softmaxed and not x.is_result:
             operands, scale, flipped, origin = x.operands, x.scale, x.flipped, x.origin
         else:
             x = computed(x)
@@ -401,15 +404,15 @@ class Recognition:
             self.note("{} is {} on {}", what, x.dtype, x.device)
 
 
-def handler_of(function: Any) -> Handler | None:
-    """What knows a function, a module, or a class that is called."""
+def _handler_of(function: Any) -> Handler | None:
+    """What knows a function or a module that is called."""
+    if isinstance(function, nn.Module):
+        handler = _MODULES.get(type(function))
+        return handler if handler is None or is_plain_call(function) else None
     try:
-        handler = HANDLERS.get(function)
+        return HANDLERS.get(function)
     except TypeError:  # something callable that cannot be hashed
         return None
-    if handler is None and isinstance(function, _KNOWN_MODULES) and is_plain_call(function):
-        return _MODULES.get(type(function))
-    return handler
 
 
 def is_plain_call(module: nn.Module) -> bool:
@@ -466,36 +469,57 @@ def _holds(condition: Any) -> bool:
     return bool(condition)
 
 
+def _equal(first: Any, second: Any) -> bool:
+    """Whether sizes are equal, two or tuples of them; as `_holds`."""
+    if not torch.compiler.is_compiling():
+        return bool(first == second)
+    pairs = zip(first, second, strict=True) if isinstance(first, tuple) else [(first, second)]
+    return all([_holds(a == b) for a, b in pairs])
+
+
+def _empty(*shapes: torch.Size) -> bool:
+    if torch.compiler.is_compiling():
+        return any([_equal(size, 0) for shape in shapes for size in shape])
+    return any([0 in shape for shape in shapes])
+
+
 def _settings(tensor: Tensor) -> Settings:
     """The modes that a deferred call would have run in: gradients on, and the autocast dtype."""
     kind = tensor.device.type
     return torch.is_grad_enabled(), torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 
-def _agree(first: Tensor, second: Tensor, settings: Settings) -> bool:
+def _agree(first: Tensor, second: Tensor) -> bool:
     """Whether a product takes both: on one device, and of one dtype once autocast has cast them."""
-    cast = settings[1] is not None and torch.float64 not in (first.dtype, second.dtype)
-    return first.get_device() == second.get_device() and (cast or first.dtype == second.dtype)
+    if first.get_device() != second.get_device():
+        return False
+    if first.dtype == second.dtype:
+        return True
+    return _settings(first)[1] is not None and torch.float64 not in (first.dtype, second.dtype)
 
 
 def _versions(tensors: tuple[Tensor, ...]) -> tuple[int, ...]:
     if torch.compiler.is_compiling():
         return ()
-    return tuple([0 if tensor.is_inference() else tensor._version for tensor in tensors])
+    try:
+        return tuple(map(_version_of, tensors))
+    except RuntimeError:  # of inference tensors, which have none
+        return ()
+
+
+_version_of = operator.attrgetter("_version")
 
 
 def _transpose(x: Any) -> Any:
     return x.transpose(1, 2) if type(x) is Deferred or (isinstance(x, Tensor) and x.dim() == 3) else x
 
 
-def _scaled_tensor(x: Any) -> tuple[Tensor, float] | None:
+def _scaled_tensor(x: Any) -> tuple[Any, float]:
     """`x` as a tensor and a factor."""
-    if _is_live(x) and len(x.operands) == 1 and not x.softmaxed and not x.is_context:
+    if _is_live(x) and len(x.operands) == 1 and not x.softmaxed and not x.is_result:
         x.origin.check_unchanged()
-        if x.origin.settings == _settings(x.operands[0]):
-            return (_transpose(x.operands[0]) if x.flipped else x.operands[0]), x.scale
-    x = computed(x)
-    return (x, 1.0) if _is_plain(x) else None
+        return (_transpose(x.operands[0]) if x.flipped else x.operands[0]), x.scale
+    return computed(x), 1.0
 
 
 def _leaves(x: Any) -> Iterator[Any]:
@@ -571,7 +595,7 @@ def _divide(mode: Recognition, func: Callable[..., Any], args: tuple[Any, ...], 
 
 def _scale(mode: Recognition, x: Any, factor: float, call: Call) -> Deferred | None:
     if _is_live(x):
-        if x.softmaxed or x.is_context or x.origin.settings != _settings(x.operands[0]):
+        if x.softmaxed or x.is_result:
             return None
         return Deferred(mode, call, x.operands, x.scale * factor, x.flipped, origin=x.origin)
     x = computed(x)
@@ -621,21 +645,18 @@ def _dot_product_attention(
     if not all(type(x) is Tensor and x.dim() == query.dim() >= 3 for x in (query, key, value)):
         return None
     batch = query.shape[:-2]
-    if not all(_holds(math.prod(x.shape[:-2]) == math.prod(batch)) and x.shape[:-2] == batch for x in (key, value)):
-        return None
     q, k, v = (x if x.dim() == 3 else x.flatten(0, -3) for x in (query, key, value))
-    settings = _settings(q)
-    if not (
-        all(_is_plain(x) and _agree(q, x, settings) for x in (q, k, v))
-        and not _holds(q.numel() * k.numel() * v.numel() == 0)
-    ):
+    if not all(_equal(x.shape[:-2], batch) and _is_plain(y) and _agree(q, y) for x, y in ((key, k), (value, v))):
+        return None
+    if not _is_plain(q) or _empty(q.shape, k.shape, v.shape):
         return None
     if not _holds(k.size(1) < q.size(1)):
         mode.note("the attention {} of {} is not from pixels to regions", tuple(q.shape), tuple(k.shape))
         return None
     scale = q.shape[2] ** -0.5 if scale is None else scale
-    contexts = mode.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale, True)
-    return contexts if query.dim() == 3 else contexts.compute().unflatten(0, batch)
+    mode.fused("attention")
+    out = pixel_region_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale)
+    return mode.rows(out) if query.dim() == 3 else _rows(out).unflatten(0, batch)
 
 
 def _einsum(mode: Recognition, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -670,7 +691,7 @@ def _einsum(mode: Recognition, func: Callable[..., Any], args: tuple[Any, ...], 
 
 def _flattened(x: Any, dims: int) -> Any:
     """`x` with its last dimensions as one."""
-    if type(x) is Deferred and x.call is not None and x.spatial and x.origin.settings == _settings(x.operands[0]):
+    if type(x) is Deferred and x.call is not None and x.spatial:
         return Deferred(
             x.recognition, (torch.flatten, (x, 2), {}), x.operands, x.scale, x.flipped, x.softmaxed, x.origin
         )
@@ -715,9 +736,7 @@ def _swap(mode: Recognition, func: Callable[..., Any], args: tuple[Any, ...], kw
 
 
 def _flip(x: Deferred, call: Call, flips: bool = True) -> Any:
-    if x.origin.settings != _settings(x.operands[0]):
-        return None
-    if x.is_context:
+    if x.is_result:
         return x.operands[0] if flips else None
     return Deferred(x.recognition, call, x.operands, x.scale, x.flipped != flips, x.softmaxed, x.origin)
 
@@ -725,7 +744,7 @@ def _flip(x: Deferred, call: Call, flips: bool = True) -> Any:
 def _keep(mode: Recognition, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A copy or view of the same shape: `view`, `reshape`, `contiguous`, `squeeze`."""
     x, *shape = args
-    if not _is_live(x) or kwargs or x.is_context:
+    if not _is_live(x) or kwargs or x.is_result:
         return None
     shape = list(shape[0]) if len(shape) == 1 and isinstance(shape[0], (tuple, list)) else shape
     old, rest = list(x.shape), shape[2:]
@@ -739,10 +758,10 @@ def _keep(mode: Recognition, func: Callable[..., Any], args: tuple[Any, ...], kw
 
 def _squeeze(mode: Recognition, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     x, *dims = args
-    if not _is_live(x) or kwargs or x.is_context:
+    if not _is_live(x) or kwargs or x.is_result:
         return None
     sizes = [x.shape[d] for d in dims] if dims and all(isinstance(d, int) for d in dims) else list(x.shape)
-    return _flip(x, (func, args, kwargs), False) if not any(_holds(size == 1) for size in sizes) else None
+    return None if any(_equal(size, 1) for size in sizes) else _flip(x, (func, args, kwargs), False)
 
 
 def _method(name: str, handler: Handler) -> Callable[..., Any]:
@@ -804,7 +823,6 @@ _MODULES: dict[type[nn.Module], Handler] = {
     nn.Dropout2d: _dropout_module,
     nn.Identity: _identity_module,
 }
-_KNOWN_MODULES = tuple(_MODULES)
 # Python looks operators up on the class, past __getattr__
 _OPERATORS = {"__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__"}
 _OPERATORS |= {"__repr__", "__str__", "__format__", "__reduce_ex__"}

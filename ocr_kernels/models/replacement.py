@@ -46,7 +46,10 @@ class Replacement:
         if rewritten is None or _is_recorded():
             return function(module, *args, **kwargs)
         recognition = Recognition(self.copies, log)
-        return recognition.settle(rewritten(recognition, module, *args, **kwargs))
+        try:
+            return recognition.settle(rewritten(recognition, module, *args, **kwargs))
+        finally:
+            recognition.made.clear()  # they know each other, and would keep tensors until they are collected
 
     # The attributes of a module that is replaced
 

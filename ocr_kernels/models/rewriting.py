@@ -224,8 +224,9 @@ def _compiled(tree: ast.Module, definition: ast.FunctionDef, function: FunctionT
     before = dict(vars(definition))
     vars(definition).update(vars(copy.deepcopy(definition)))
     try:
+        is_in_modes = bool(definition.decorator_list) or any(isinstance(n, ast.With) for n in ast.walk(definition))
         definition.decorator_list = []
-        _Calls(code, _consumed(definition)).rewrite(definition)
+        _Calls(code, _consumed(definition), is_in_modes).rewrite(definition)
         (definition.args.posonlyargs or definition.args.args).insert(0, ast.arg(THIS))
         ast.fix_missing_locations(definition)
         compiled = compile(tree, code.co_filename, "exec", dont_inherit=True)
@@ -245,10 +246,11 @@ def _compiled(tree: ast.Module, definition: ast.FunctionDef, function: FunctionT
 class _Calls(ast.NodeTransformer):
     """Lets the calls and operators of one function go through the recognition."""
 
-    def __init__(self, code: CodeType, consumed: set[ast.expr]) -> None:
+    def __init__(self, code: CodeType, consumed: set[ast.expr], is_in_modes: bool) -> None:
         self.first = code.co_varnames[0]  # the function's own first parameter
         self.locals = frozenset(code.co_varnames + code.co_cellvars + code.co_freevars)
         self.consumed = consumed
+        self.is_in_modes = is_in_modes
 
     def rewrite(self, definition: ast.FunctionDef) -> None:
         body = [self.visit(statement) for statement in definition.body]
@@ -290,6 +292,17 @@ class _Calls(ast.NodeTransformer):
         name = _OPERATORS.get(type(node.op))
         return node if name is None else ast.copy_location(self._recognition(name, node.left, node.right), node)
 
+    def visit_With(self, node: ast.With) -> Any:
+        self.generic_visit(node)
+        node.body = [*node.body, ast.copy_location(ast.Expr(self._recognition("compute_all")), node)]
+        return [ast.copy_location(ast.Expr(self._recognition("compute_all")), node), node]
+
+    def visit_Return(self, node: ast.Return) -> Any:
+        self.generic_visit(node)
+        if node.value is not None and self.is_in_modes:
+            node.value = self._recognition("settle", node.value)
+        return node
+
     def visit_Assign(self, node: ast.Assign) -> Any:
         before = [self._change(target) for target in node.targets if isinstance(target, ast.Subscript)]
         kept = any(isinstance(t, (ast.Attribute, ast.Subscript)) for target in node.targets for t in ast.walk(target))
@@ -314,7 +327,7 @@ class _Calls(ast.NodeTransformer):
         """Before what `target` names, or is a part of, is modified in place."""
         owner = copy.deepcopy(target.value if isinstance(target, ast.Subscript) else target)
         if any(isinstance(node, (ast.Call, ast.NamedExpr)) for node in ast.walk(owner)):  # is evaluated once
-            return ast.copy_location(ast.Expr(self._recognition("before_any_change")), target)
+            return ast.copy_location(ast.Expr(self._recognition("compute_all")), target)
         for node in ast.walk(owner):
             if hasattr(node, "ctx"):
                 node.ctx = ast.Load()
