@@ -416,16 +416,21 @@ def _handler_of(function: Any) -> Handler | None:
 
 
 def is_plain_call(module: nn.Module) -> bool:
-    """Whether calling `module` runs its class's forward and nothing else."""
+    """Whether calling `module` runs its class's forward, or what stands in for it, and nothing else."""
+    forward = vars(module).get("forward")
     return not (
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
-        or "forward" in vars(module)
+        or not (forward is None or isinstance(forward, StandIn))
         or module._compiled_call_impl is not None
         or torch.nn.modules.module._has_any_global_hook()
     )
+
+
+class StandIn:
+    """What gives the same results as the forward of a module's class."""
 
 
 def computed(x: Any) -> Any:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ocr_kernels import modules
 from ocr_kernels.core.backends import resolve_backend
 from ocr_kernels.models.block_plan import BlockPlan, plan_block, verify
+from ocr_kernels.models.recognition import NO_PRODUCT
 from ocr_kernels.models.replacement import Replacement, is_own_forward, replacement_of
 from ocr_kernels.models.report import LeftAlone, ReplacementReport, Swapped
 from ocr_kernels.models.rewriting import PRODUCTS, Rewriter
@@ -80,6 +81,9 @@ def replace_ocr_modules(
     for module, replacement in replacements.items():
         if isinstance(rows[module], Swapped):
             replacement.install()
+        for part in _softmax_parts(module, rewriter) if isinstance(rows[module], Swapped) else ():
+            if getattr(rows.get(part), "reason", None) == NO_PRODUCT:  # which is the module's own
+                rows[part] = None
     return ReplacementReport(
         tuple(row for row in rows.values() if isinstance(row, Swapped)),
         tuple(row for row in rows.values() if isinstance(row, LeftAlone)),
@@ -124,19 +128,20 @@ def _replacement(module: nn.Module, rewriter: Rewriter, blocks: bool) -> Replace
         return LeftAlone("", kind.__qualname__, "it was replaced before", is_intended=True)
     if isinstance(module, (modules.SpatialGather, modules.ObjectAttentionBlock)):
         return LeftAlone("", kind.__qualname__, "it calls ocr_kernels itself", is_intended=True)
-    classes = kind, *_softmax_parts(module, rewriter)
-    reason = _why_not(module, classes, rewriter)
+    parts = _softmax_parts(module, rewriter)
+    reason = _why_not(module, bool(parts), rewriter)
     if reason is None:
+        classes = tuple(dict.fromkeys([kind, *map(type, parts)]))
         return Replacement(module, classes, rewriter.copies(classes), None)
     if blocks and reason == "" and _may_be_a_block(module, rewriter):
         return Replacement(module, (), {}, None)
     return LeftAlone("", kind.__qualname__, reason) if reason else None
 
 
-def _why_not(module: nn.Module, classes: tuple[type[nn.Module], ...], rewriter: Rewriter) -> str | None:
+def _why_not(module: nn.Module, has_parts: bool, rewriter: Rewriter) -> str | None:
     """Why a module's own computations cannot be recognised: empty where it has none, None where they can."""
     names = rewriter.names(type(module))
-    if not computes_softmax(names) and len(classes) == 1:
+    if not computes_softmax(names) and not has_parts:
         return "it takes a sigmoid, not a softmax" if "sigmoid" in names and names & PRODUCTS else ""
     if not names & PRODUCTS:
         summed = computes_softmax(names) and "sum" in names and "*" in names
@@ -150,16 +155,13 @@ def computes_softmax(names: frozenset[str]) -> bool:
     return any("softmax" in name.lower() for name in names) or "scaled_dot_product_attention" in names
 
 
-def _softmax_parts(module: nn.Module, rewriter: Rewriter) -> tuple[type[nn.Module], ...]:
-    """The classes of children that take a softmax for the module's own product."""
+def _softmax_parts(module: nn.Module, rewriter: Rewriter) -> list[nn.Module]:
+    """The children that may take a softmax for the module's own product."""
     names = rewriter.names(type(module))
+    if not names & PRODUCTS:
+        return []
     parts = (part for name in names & module._modules.keys() for part in module.get_submodule(name).modules())
-    found = {type(part): rewriter.names(type(part)) for part in parts}
-    return tuple(
-        kind
-        for kind, inside in found.items()
-        if issubclass(kind, nn.Softmax) or (computes_softmax(inside) and not inside & PRODUCTS)
-    )
+    return [part for part in parts if isinstance(part, nn.Softmax) or computes_softmax(rewriter.names(type(part)))]
 
 
 def _may_be_a_block(module: nn.Module, rewriter: Rewriter) -> bool:

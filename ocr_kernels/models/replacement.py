@@ -13,13 +13,13 @@ import torch
 from torch import nn
 
 from ocr_kernels.models.block_plan import BlockPlan
-from ocr_kernels.models.recognition import Copies, Log, Recognition
+from ocr_kernels.models.recognition import Copies, Log, Recognition, StandIn
 from ocr_kernels.models.rewriting import Rewriter
 
 RESTORE_FIRST = "call ocr_kernels.restore_ocr_modules(model) first, and replace_ocr_modules(model) again after it"
 
 
-class Replacement:
+class Replacement(StandIn):
     """Calls a module's own forward, a rewritten copy of it, or in eval mode the block that it computes."""
 
     def __init__(
@@ -60,7 +60,8 @@ class Replacement:
 
     def remove(self) -> None:
         self.is_active = False  # where another library has wrapped and kept it, too
-        for name, value in list(vars(self.module).items()):
+        for name in ("forward", "_replicate_for_data_parallel", "__prepare_scriptable__"):
+            value = vars(self.module).get(name)
             if value is self or getattr(value, "__self__", None) is self:
                 del vars(self.module)[name]
 
@@ -102,7 +103,7 @@ _OF_A_METHOD |= {"__kwdefaults__", "__annotations__", "__signature__"}
 def replacement_of(module: nn.Module) -> Replacement | None:
     """What stands in for a module's forward, also where another library has wrapped it since."""
     found = (value for value in vars(module).values() if isinstance(value, Replacement))
-    return next((value for value in found if value.module is module), None)
+    return next((value for value in found if value.module is module and value.is_active), None)
 
 
 def _is_recorded() -> bool:

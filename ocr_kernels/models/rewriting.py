@@ -282,7 +282,7 @@ class _Calls(ast.NodeTransformer):
             if function.attr in _VIEWS and not node.keywords:
                 return node
             global_or_self = isinstance(owner, ast.Name) and (owner.id == "self" or owner.id not in self.locals)
-            if not global_or_self:
+            if not global_or_self and not function.attr.startswith("__"):  # which a class may give another name
                 arguments = owner, ast.Constant(function.attr), *node.args
                 return ast.copy_location(self._recognition("method", *arguments, keywords=node.keywords), node)
         return ast.copy_location(self._recognition("call", function, *node.args, keywords=node.keywords), node)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import math
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ocr_kernels.models.recognition import Log
+from ocr_kernels.models.recognition import Log, StandIn
 from ocr_kernels.models.replacement import Replacement
 
 _running = threading.Lock()  # PyTorch's random state is one for all threads
@@ -65,7 +66,7 @@ def dry_run(
     return findings, None
 
 
-class _Observer:
+class _Observer(StandIn):
     """In place of a module's forward: tries its replacement at the first call."""
 
     def __init__(self, replacement: Replacement, findings: dict[nn.Module, Finding]) -> None:
@@ -172,7 +173,8 @@ def error_of(output: Any, expected: Any) -> tuple[float, float]:
                 return torch.inf, torch.inf
             a, b = a.detach().double(), b.detach().double()
             same = (a == b) | (a.isnan() & b.isnan())
-            error = (a - b).abs().nan_to_num(nan=torch.inf).masked_fill(same, 0).max().item()
+            error = (a - b).abs().masked_fill(same, 0).max().item()
+            error = torch.inf if math.isnan(error) else error
             largest = b.abs().nan_to_num(nan=0.0, posinf=0.0).max().item() or 1.0
             absolute = max(absolute, error)
             relative = max(relative, error / largest)
