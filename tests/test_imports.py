@@ -39,7 +39,7 @@ def test_works_with_torch_alone() -> None:
     out = run(
         BLOCKED.format(names=names)
         + """
-import torch, ocr_kernels, ocr_kernels.modules, ocr_kernels.replace, ocr_kernels.testing, ocr_kernels.cli
+import torch, ocr_kernels, ocr_kernels.modules, ocr_kernels.testing, ocr_kernels.cli
 x = torch.randn(1, 2, 3, requires_grad=True)
 ocr_kernels.spatial_gather(x, x).sum().backward()
 ocr_kernels.pixel_region_attention(x, x.detach(), x.detach()).sum().backward()

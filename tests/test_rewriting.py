@@ -1,11 +1,10 @@
-"""Rewritten methods: which classes have them, and that they are the methods they were."""
+"""Rewritten methods: which functions have copies, and that they are the functions they were."""
 
 from __future__ import annotations
 
 import functools
 import inspect
 import linecache
-import threading
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -16,10 +15,8 @@ import torch.nn.functional as F
 from module_results import CountOps
 from torch import Tensor, nn
 
-from ocr_kernels import reference
-from ocr_kernels.recognition import Recognition, current, place_of_current
-from ocr_kernels.replace import _is_direct, replace_ocr_modules
-from ocr_kernels.rewriting import rewritten_methods
+from ocr_kernels import reference, replace_ocr_modules
+from ocr_kernels.models.rewriting import Rewriter
 
 
 class Gather(nn.Module):
@@ -36,10 +33,10 @@ class Above(Gather):
         return super().forward(*args, **kwargs)
 
 
-class AboveAll(Gather):
+class NamedAbove(Gather):
     def forward(self, feats: Tensor, logits: Tensor) -> Tensor:
         super().eval()
-        return super().forward(feats, logits)
+        return super(NamedAbove, self).forward(feats, logits)
 
 
 class InPlace(nn.Module):
@@ -80,6 +77,30 @@ class Decorated(nn.Module):
         return torch.bmm(logits.softmax(2), feats.permute(0, 2, 1))
 
 
+class WithoutGradients(nn.Module):
+    @torch.no_grad()
+    @torch.autocast("cpu", enabled=False)
+    def forward(self, feats: Tensor, logits: Tensor) -> Tensor:
+        return torch.bmm(logits.softmax(2), feats.permute(0, 2, 1))
+
+
+class Nested(nn.Module):
+    def forward(self, feats: Tensor, logits: Tensor) -> Tensor:
+        weights = logits.softmax(2)
+        return (lambda x: torch.bmm(weights, x))(feats.permute(0, 2, 1))
+
+
+class Generating(nn.Module):
+    def forward(self, feats: Tensor, logits: Tensor) -> Tensor:
+        x, scores = (t.flatten(2) for t in (feats, logits))
+        return torch.bmm(scores.softmax(2), x.permute(0, 2, 1))
+
+
+class Yielding(nn.Module):
+    def forward(self, feats: Tensor, logits: Tensor) -> Any:
+        yield torch.bmm(logits.softmax(2), feats.permute(0, 2, 1))
+
+
 class Static(nn.Module):
     def forward(self, feats: Tensor, logits: Tensor) -> Tensor:
         return self.summed(feats, logits)
@@ -98,57 +119,55 @@ class Neighbour(nn.Module):
         return summed(feats, logits)
 
 
-class WithChild(nn.Module):
-    def __init__(self, child: nn.Module) -> None:
-        super().__init__()
-        self.child = child
-
-    def forward(self, feats: Tensor, logits: Tensor) -> Tensor:
-        return torch.bmm(F.softmax(self.child(logits), 2), feats.permute(0, 2, 1))
-
-
 def inputs() -> tuple[Tensor, Tensor]:
     return torch.randn(2, 6, 15), torch.randn(2, 4, 15)
 
 
 @pytest.mark.parametrize("module_class", [Gather, Above, reference.SpatialGather, reference.ObjectAttentionBlock])
-def test_what_is_rewritten(module_class: type[nn.Module]) -> None:
-    methods = rewritten_methods(module_class)
-    assert methods is not None
-    for name, method in methods.items():
-        original = Gather.forward if name.startswith("_ocr_kernels_super") else getattr(module_class, name)
-        assert method is not original
-        assert inspect.signature(method) == inspect.signature(original)
-        assert method.__globals__ is original.__globals__
-        assert method.__code__.co_firstlineno == original.__code__.co_firstlineno
+def test_a_copy_is_the_function_with_one_parameter_more(module_class: type[nn.Module]) -> None:
+    copies = Rewriter().copies([module_class])
+    assert module_class.forward in copies
+    for original, copy in copies.items():
+        assert copy is not original
+        assert inspect.signature(copy) == inspect.signature(original)
+        assert copy.__globals__ is original.__globals__
+        assert copy.__code__.co_firstlineno == original.__code__.co_firstlineno
+        assert copy.__code__.co_varnames[1:] == original.__code__.co_varnames
+        assert copy.__code__.co_argcount == original.__code__.co_argcount + 1
 
 
 @pytest.mark.parametrize(
-    "module",
-    [
-        *(kind() for kind in (AboveAll, InPlace, Augmented, Assigned, Out, Decorated, Static, Neighbour)),
-        *(WithChild(child) for child in (nn.Softmax(2), nn.ReLU(inplace=True), nn.Sequential(Gather()))),
-    ],
-    ids=lambda module: type(getattr(module, "child", module)).__name__,
+    "kind", [Above, NamedAbove, InPlace, Augmented, Assigned, Out, WithoutGradients, Generating, Static, Neighbour]
 )
-def test_what_needs_the_mode(module: nn.Module) -> None:
-    assert not _is_direct(module)
+def test_what_is_followed(kind: type[nn.Module]) -> None:
+    module, arguments = kind(), inputs()
+    expected = module(*(t.clone() for t in arguments))
+    assert replace_ocr_modules(module)
+    with CountOps() as ops:
+        torch.testing.assert_close(module(*(t.clone() for t in arguments)), expected)
+    assert ops.gather == 1
 
 
-@pytest.mark.parametrize("child", [nn.Identity(), nn.ReLU(), nn.Dropout(0.1), nn.Conv1d(4, 4, 1)])
-def test_children_that_do_not(child: nn.Module) -> None:
-    assert _is_direct(WithChild(child))
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        (Decorated, "its forward is wrapped by a decorator of"),
+        (Nested, "has a function that uses weights"),
+        (Yielding, "has a Yield"),
+    ],
+)
+def test_what_is_not_followed(kind: type[nn.Module], reason: str) -> None:
+    assert reason in replace_ocr_modules(kind()).left_alone[0].reason
 
 
 def test_a_file_that_changed_since_is_not_believed(monkeypatch: pytest.MonkeyPatch) -> None:
     lines = [line.replace("weights @ feats", "weights @ -feats") for line in linecache.getlines(__file__)]
     monkeypatch.setattr(linecache, "getlines", lambda *_: lines)
-    rewritten_methods.cache_clear()
-    assert rewritten_methods(Gather) is None
+    copies = Rewriter().copies([Gather])
+    assert Gather._Gather__summed not in copies  # type: ignore[attr-defined]
     monkeypatch.setattr(linecache, "getlines", lambda *_: [])
-    rewritten_methods.cache_clear()
-    assert rewritten_methods(Gather) is None
-    rewritten_methods.cache_clear()
+    assert Rewriter().copies([Gather]) == {}
+    assert Rewriter().why_not(Gather) == "its source is not at hand"
 
 
 class Attention(nn.Module):
@@ -222,27 +241,24 @@ class OwnSoftmax(Attention):
 
 
 @pytest.mark.parametrize(
-    ("module", "joined", "fused"),
+    ("module", "fused"),
     [
-        (Converted(), False, 0),
-        (OwnSoftmax(), True, 0),
-        (Attention(), True, 1),
-        (Attention(normed=False), True, 1),
-        (Unscaled(), True, 1),
-        (OverPixels(), True, 0),
-        (Tempered(), True, 0),
-        (UsedAgain(), False, 1),
-        (InLoop(), False, 2),
+        (Converted(), 0),
+        (OwnSoftmax(), 0),
+        (Attention(), 1),
+        (Attention(normed=False), 1),
+        (Unscaled(), 1),
+        (OverPixels(), 0),
+        (Tempered(), 0),
+        (UsedAgain(), 1),
+        (InLoop(), 2),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else None,
 )
-def test_statements_are_joined(module: nn.Module, joined: bool, fused: int) -> None:
+def test_statements_are_followed(module: nn.Module, fused: int) -> None:
     arguments = torch.randn(2, 15, 4), torch.randn(2, 4, 3), torch.randn(2, 3, 6)
     expected = module(*arguments)
     replace_ocr_modules(module)
-    methods = rewritten_methods(type(module).__mro__[1])
-    assert methods is not None
-    assert ("_ocr_kernels_attended" in methods["forward"].__code__.co_names) == joined
     with CountOps() as ops:
         torch.testing.assert_close(module(*arguments), expected)
     assert (ops.gather, ops.attention) == (0, fused)
@@ -258,26 +274,11 @@ def test_one_call_is_fused_and_leaves_nothing(module_class: type[nn.Module]) -> 
         assert (ops.gather, ops.attention) == (1, 0)
         torch.testing.assert_close(module._Gather__summed(feats, F.softmax(0.5 * logits, 2)), expected)  # called alone
         assert (ops.gather, ops.attention) == (1, 0)
-    assert current() is None
 
 
-def test_an_error_in_forward_leaves_nothing_and_points_to_its_line() -> None:
+def test_an_error_in_forward_points_to_its_line() -> None:
     module = Gather()
     replace_ocr_modules(module)
     with pytest.raises(IndexError) as error:
         module(torch.randn(2), torch.randn(2))
-    assert current() is None
     assert "F.softmax(scale * logits, dim=2)" in "".join(traceback.format_exception(error.value))
-
-
-def test_threads_do_not_share_a_recognition() -> None:
-    seen = []
-    place = place_of_current()
-    place.recognition = Recognition()
-    try:
-        thread = threading.Thread(target=lambda: seen.append(current()))
-        thread.start()
-        thread.join()
-    finally:
-        place.recognition = None
-    assert seen == [None]
