@@ -337,7 +337,7 @@ def _fold(plan: _Plan, dtype: torch.dtype) -> HeadWeights:
         *layers, (fusing, bias) = (_folded(layer) for layer in plan)
         matrices = (tensor for weight, shift in layers for tensor in (weight.to(dtype).contiguous(), shift))
         context, pixels = (half.to(dtype).contiguous() for half in fusing.chunk(2, 1))
-        return HeadWeights(*matrices, context, pixels, bias)  # type: ignore[call-arg]
+        return HeadWeights(*matrices, context, pixels, bias)  # type: ignore[call-arg,arg-type]
 
 
 def _folded(layer: _Layer) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,444 @@
+"""A module's step 4, from pixels and regions to z, as `ocr_head` computes it: found by what its forward computes.
+
+The layers' names and types do not matter. A plan says what the folded weights are made of; they are made of the
+module's present parameters and buffers, and made anew when those changed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import inspect
+import itertools
+import operator
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+from ocr_kernels import maps
+from ocr_kernels.head.functional import DTYPES, HeadWeights, Slopes, ocr_head
+from ocr_kernels.head.reference import activate_
+from ocr_kernels.models.block_trace import Call, Map, Node, Own, Program, Ref, Tracer, Unmatched, tensor_at
+
+VERIFICATION_BOUND = 1e-4
+"""Largest relative difference at which two float32 forwards with random weights count as equal."""
+
+Forward = Callable[..., Any]
+
+
+class Layer(NamedTuple):
+    """A matrix and a bias, or None for zeros, among a program's results, and the slope of the activation after it."""
+
+    weight: Ref
+    bias: Ref | None
+    slope: float
+
+
+class Folded(NamedTuple):
+    """What a call takes: the head's weights, and what makes keys and values of regions, with tensors in it."""
+
+    head: HeadWeights
+    key: tuple[Any, ...]
+    value: tuple[Any, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockPlan:
+    """How a module computes step 4, and of which of its tensors."""
+
+    program: Program
+    pixels: tuple[Layer, ...]  # phi, one or two
+    key: tuple[Layer | Call, ...]  # psi; calls are of operations that no layer is
+    value: tuple[Layer | Call, ...]  # delta
+    up: Layer  # rho; its weight is the number of channels where the values themselves are activated
+    context: Ref  # the half of g that takes y
+    fusing: Layer  # the half of g that takes x
+    scale: float
+    channels: int
+    dims: int  # of feats
+    region_dims: int
+    transposed: bool  # whether regions come as [B, K, C]
+    first: str  # the path of a weight, whose dtype and device are the module's
+    layers: tuple[tuple[str, str, tuple[tuple[str, Any], ...]], ...]  # path, class and settings of each
+
+    def weights(self, module: nn.Module, dtype: torch.dtype) -> Folded:
+        """The folded weights of `module`, made of its present parameters and buffers in float32."""
+        with torch.no_grad():
+            results = self.program.run(module)
+
+            def matrix(ref: Ref) -> Tensor:
+                return results[ref.at].to(dtype).contiguous()
+
+            def bias(layer: Layer, like: Ref) -> Tensor:
+                made = results[like.at].new_zeros(results[like.at].shape[0]) if layer.bias is None else None
+                return results[layer.bias.at].contiguous() if made is None else made  # type: ignore[union-attr]
+
+            def part(layer: Layer | Call) -> Any:
+                if isinstance(layer, Layer):
+                    return matrix(layer.weight), bias(layer, layer.weight), layer.slope
+                args = [results[arg.at].to(dtype) if isinstance(arg, Ref) else arg for arg in layer.args]
+                return dataclasses.replace(layer, args=tuple(args))
+
+            second = self.pixels[1] if len(self.pixels) == 2 else None
+            slopes = Slopes(pixel_in=self.pixels[0].slope, pixel_out=second.slope if second else 0.0)
+            context = matrix(self.context)
+            ups = self.up.weight is not None
+            head = HeadWeights(
+                pixel_in=matrix(self.pixels[0].weight),
+                pixel_in_bias=bias(self.pixels[0], self.pixels[0].weight),
+                pixel_out=matrix(second.weight) if second else None,
+                pixel_out_bias=bias(second, second.weight) if second else None,
+                object_in=None,
+                object_in_bias=None,
+                object_out=None,
+                object_out_bias=None,
+                down=None,
+                down_bias=None,
+                up=matrix(self.up.weight) if ups else None,
+                up_bias=bias(self.up, self.up.weight) if ups else results[self.context.at].new_zeros(context.shape[1]),
+                context=context,
+                pixels=matrix(self.fusing.weight),
+                bias=bias(self.fusing, self.fusing.weight),
+                slopes=slopes._replace(up=self.up.slope, fusing=self.fusing.slope),
+                scale=self.scale,
+            )
+            return Folded(head, tuple(map(part, self.key)), tuple(map(part, self.value)))
+
+    def compute(self, folded: Folded, feats: Tensor, regions: Tensor, backend: str | None = None) -> Tensor:
+        """z, with weights made before."""
+        if torch.is_autocast_enabled(feats.device.type):
+            regions = regions.to(folded.head.pixels.dtype)
+        with torch.autocast(feats.device.type, enabled=False):
+            columns = regions.flatten(2)
+            columns = columns if self.transposed else columns.transpose(1, 2)  # [B, K, C]
+            key, value = _chain(columns, folded.key), _chain(columns, folded.value)
+            return ocr_head(feats.to(columns.dtype), (key, value), folded.head, backend=backend)
+
+    def run(self, module: nn.Module, feats: Tensor, regions: Tensor) -> Tensor:
+        """z of `module`, in the shape and memory format that its own forward gives it."""
+        device = feats.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else feats.dtype
+        with torch.no_grad():
+            return self.compute(self.weights(module, dtype), feats, regions)
+
+    def takes(self, feats: Tensor, regions: Tensor, first: Tensor) -> bool:
+        """Whether the module's own forward would take pixels and regions like these; `first` is `self.first`'s."""
+        shape, region_shape, dtype = feats.shape, regions.shape, feats.dtype
+        return (
+            len(shape) == self.dims
+            and len(region_shape) == self.region_dims
+            and shape[0] == region_shape[0]
+            and shape[1] == region_shape[2 if self.transposed else 1] == self.channels
+            and 0 not in shape
+            and 0 not in region_shape
+            and feats.device == regions.device == first.device
+            and (dtype == regions.dtype == first.dtype or torch.is_autocast_enabled(feats.device.type))
+        )
+
+    def fits(self, module: nn.Module) -> bool:
+        """Whether the layers of `module` still are those that were planned, with the same settings."""
+        for path, name, settings in self.layers:
+            layer: Any = module
+            for child in path.split(".") if path else ():
+                layer = layer._modules.get(child)
+                if layer is None:
+                    return False
+            if type(layer).__qualname__ != name:
+                return False
+            for attribute, value in settings:
+                if getattr(layer, attribute, None) != value:
+                    return False
+        return True
+
+
+def _chain(columns: Tensor, parts: tuple[Any, ...]) -> Tensor:
+    """`[B, channels, K]` of regions `[B, K, C]`."""
+    dtype = columns.dtype
+    for part in parts:
+        if isinstance(part, Call):
+            columns = part.run((), columns.device, columns.transpose(1, 2)).transpose(1, 2)
+        else:
+            weight, bias, slope = part
+            columns = activate_(F.linear(columns, weight) + bias, slope).to(dtype)
+    return columns.transpose(1, 2)
+
+
+# Finding it
+
+
+def plan_block(
+    module: nn.Module, example: tuple[Tensor, Tensor] | None = None, *, forward: Forward | None = None
+) -> BlockPlan | str:
+    """How `module` computes step 4, or why it cannot be computed by `ocr_head`; empty if it does not compute step 4.
+
+    A copy of it is run on small random pixels and regions, of the dimensions of `example` if there is one, and as
+    `forward` says, its class's own by default. The module itself stays as it is.
+    """
+    own = forward or type(module).forward
+    if not _takes_two(own):
+        return ""
+    shapes = list(_shapes(module, example))
+    failure = ""
+    tensors = [*module.parameters(), *module.buffers()]
+    if not shapes:
+        return ""
+    try:
+        with quiet(tensors):
+            trial = _copied(module)
+            for inputs, transposed in shapes:
+                try:
+                    tracer, out = _traced(trial, own, inputs, transposed)
+                except Exception as error:
+                    failure = f"it fails on pixels and regions: {error}" if example is not None else ""
+                    continue
+                seen = frozenset().union(*(_seen_in(tracer, each) for each in _tensors(out)))
+                if "joined" not in seen:
+                    continue
+                why_not = _obstacle(module)
+                if why_not:
+                    return why_not
+                try:
+                    return _plan(module, tracer, out, inputs, transposed)
+                except Unmatched as why:
+                    return f"it {why}"
+    except Exception as error:
+        failure = f"it cannot be tried: {error}" if example is not None else ""
+    return failure
+
+
+def _takes_two(forward: Forward) -> bool:
+    """Whether it can be called with pixels and regions."""
+    try:
+        inspect.signature(forward).bind(None, None, None)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def _obstacle(module: nn.Module) -> str:
+    """What stands in the way whatever is computed."""
+    if "forward" in vars(module) or isinstance(module, torch.fx.GraphModule):
+        return "its forward is the instance's own, not its class's"
+    if any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers())):
+        return "its parameters are on the meta device"
+    for name, part in module.named_modules():
+        if part is not module and (part._forward_hooks or part._forward_pre_hooks):
+            return f"{name} has a forward hook, which would not run"
+        if part is not module and "forward" in vars(part):
+            return f"the forward of {name} is the instance's own, not its class's"
+    return ""
+
+
+def _matrices(module: nn.Module) -> dict[str, Tensor]:
+    return {name: t for name, t in module.named_parameters() if t.dim() >= 2 and t.is_floating_point()}
+
+
+def _shapes(module: nn.Module, example: tuple[Tensor, Tensor] | None) -> Iterator[tuple[tuple[Tensor, Tensor], bool]]:
+    """Pixels and regions to try, and whether the regions are `[B, K, C]`."""
+    matrices = _matrices(module).values()
+    sizes = {size for weight in matrices for size in weight.shape}
+    regions = next(k for k in itertools.count(4) if k not in sizes)
+    if example is not None:
+        feats, given = example
+        if feats.dim() < 3 or given.dim() < 3:
+            return
+        regions = min(given.shape[2 if given.shape[1] == feats.shape[1] else 1], 256)
+        channels, dims, region_dims = [feats.shape[1]], [feats.dim() - 2], [given.dim()]
+    else:
+        channels = list(dict.fromkeys(weight.shape[1] for weight in matrices))[:6]
+        dims = sorted({weight.dim() - 2 for weight in matrices if weight.dim() > 2} | {2}, reverse=True)
+        region_dims = [4, 3, 5]
+    with torch.device("cpu"):
+        generator = torch.Generator().manual_seed(0)
+        for c, d, r, transposed in itertools.product(channels, dims, region_dims, (False, True)):
+            shape = (2, regions, c) if transposed else (2, c, regions)
+            if example is not None and example[1].shape[2 if transposed else 1] != c:
+                continue
+            x = torch.randn((2, c, *(5, 3, 2)[:d]), generator=generator, dtype=torch.float32)
+            f = torch.randn((*shape, *[1] * (r - 3)), generator=generator, dtype=torch.float32)
+            yield (x, f), transposed
+
+
+def _copied(module: nn.Module) -> nn.Module:
+    """A copy in float32 on the CPU, in eval mode, without hooks."""
+    memo: dict[int, Any] = {}
+    for tensor in (*module.parameters(), *module.buffers()):
+        values = torch.zeros(tensor.shape) if tensor.is_meta else tensor.detach().cpu()
+        if values.is_floating_point():
+            values = values.float()
+        values = values.clone()
+        memo[id(tensor)] = nn.Parameter(values, False) if isinstance(tensor, nn.Parameter) else values
+    copied = copy.deepcopy(module, memo).eval()
+    for part in copied.modules():
+        part._forward_hooks.clear()
+        part._forward_pre_hooks.clear()
+    return copied
+
+
+@contextlib.contextmanager
+def quiet(tensors: list[Tensor]) -> Iterator[None]:
+    """In here nothing that a run does is left behind, and nothing that was set outside matters."""
+    default = torch.get_default_dtype()
+    devices = {t.device.index for t in tensors if t.device.type == "cuda"}
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices))
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.device("cpu"))
+        for device in {"cpu", *(t.device.type for t in tensors if not t.is_meta)}:
+            stack.enter_context(torch.autocast(device, enabled=False))
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
+        torch.set_default_dtype(torch.float32)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(default)
+
+
+def _traced(module: nn.Module, forward: Forward, inputs: tuple[Tensor, Tensor], transposed: bool) -> tuple[Tracer, Any]:
+    before = [dict(vars(part)) for part in module.modules()]
+    with sdpa_kernel(SDPBackend.MATH), Tracer(module, *inputs, transposed) as tracer:
+        out = forward(module, *inputs)
+    for part, attributes in zip(module.modules(), before, strict=True):
+        for name, value in vars(part).items():
+            if name not in attributes or value is not attributes[name]:
+                tracer.read = tracer.read or f"sets its attribute {name}"
+    return tracer, out
+
+
+def _tensors(out: Any) -> list[Tensor]:
+    return [leaf for leaf in torch.utils._pytree.tree_leaves(out) if isinstance(leaf, Tensor)]
+
+
+def _seen_in(tracer: Tracer, tensor: Tensor) -> frozenset[str]:
+    what = tracer.known.get(id(tensor))
+    return what.seen if isinstance(what, Map) else frozenset()
+
+
+def _plan(module: nn.Module, tracer: Tracer, out: Any, inputs: tuple[Tensor, Tensor], transposed: bool) -> BlockPlan:
+    if not isinstance(out, Tensor):
+        raise Unmatched(f"returns a {type(out).__name__}")
+    what = tracer.found(out)
+    assert isinstance(what, Map)
+    z = _checked(what.node)
+    if tracer.read:
+        raise Unmatched(tracer.read)
+    feats = inputs[0]
+    whole = (feats.shape[0], z.shape[1], *feats.shape[2:])
+    if z.axes != "bcn" or out.shape != whole or not torch.equal(what.index.flatten(), torch.arange(out.numel())):  # type: ignore[union-attr]
+        raise Unmatched("returns something else than a map of the shape of its pixels")
+    z, slope = _activated(z)
+    fusing = tracer.linear(z)
+    contexts = [leaf for leaf in fusing.terms if leaf.kind != "feats"]
+    for leaf in contexts:
+        _checked(leaf)
+    if len(contexts) != 1 or len(fusing.terms) != 2:
+        raise Unmatched("joins other maps than pixels and contexts")
+    y = contexts[0]
+    halves = {leaf: tracer.matrix(fusing, rows).ref for leaf, rows in fusing.terms.items()}
+    context, up_slope = _activated(y)
+    up: Any = None
+    up_bias = None
+    if context.kind != "context":
+        linear = tracer.linear(context)
+        context, rows = _only(linear)
+        up, up_bias = tracer.matrix(linear, rows).ref, _ref(linear.bias)
+    if context.kind != "context":
+        raise Unmatched(_stray(context))
+    weights, value = context.inputs
+    scores, factor = weights.inputs[0], 1.0
+    while scores.kind == "scaled":
+        if isinstance(scores.factor, Own):
+            raise Unmatched("multiplies its scores by a tensor of its own")
+        factor *= scores.factor
+        scores = scores.inputs[0]
+    query, key = scores.inputs
+    pixels = _layers(tracer, query, "feats")
+    if not all(isinstance(layer, Layer) for layer in pixels) or not 1 <= len(pixels) <= 2:
+        raise Unmatched(f"puts the pixels through {len(pixels)} layers before it attends, instead of one or two")
+    regions = tuple(_layers(tracer, key, "regions")), tuple(_layers(tracer, value, "regions"))
+    (pixel_half,) = (ref for leaf, ref in halves.items() if leaf.kind == "feats")
+    program = tracer.program()
+    matrices = _matrices(module)
+    first = next(path for path in program.sources if path in matrices)
+    dtypes = {matrices[path].dtype for path in program.sources if path in matrices}
+    if len(dtypes) > 1 or not dtypes <= set(DTYPES):
+        raise Unmatched("has weights whose dtype is not float32, bfloat16 or float16 throughout")
+    return BlockPlan(
+        program=program,
+        pixels=tuple(pixels),
+        key=regions[0],
+        value=regions[1],
+        up=Layer(up, up_bias, up_slope),
+        context=halves[y],
+        fusing=Layer(pixel_half, _ref(fusing.bias), slope),
+        scale=factor,
+        channels=feats.shape[1],
+        dims=feats.dim(),
+        region_dims=inputs[1].dim(),
+        transposed=transposed,
+        first=first,
+        layers=tuple((path, type(part).__qualname__, _settings(part)) for path, part in module.named_modules()),
+    )
+
+
+def _settings(part: nn.Module) -> tuple[tuple[str, Any], ...]:
+    """The plain attributes of a layer that its forward may read."""
+    return tuple(
+        (name, value)
+        for name, value in vars(part).items()
+        if name != "training" and isinstance(value, (int, float, str, type(None))) and not name.startswith("_")
+    )
+
+
+def _ref(own: Own | None) -> Ref | None:
+    return None if own is None else own.ref
+
+
+def _checked(node: Node) -> Node:
+    if node.kind == "other":
+        raise Unmatched(node.reason)
+    return node
+
+
+def _activated(node: Node) -> tuple[Node, float]:
+    return (node.inputs[0], node.slope) if node.kind == "activation" else (node, 1.0)
+
+
+def _only(linear: Node) -> tuple[Node, Own | slice]:
+    if len(linear.terms) != 1:
+        raise Unmatched("adds up maps inside phi, psi, delta or rho")
+    return next(iter(linear.terms.items()))
+
+
+def _stray(node: Node) -> str:
+    return node.reason or f"has {node.kind} of {'pixels' if 'n' in node.axes else 'regions'} where step 4 has none"
+
+
+def _layers(tracer: Tracer, node: Node, start: str) -> list[Any]:
+    """The layers from feats or regions to `node`."""
+    _checked(node)
+    if node.kind == start:
+        return []
+    if node.kind == "activation":
+        before = _layers(tracer, node.inputs[0], start)
+        if before and isinstance(before[-1], Layer) and before[-1].slope == 1:
+            return [*before[:-1], before[-1]._replace(slope=node.slope)]
+        return [*before, Call(torch.ops.aten.leaky_relu.default, (node.slope,))]
+    if node.kind == "function":
+        assert node.call is not None
+        return [*_layers(tracer, node.inputs[0], start), node.call]
+    if node.kind in ("linear", "scaled"):
+        linear = tracer.linear(node)
+        leaf, rows = _only(linear)
+        return [*_layers(tracer, leaf, start), Layer(tracer.matrix(linear, rows).ref, _ref(linear.bias), 1.0)]
+    raise Unmatched(_stray(node))
