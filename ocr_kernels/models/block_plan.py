@@ -11,7 +11,7 @@ import copy
 import dataclasses
 import inspect
 import itertools
-import operator
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -19,11 +19,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from ocr_kernels import maps
 from ocr_kernels.head.functional import DTYPES, HeadWeights, Slopes, ocr_head
 from ocr_kernels.head.reference import activate_
 from ocr_kernels.models.block_trace import Call, Map, Node, Own, Program, Ref, Tracer, Unmatched, tensor_at
@@ -48,6 +45,16 @@ class Folded(NamedTuple):
     head: HeadWeights
     key: tuple[Any, ...]
     value: tuple[Any, ...]
+    transposed: bool  # whether regions come as [B, K, C]
+
+    def compute(self, feats: Tensor, regions: Tensor, backend: str | None = None) -> Tensor:
+        """z in the dtype of the weights, in the memory format of feats."""
+        with torch.autocast(feats.device.type, enabled=False):
+            dtype = self.head.pixels.dtype
+            columns = regions.to(dtype).flatten(2)
+            columns = columns if self.transposed else columns.transpose(1, 2)  # [B, K, C]
+            key, value = _chain(columns, self.key), _chain(columns, self.value)
+            return ocr_head(feats.to(dtype), (key, value), self.head, backend=backend)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,24 +117,14 @@ class BlockPlan:
                 slopes=slopes._replace(up=self.up.slope, fusing=self.fusing.slope),
                 scale=self.scale,
             )
-            return Folded(head, tuple(map(part, self.key)), tuple(map(part, self.value)))
-
-    def compute(self, folded: Folded, feats: Tensor, regions: Tensor, backend: str | None = None) -> Tensor:
-        """z, with weights made before."""
-        if torch.is_autocast_enabled(feats.device.type):
-            regions = regions.to(folded.head.pixels.dtype)
-        with torch.autocast(feats.device.type, enabled=False):
-            columns = regions.flatten(2)
-            columns = columns if self.transposed else columns.transpose(1, 2)  # [B, K, C]
-            key, value = _chain(columns, folded.key), _chain(columns, folded.value)
-            return ocr_head(feats.to(columns.dtype), (key, value), folded.head, backend=backend)
+            return Folded(head, tuple(map(part, self.key)), tuple(map(part, self.value)), self.transposed)
 
     def run(self, module: nn.Module, feats: Tensor, regions: Tensor) -> Tensor:
         """z of `module`, in the shape and memory format that its own forward gives it."""
         device = feats.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else feats.dtype
         with torch.no_grad():
-            return self.compute(self.weights(module, dtype), feats, regions)
+            return self.weights(module, dtype).compute(feats, regions)
 
     def takes(self, feats: Tensor, regions: Tensor, first: Tensor) -> bool:
         """Whether the module's own forward would take pixels and regions like these; `first` is `self.first`'s."""
@@ -142,6 +139,13 @@ class BlockPlan:
             and feats.device == regions.device == first.device
             and (dtype == regions.dtype == first.dtype or torch.is_autocast_enabled(feats.device.type))
         )
+
+    def random_inputs(self, seed: int) -> tuple[Tensor, Tensor]:
+        """Pixels and regions of the right channels and dimensions, in float32."""
+        generator = torch.Generator().manual_seed(seed)
+        shape = (2, 4, self.channels) if self.transposed else (2, self.channels, 4)
+        feats = torch.randn((2, self.channels, *(5, 3, 2)[: self.dims - 2]), generator=generator)
+        return feats, torch.randn((*shape, *[1] * (self.region_dims - 3)), generator=generator)
 
     def fits(self, module: nn.Module) -> bool:
         """Whether the layers of `module` still are those that were planned, with the same settings."""
@@ -169,6 +173,70 @@ def _chain(columns: Tensor, parts: tuple[Any, ...]) -> Tensor:
             weight, bias, slope = part
             columns = activate_(F.linear(columns, weight) + bias, slope).to(dtype)
     return columns.transpose(1, 2)
+
+
+# The check
+
+
+def verify(
+    module: nn.Module, plan: BlockPlan, example: tuple[Tensor, Tensor] | None = None, *, forward: Forward | None = None
+) -> tuple[float, float, float] | str:
+    """The plan's error against the module's own forward in float64, eager's own in its dtype, and the relative one.
+
+    Or why the plan is wrong: with random weights in float32 it is off, or with the real ones by more than 4 times what
+    eager is off, plus 4 eps of the largest value. Without `example` pixels and regions are random.
+    """
+    own = forward or type(module).forward
+    try:
+        with quiet([*module.parameters(), *module.buffers()]):
+            return _off_at_random(module, plan, own) or _errors(module, plan, own, example)
+    except Exception as error:
+        return f"it fails on pixels and regions: {error}"
+
+
+def _off_at_random(module: nn.Module, plan: BlockPlan, forward: Forward) -> str:
+    generator = torch.Generator().manual_seed(0)
+    trial = _copied(module)
+    for name, tensor in (*trial.named_parameters(), *trial.named_buffers()):
+        if tensor.is_floating_point():
+            fan = max(tensor[0].numel(), 1) if tensor.dim() > 1 else 1
+            drawn = torch.randn(tensor.shape, generator=generator) * (2 / fan) ** 0.5
+            tensor.copy_(0.5 + drawn.abs() if name.endswith("var") else drawn)
+    feats, regions = plan.random_inputs(1)
+    expected = forward(trial, feats, regions)
+    found = plan.weights(trial, torch.float32).compute(feats, regions, backend="reference")
+    if not isinstance(expected, Tensor) or found.shape != expected.shape:
+        return "its forward computes something else on other weights"
+    error = _largest(found.double(), expected.double()) / (expected.abs().max().item() or 1.0)
+    if not error <= VERIFICATION_BOUND:
+        return f"its forward computes something else (off by {error:.1e} on random weights)"
+    return ""
+
+
+def _errors(
+    module: nn.Module, plan: BlockPlan, forward: Forward, example: tuple[Tensor, Tensor] | None
+) -> tuple[float, float, float] | str:
+    first = tensor_at(module, plan.first)
+    trial = _copied(module, keep=True)
+    if example is None or not plan.takes(*(t.detach().to(first) for t in example), first):
+        example = plan.random_inputs(2)
+    feats, regions = (tensor.detach().to(first) for tensor in example)
+    with torch.device(first.device):
+        found = plan.weights(trial, first.dtype).compute(feats, regions).double()
+        eager = forward(trial, feats.clone(), regions.clone()).double()
+        exact = forward(trial.double(), feats.double(), regions.double())
+    error, eager_error = _largest(found, exact), _largest(eager, exact)
+    largest = exact.abs().max().item()
+    bound = 4 * eager_error + 4 * torch.finfo(first.dtype).eps * largest
+    if not error <= bound or math.isinf(error):
+        return f"its error would be {error:.1e}, more than {bound:.1e}"
+    return error, eager_error, error / (largest or 1.0)
+
+
+def _largest(found: Tensor, expected: Tensor) -> float:
+    """The largest difference; what is NaN in both, or the same infinity, does not differ."""
+    alike = (found == expected) | (found.isnan() & expected.isnan())
+    return (found - expected).abs().masked_fill(alike, 0).nan_to_num(nan=math.inf, posinf=math.inf).max().item()
 
 
 # Finding it
@@ -267,13 +335,14 @@ def _shapes(module: nn.Module, example: tuple[Tensor, Tensor] | None) -> Iterato
             yield (x, f), transposed
 
 
-def _copied(module: nn.Module) -> nn.Module:
-    """A copy in float32 on the CPU, in eval mode, without hooks."""
+def _copied(module: nn.Module, keep: bool = False) -> nn.Module:
+    """A copy in float32 on the CPU, or in its dtypes where it is, in eval mode, without hooks."""
     memo: dict[int, Any] = {}
     for tensor in (*module.parameters(), *module.buffers()):
-        values = torch.zeros(tensor.shape) if tensor.is_meta else tensor.detach().cpu()
-        if values.is_floating_point():
-            values = values.float()
+        values = torch.zeros_like(tensor, device="cpu") if tensor.is_meta else tensor.detach()
+        if not keep:
+            values = values.cpu()
+            values = values.float() if values.is_floating_point() else values
         values = values.clone()
         memo[id(tensor)] = nn.Parameter(values, False) if isinstance(tensor, nn.Parameter) else values
     copied = copy.deepcopy(module, memo).eval()
@@ -356,12 +425,16 @@ def _plan(module: nn.Module, tracer: Tracer, out: Any, inputs: tuple[Tensor, Ten
         raise Unmatched(_stray(context))
     weights, value = context.inputs
     scores, factor = weights.inputs[0], 1.0
+    learned = []
     while scores.kind == "scaled":
         if isinstance(scores.factor, Own):
-            raise Unmatched("multiplies its scores by a tensor of its own")
-        factor *= scores.factor
+            learned.append(scores.factor)
+        else:
+            factor *= scores.factor
         scores = scores.inputs[0]
     query, key = scores.inputs
+    for own in learned:
+        key = Node("scaled", key.axes, key.shape, (key,), factor=own)
     pixels = _layers(tracer, query, "feats")
     if not all(isinstance(layer, Layer) for layer in pixels) or not 1 <= len(pixels) <= 2:
         raise Unmatched(f"puts the pixels through {len(pixels)} layers before it attends, instead of one or two")

@@ -449,7 +449,7 @@ class Tracer(TorchDispatchMode):
             raise Unmatched("multiplies two maps")
         if isinstance(y, Own) and y.value.numel() == 1:
             y = y.value.item() if y.constant else self.emit(aten.reshape.default, y, [])
-        if isinstance(y, Own):
+        elif isinstance(y, Own):
             return self._affine(x, self._by_channel(y, x), None)
         return Node("scaled", x.node.axes, x.node.shape, (x.node,), factor=y), x.index
 
