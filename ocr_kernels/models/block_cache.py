@@ -71,7 +71,8 @@ class BlockCache:
             return snapshot.weights if snapshot.plan.takes(feats, regions, snapshot.first) else None
 
     def _renewed(self, module: nn.Module, dtype: torch.dtype) -> Snapshot | None:
-        if any(layer.training for layer in module.modules()):
+        layers = list(module.modules())[1:]
+        if any(layer.training or "forward" in vars(layer) for layer in layers):
             return None
         old = self.snapshot
         same = old is not None and old.is_of(module)

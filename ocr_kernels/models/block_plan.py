@@ -380,7 +380,7 @@ def _traced(module: nn.Module, forward: Forward, inputs: tuple[Tensor, Tensor], 
     for part, attributes in zip(module.modules(), before, strict=True):
         for name, value in vars(part).items():
             if name not in attributes or value is not attributes[name]:
-                tracer.read = tracer.read or f"sets its attribute {name}"
+                tracer.obstacle = tracer.obstacle or f"sets its attribute {name}"
     return tracer, out
 
 
@@ -399,8 +399,8 @@ def _plan(module: nn.Module, tracer: Tracer, out: Any, inputs: tuple[Tensor, Ten
     what = tracer.found(out)
     assert isinstance(what, Map)
     z = _checked(what.node)
-    if tracer.read:
-        raise Unmatched(tracer.read)
+    if tracer.obstacle:
+        raise Unmatched(tracer.obstacle)
     feats = inputs[0]
     whole = (feats.shape[0], z.shape[1], *feats.shape[2:])
     if z.axes != "bcn" or out.shape != whole or not torch.equal(what.index.flatten(), torch.arange(out.numel())):  # type: ignore[union-attr]

@@ -122,16 +122,18 @@ class Node:
 
 @dataclasses.dataclass(eq=False)
 class Map:
-    """A tensor of the run: elements of a node's map, and what it depends on. Another's tensors have no indices."""
+    """A tensor of the run: which elements of a node's map it has, none of a node of kind "other"; what it is made of."""
 
     node: Node
-    index: Tensor | None
-    seen: frozenset[str]
+    index: Tensor
+    seen: frozenset[str] = frozenset()
 
     def coordinates(self) -> dict[str, Tensor]:
-        if self.index is None:
-            raise Unmatched(self.node.reason)
         return dict(zip(self.node.axes, torch.unravel_index(self.index, self.node.shape), strict=True))
+
+
+def unmatched(reason: str, seen: frozenset[str]) -> Map:
+    return Map(Node("other", "", (), reason=reason), torch.empty(0, dtype=torch.int64), seen)
 
 
 class Unmatched(Exception):
@@ -148,15 +150,16 @@ def varying_along(coordinate: Tensor, dim: int) -> Tensor | None:
     return vector[0] if bool((vector == vector[0]).all()) else None
 
 
+COPIES = {"clone", "alias", "detach", "lift_fresh", "contiguous", "to_copy"}
+VIEWS = {"view", "unsafe_view", "reshape_alias", "reshape"}
 MOVES = {
-    "view", "_unsafe_view", "_reshape_alias", "reshape", "permute", "transpose", "t", "expand", "unsqueeze", "squeeze",
-    "select", "slice", "split", "split_with_sizes", "unbind", "flip", "roll", "repeat", "index_select", "unsafe_split",
+    "permute", "transpose", "t", "expand", "unsqueeze", "squeeze", "select", "slice", "split", "split_with_sizes",
+    "unbind", "flip", "roll", "repeat", "unsafe_split",
 }  # fmt: skip
-COPIES = {"clone", "alias", "detach", "lift_fresh", "contiguous", "_to_copy"}
+MADE_LIKE = {"new_zeros", "new_ones", "new_full", "zeros_like", "ones_like", "full_like"}
 FUNCTIONS = {
     "gelu", "silu", "mish", "hardswish", "hardsigmoid", "hardtanh", "elu", "celu", "selu", "sigmoid", "tanh",
-    "softplus", "log_sigmoid_forward", "rrelu_with_noise", "softshrink", "hardshrink", "exp", "log", "sqrt", "pow",
-    "abs", "clamp", "_prelu_kernel",
+    "softplus", "softshrink", "hardshrink", "exp", "log", "sqrt", "pow", "abs", "clamp", "prelu_kernel",
 }  # fmt: skip
 SOFTMAXES = {"_softmax", "_safe_softmax"}
 PRODUCTS = {"mm", "bmm", "addmm", "baddbmm", "pixel_region_attention"}
@@ -171,6 +174,7 @@ class Tracer(TorchDispatchMode):
         self.paths: list[str] = []
         self.known: dict[int, Own | Map] = {}
         self.kept: list[Tensor] = []  # so that no other gets its id
+        self.obstacle = ""  # what of the run is not seen in its result
         own: dict[int, tuple[str, Tensor]] = {}
         for name, part in module.named_modules():
             for names in (part._parameters, part._buffers, vars(part)):
@@ -206,8 +210,8 @@ class Tracer(TorchDispatchMode):
                 made = self.emit(aten.full.default, list(tensor.shape), tensor.item(), device=tensor.device)
                 self._remember(tensor, made)
             else:
-                node = Node("other", "", (), reason="uses a tensor that is neither its own nor made in its forward")
-                self._remember(tensor, Map(node, None, frozenset()))
+                reason = "uses a tensor that is neither its own nor made in its forward"
+                self._remember(tensor, unmatched(reason, frozenset()))
         return self.known[id(tensor)]
 
     def emit(self, function: Any, *args: Any, **kwargs: Any) -> Own:
@@ -243,27 +247,17 @@ class Tracer(TorchDispatchMode):
             return
         seen = _seen(name, maps)
         try:
-            if not maps:
-                raise Unmatched("draws random numbers or changes its own tensors")
-            if not outputs:
-                raise Unmatched(f"reads values ({name})")
-            for each in maps:
-                if each.node.kind == "other":
-                    raise Unmatched(each.node.reason)
-            tree = pytree.tree_map_only(Tensor, self.found, (args, kwargs))
-            results = self._matched(func, name.rstrip("_"), tree[0], tree[1], outputs)
+            results = self._matched(func, name, args, kwargs, maps, outputs)
         except Unmatched as why:
-            node = Node("other", "", (), reason=str(why))
-            results = [(node, None)] * max(1, len(outputs))
+            results = [unmatched(str(why), seen)] * max(1, len(outputs))
+        except Exception:  # with arguments that are not foreseen here
+            results = [unmatched(f"computes {name.strip('_')}", seen)] * max(1, len(outputs))
         if not outputs:
-            self.read = results[0][0].reason
-        for tensor, (node, index) in zip(outputs, results, strict=False):
+            self.obstacle = results[0].node.reason
+        for tensor, result in zip(outputs, results, strict=False):
             if in_place:
-                self._replace(tensor, Map(node, index, seen))
-            self._remember(tensor, Map(node, index, seen))
-
-    read = ""
-    """What of the run depended on values."""
+                self._replace(tensor, result)
+            self._remember(tensor, result if isinstance(result, Own) else dataclasses.replace(result, seen=seen))
 
     def _replace(self, changed: Tensor, by: Map) -> None:
         """`changed` was changed in place, and with it all that shares its memory."""
@@ -271,35 +265,45 @@ class Tracer(TorchDispatchMode):
         before = self.known[id(changed)]
         for tensor in self.kept:
             what = self.known[id(tensor)]
-            if isinstance(what, Map) and tensor.untyped_storage().data_ptr() == storage and tensor is not changed:
-                whole = isinstance(before, Map) and what.node is before.node and by.index is not None
-                if whole and by.node.shape == what.node.shape and changed.numel() == math.prod(what.node.shape):
-                    self.known[id(tensor)] = Map(by.node, what.index, by.seen)
-                else:
-                    reason = by.node.reason or "changes a part of a tensor in place"
-                    self.known[id(tensor)] = Map(Node("other", "", (), reason=reason), None, by.seen)
+            if tensor is changed or isinstance(what, Own) or tensor.untyped_storage().data_ptr() != storage:
+                continue
+            whole = isinstance(before, Map) and what.node is before.node and changed.numel() == math.prod(by.node.shape)
+            if whole and by.node.shape == what.node.shape:
+                self.known[id(tensor)] = Map(by.node, what.index, by.seen)
+            else:
+                self.known[id(tensor)] = unmatched(by.node.reason or "changes a part of a tensor in place", by.seen)
 
     def _matched(
-        self, func: Any, name: str, args: Any, kwargs: Any, outputs: list[Tensor]
-    ) -> list[tuple[Node, Tensor]]:
-        """The outputs' nodes and indices."""
-        x, *rest = args
+        self, func: Any, name: str, args: Any, kwargs: Any, maps: list[Map], outputs: list[Tensor]
+    ) -> Sequence[Own | Map]:
+        """What the outputs are."""
+        if not maps:
+            raise Unmatched("draws random numbers or changes its own tensors")
+        if not outputs:
+            raise Unmatched(f"reads values ({name.strip('_')})")
+        for each in maps:
+            if each.node.kind == "other":
+                raise Unmatched(each.node.reason)
+        (x, *rest), kwargs = pytree.tree_map_only(Tensor, self.found, (args, kwargs))
+        name = name.strip("_")
+        if name in MADE_LIKE and outputs[0].unique().numel() == 1:
+            value = outputs[0].flatten()[0].item()
+            return [self.emit(aten.full.default, list(outputs[0].shape), value, device=torch.device("cpu"))]
         if name in COPIES:
-            return [(x.node, x.index)]
+            return [x]
+        if name in VIEWS and x.index.numel() == outputs[0].numel():
+            return [Map(x.node, x.index.reshape(outputs[0].shape))]
         if name in MOVES and isinstance(x, Map):
-            shapes = name in ("view", "_unsafe_view", "_reshape_alias", "reshape")
-            if shapes and x.index.numel() == outputs[0].numel():
-                return [(x.node, x.index.reshape(outputs[0].shape))]
-            moved = func(x.index, *pytree.tree_map_only(Own, lambda own: own.value, rest), **kwargs)
-            return [(x.node, index) for index in ([moved] if isinstance(moved, Tensor) else moved)]
-        handler = getattr(self, f"_on_{name.lstrip('_')}", None)
+            moved = func(x.index, *rest, **kwargs)
+            return [Map(x.node, index) for index in pytree.tree_leaves(moved)]
+        handler = getattr(self, f"_on_{name}", None)
         if handler is not None:
-            return [handler(*args, **kwargs)]
+            return [handler(x, *rest, **kwargs)]
         if name in FUNCTIONS:
-            return [self._function(x, func, rest, kwargs, name.strip("_"))]
-        if "pool" in name or "upsample" in name or "interp" in name:
+            return [self._function(x, func, rest, kwargs, name)]
+        if "pool" in name or "upsample" in name:
             raise Unmatched("attends at a lower resolution (scale > 1)")
-        raise Unmatched(f"computes {name.lstrip('_')}")
+        raise Unmatched(f"computes {name}")
 
     # Layers
 
@@ -323,7 +327,7 @@ class Tracer(TorchDispatchMode):
             return eye
         return self.emit(aten.constant_pad_nd.default, eye, [0, 0, rows.start, x.shape[1] - rows.stop])
 
-    def _layer(self, x: Map, dim: int, weight: Own, bias: Own | None) -> tuple[Node, Tensor]:
+    def _layer(self, x: Map, dim: int, weight: Own, bias: Own | None) -> Map:
         """weight [O, I] times x, whose channels lie in `dim`."""
         others = self._channels(x, dim)
         inner = self.linear(x.node)
@@ -339,8 +343,8 @@ class Tracer(TorchDispatchMode):
             moved = self.emit(aten.mv.default, weight, inner.bias)
             bias = moved if bias is None else self.emit(aten.add.Tensor, moved, bias)
         node = Node("linear", inner.axes, (inner.shape[0], count, inner.shape[2]), terms=terms, bias=bias)
-        channel = torch.arange(count).view([-1 if d == dim else 1 for d in range(x.index.dim())])  # type: ignore[union-attr]
-        return node, (others["b"] * count + channel) * node.shape[2] + others[node.axes[2]]
+        channel = torch.arange(count).view([-1 if d == dim else 1 for d in range(x.index.dim())])
+        return Map(node, (others["b"] * count + channel) * node.shape[2] + others[node.axes[2]])
 
     def _channels(self, x: Map, dim: int) -> dict[str, Tensor]:
         """The other coordinates, where channels lie in `dim`, all of them in order."""
@@ -357,7 +361,7 @@ class Tracer(TorchDispatchMode):
             raise Unmatched("applies a layer to something else than all channels of a map")
         return {name: value.narrow(dim, 0, 1) for name, value in others.items()}
 
-    def _affine(self, x: Map, scale: Own | None, shift: Own | None) -> tuple[Node, Tensor]:
+    def _affine(self, x: Map, scale: Own | None, shift: Own | None) -> Map:
         """scale * x + shift, for vectors of channels."""
         inner = self.linear(x.node)
         terms, bias = inner.terms, inner.bias
@@ -367,8 +371,7 @@ class Tracer(TorchDispatchMode):
             bias = None if bias is None else self.emit(aten.mul.Tensor, bias, scale)
         if shift is not None:
             bias = shift if bias is None else self.emit(aten.add.Tensor, bias, shift)
-        assert x.index is not None
-        return dataclasses.replace(inner, terms=terms, bias=bias), x.index
+        return Map(dataclasses.replace(inner, terms=terms, bias=bias), x.index)
 
     def _by_channel(self, own: Own, x: Map) -> Own:
         """`own` as a vector of x's channels, if it broadcasts to x like one."""
@@ -404,45 +407,49 @@ class Tracer(TorchDispatchMode):
         shift = self.emit(aten.neg.default, self.emit(aten.mul.Tensor, mean, scale))
         return self._affine(x, scale, shift if b is None else self.emit(aten.add.Tensor, shift, b))
 
-    def _on_relu(self, x: Map) -> Any:
+    def _on_relu(self, x: Map) -> Map:
         return self._on_leaky_relu(x, 0.0)
 
-    def _on_leaky_relu(self, x: Map, slope: float = 0.01) -> Any:
-        return Node("activation", x.node.axes, x.node.shape, (x.node,), slope=float(slope)), x.index
+    def _on_leaky_relu(self, x: Map, slope: float = 0.01) -> Map:
+        return Map(Node("activation", x.node.axes, x.node.shape, (x.node,), slope=float(slope)), x.index)
 
-    def _on_threshold(self, x: Map, threshold: float, value: float) -> Any:
+    def _on_threshold(self, x: Map, threshold: float, value: float) -> Map:
         if threshold or value:
             raise Unmatched("computes threshold")
         return self._on_relu(x)
 
-    def _on_clamp_min(self, x: Map, least: float) -> Any:
+    def _on_clamp_min(self, x: Map, least: float) -> Map:
         return self._on_threshold(x, least, least)
 
-    def _function(self, x: Any, func: Any, rest: Any, kwargs: Any, name: str) -> Any:
+    def _function(self, x: Any, func: Any, rest: Any, kwargs: Any, name: str) -> Map:
         if not isinstance(x, Map) or any(isinstance(leaf, Map) for leaf in pytree.tree_leaves(rest)):
             raise Unmatched(f"computes {name}")
         if x.node.axes != "bck" or any(isinstance(leaf, Own) for leaf in pytree.tree_leaves(rest)):
-            raise Unmatched(f"takes a {name}, not a softmax" if name == "sigmoid" else f"has the activation {name}")
+            raise Unmatched(
+                f"takes a {name}, not a softmax"
+                if name == "sigmoid"
+                else f"has the activation {name.removesuffix('_kernel')}"
+            )
         return self._called(x, Call(func, tuple(rest), tuple(kwargs.items())))
 
-    def _called(self, x: Map, call: Call) -> Any:
-        return Node("function", x.node.axes, x.node.shape, (x.node,), call=call), x.index
+    def _called(self, x: Map, call: Call) -> Map:
+        return Map(Node("function", x.node.axes, x.node.shape, (x.node,), call=call), x.index)
 
-    def _on_native_group_norm(self, x: Map, w: Any, b: Any, _: int, __: int, ___: int, groups: int, eps: float) -> Any:
+    def _on_native_group_norm(self, x: Map, w: Any, b: Any, _: int, __: int, ___: int, groups: int, eps: float) -> Map:
         self._channels(x, 1)
         if x.node.axes != "bck":
             raise Unmatched("has a GroupNorm on the pixels")
         return self._called(x, Call(F.group_norm, (groups, w and w.ref, b and b.ref, eps)))
 
-    def _on_native_layer_norm(self, x: Map, shape: list[int], w: Any, b: Any, eps: float) -> Any:
+    def _on_native_layer_norm(self, x: Map, shape: list[int], w: Any, b: Any, eps: float) -> Map:
         if len(shape) != 1 or x.node.axes != "bck":
             raise Unmatched("has a LayerNorm on the pixels")
-        self._channels(x, x.index.dim() - 1)  # type: ignore[union-attr]
+        self._channels(x, x.index.dim() - 1)
         return self._called(x, Call(channel_norm, (shape, w and w.ref, b and b.ref, eps)))
 
     # Sums
 
-    def _on_mul(self, x: Any, y: Any) -> Any:
+    def _on_mul(self, x: Any, y: Any) -> Map:
         if not isinstance(x, Map):
             x, y = y, x
         if isinstance(y, Map):
@@ -451,31 +458,31 @@ class Tracer(TorchDispatchMode):
             y = y.value.item() if y.constant else self.emit(aten.reshape.default, y, [])
         elif isinstance(y, Own):
             return self._affine(x, self._by_channel(y, x), None)
-        return Node("scaled", x.node.axes, x.node.shape, (x.node,), factor=y), x.index
+        return Map(Node("scaled", x.node.axes, x.node.shape, (x.node,), factor=y), x.index)
 
-    def _on_div(self, x: Any, y: Any, **kwargs: Any) -> Any:
+    def _on_div(self, x: Any, y: Any, **kwargs: Any) -> Map:
         if not isinstance(x, Map) or kwargs:
             raise Unmatched("divides by a map")
         return self._on_mul(x, self.emit(aten.reciprocal.default, y) if isinstance(y, Own) else 1 / y)
 
-    def _on_neg(self, x: Map) -> Any:
+    def _on_neg(self, x: Map) -> Map:
         return self._on_mul(x, -1.0)
 
-    def _on_sub(self, x: Any, y: Any, alpha: float = 1) -> Any:
+    def _on_sub(self, x: Any, y: Any, alpha: float = 1) -> Map:
         return self._on_add(x, y, alpha=-alpha)
 
-    def _on_add(self, x: Any, y: Any, alpha: float = 1) -> Any:
+    def _on_add(self, x: Any, y: Any, alpha: float = 1) -> Map:
         if not isinstance(x, Map) and alpha == 1:
             x, y = y, x
         if not isinstance(x, Map) or not isinstance(y, (Map, Own)):
             raise Unmatched("adds a number")
         if alpha != 1:
-            y = self.emit(aten.mul.Tensor, y, alpha) if isinstance(y, Own) else Map(*self._on_mul(y, alpha), y.seen)
+            y = self.emit(aten.mul.Tensor, y, alpha) if isinstance(y, Own) else self._on_mul(y, alpha)
         if isinstance(y, Own):
             return self._affine(x, None, self._by_channel(y, x))
         return self._joined([x.node, y.node], [0, 0], x.node.shape[1], torch.equal(x.index, y.index), x.index)
 
-    def _on_cat(self, tensors: list[Any], dim: int = 0) -> Any:
+    def _on_cat(self, tensors: list[Any], dim: int = 0) -> Map:
         if not all(isinstance(each, Map) for each in tensors):
             raise Unmatched("joins a map with a tensor of its own")
         dim %= tensors[0].index.dim()
@@ -489,7 +496,7 @@ class Tracer(TorchDispatchMode):
         index = (every[0]["b"] * starts[-1] + channel) * pixels + every[0][tensors[0].node.axes[2]]
         return self._joined([each.node for each in tensors], starts[:-1], starts[-1], alike, index)
 
-    def _joined(self, nodes: list[Node], starts: list[int], width: int, alike: bool, index: Any) -> Any:
+    def _joined(self, nodes: list[Node], starts: list[int], width: int, alike: bool, index: Any) -> Map:
         """The sum of maps that lie from `starts` on among `width` channels."""
         first = nodes[0]
         if not alike or any((n.axes, n.shape[::2]) != (first.axes, first.shape[::2]) for n in nodes):
@@ -513,11 +520,11 @@ class Tracer(TorchDispatchMode):
             if linear.bias is not None:
                 bias = self.emit(aten.constant_pad_nd.default, linear.bias, pad) if any(pad) else linear.bias
                 joined.bias = bias if joined.bias is None else self.emit(aten.add.Tensor, joined.bias, bias)
-        return joined, index
+        return Map(joined, index)
 
     # Products and the softmax
 
-    def _on_softmax(self, x: Map, dim: int, *_: Any) -> Any:
+    def _on_softmax(self, x: Map, dim: int, *_: Any) -> Map:
         coordinates = x.coordinates()
         scores = _unscaled(x.node)[0]
         if scores.kind != "scores":
@@ -527,24 +534,24 @@ class Tracer(TorchDispatchMode):
             raise Unmatched("takes its softmax over pixels, not over regions")
         if not constant_along(coordinates["b"], dim) or not constant_along(coordinates["n"], dim):
             raise Unmatched("takes its softmax over more than the regions")
-        return Node("weights", "bkn", x.node.shape, (x.node,)), x.index
+        return Map(Node("weights", "bkn", x.node.shape, (x.node,)), x.index)
 
     _on_safe_softmax = _on_softmax
 
-    def _on_addmm(self, bias: Any, a: Any, b: Any, beta: float = 1, alpha: float = 1) -> Any:
-        product = Map(*self._on_mm(a, b), frozenset())
+    def _on_addmm(self, bias: Any, a: Any, b: Any, beta: float = 1, alpha: float = 1) -> Map:
+        product = self._on_mm(a, b)
         if alpha != 1:
-            product = Map(*self._on_mul(product, alpha), frozenset())
+            product = self._on_mul(product, alpha)
         return self._on_add(product, bias) if beta == 1 else self._rest(product, beta)
 
     _on_baddbmm = _on_addmm
 
-    def _rest(self, product: Map, beta: float) -> Any:
+    def _rest(self, product: Map, beta: float) -> Map:
         if beta:
             raise Unmatched("adds a multiple of a tensor to a product")
-        return product.node, product.index
+        return product
 
-    def _on_mm(self, a: Any, b: Any) -> Any:
+    def _on_mm(self, a: Any, b: Any) -> Map:
         batches = (a.value if isinstance(a, Own) else a.index).dim() - 2
         if isinstance(b, Own):
             return self._layer(a, batches + 1, self._weight(b, batches, turned=True), None)
@@ -561,7 +568,7 @@ class Tracer(TorchDispatchMode):
             own = self.emit(aten.select.int, own, 0, 0)
         return self.emit(aten.t.default, own) if turned else own
 
-    def _product(self, a: Map, b: Map) -> Any:
+    def _product(self, a: Map, b: Map) -> Map:
         """Of `[.., M, R]` and `[.., R, P]`: scores, summed over channels, or contexts, summed over regions."""
         names, size = [], 0
         both = []
@@ -577,8 +584,13 @@ class Tracer(TorchDispatchMode):
             size = each.node.shape[each.node.axes.index(name)]
             both.append({n: c.narrow(dim, 0, 1) for n, c in coordinates.items() if n != name})
         (name, order), (other, other_order) = names
-        assert order is not None and other_order is not None
-        if name != other or not torch.equal(order, other_order) or not torch.equal(order.sort()[0], torch.arange(size)):
+        if (
+            name != other
+            or order is None
+            or other_order is None
+            or not torch.equal(order, other_order)
+            or not torch.equal(order.sort()[0], torch.arange(size))
+        ):
             raise Unmatched("multiplies maps otherwise than by all channels or regions (several heads?)")
         left, right = both
         shape = torch.broadcast_shapes(left["b"].shape, right["b"].shape)
@@ -601,17 +613,14 @@ class Tracer(TorchDispatchMode):
         index = index.expand(shape)
         for each in (*factor, *other_factor):
             node = Node("scaled", node.axes, node.shape, (node,), factor=each)
-        return node, index
+        return Map(node, index)
 
-    def _on_pixel_region_attention(self, query: Map, key: Map, value: Map, scale: float | None, _: str) -> Any:
-        assert query.index is not None and key.index is not None and value.index is not None
-        flat = query.index.flatten(2)
-        product = Map(*self._on_mm(Map(query.node, flat.mT, query.seen), key), query.seen)
-        scale = flat.shape[1] ** -0.5 if scale is None else scale
-        scaled = Map(*self._on_mul(product, scale), query.seen)
-        weights = Map(*self._on_softmax(scaled, 2), query.seen)
-        node, index = self._on_mm(weights, Map(value.node, value.index.mT, value.seen))
-        return node, index.mT.reshape(*index.shape[::2], *query.index.shape[2:])
+    def _on_pixel_region_attention(self, query: Map, key: Map, value: Map, scale: float | None, _: str) -> Map:
+        index = query.index.flatten(2).mT
+        scale = index.shape[2] ** -0.5 if scale is None else scale
+        weights = self._on_softmax(self._on_mul(self._product(Map(query.node, index), key), scale), 2)
+        context = self._product(weights, Map(value.node, value.index.mT))
+        return Map(context.node, context.index.mT.unflatten(2, query.index.shape[2:]))
 
 
 def channel_norm(x: Tensor, shape: list[int], weight: Any, bias: Any, eps: float) -> Tensor:
