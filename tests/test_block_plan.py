@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from ocr_kernels import modules, record_maps, reference
 from ocr_kernels.models.block_cache import BlockCache
-from ocr_kernels.models.block_plan import BlockPlan, plan_block, verify
+from ocr_kernels.models.block_plan import plan_block, verify
+from ocr_kernels.models.block_weights import BlockPlan
 from ocr_kernels.testing import assert_parity, lay_out
 
 C, D, OUT, K = 8, 6, 10, 4
@@ -397,9 +398,35 @@ class Prior(Head):
         return value @ (query.mT @ key + self.prior).softmax(-1).mT
 
 
+class Counting(Head):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def join(self, x: Tensor, context: Tensor) -> Any:
+        self.calls += 1
+        return super().join(x, context)
+
+
+class Filled(Head):
+    def join(self, x: Tensor, context: Tensor) -> Any:
+        both = torch.cat([context, torch.zeros_like(x)], 1)
+        both[:, C:] = x
+        return self.fuse(both)
+
+
 class Threshold(Head):
     def join(self, x: Tensor, context: Tensor) -> Any:
         return super().join(x, context if context.mean() > 0 else 2 * context)
+
+
+class Number(Head):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(()))
+
+    def join(self, x: Tensor, context: Tensor) -> Any:
+        return super().join(x, self.gamma.item() * context)
 
 
 class Noise(Head):
@@ -434,6 +461,9 @@ REFUSALS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "kept": (Kept, "it sets its attribute last_context"),
     "prior": (Prior, "it adds to the scores"),
     "values": (Threshold, "it reads values"),
+    "counter": (Counting, "it changes its own tensors in place"),
+    "a part changed": (Filled, "it "),
+    "its own value": (Number, "it reads values"),
     "noise": (Noise, "it draws random numbers"),
     "gate": (Gate, "it multiplies two maps"),
     "float64": (lambda: Head().double(), "it has weights whose dtype is not float32"),

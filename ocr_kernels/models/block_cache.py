@@ -15,8 +15,9 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from ocr_kernels import maps
 from ocr_kernels.head.functional import DTYPES
-from ocr_kernels.models.block_plan import BlockPlan, Folded, plan_block
+from ocr_kernels.models.block_plan import plan_block
 from ocr_kernels.models.block_trace import tensor_at
+from ocr_kernels.models.block_weights import BlockPlan, Folded
 
 _version_of = operator.attrgetter("_version")
 
@@ -99,7 +100,7 @@ class Snapshot:
         self.layers = list(module.modules())
         self.classes = list(map(type, self.layers))
         self.attributes = list(map(vars, self.layers))
-        self.owners = [owner for layer in self.layers for owner in (vars(layer), layer._modules)]
+        self.owners = self.attributes + [layer._modules for layer in self.layers if layer._modules]
         self.sizes = list(map(len, self.owners))
         self.settings = _reads((vars(layer), _settings_of(layer)) for layer in self.layers)
         own = (owner for layer in self.layers for owner in (layer._modules, layer._parameters, layer._buffers))
@@ -109,7 +110,7 @@ class Snapshot:
         self.hooks = [h for layer in self.layers[1:] for h in (layer._forward_hooks, layer._forward_pre_hooks)]
         # no public function tells of hooks on all modules
         self.hooks += [torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks]
-        self.tensors = [t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()]
+        self.tensors = [] if plan is None else [tensor_at(module, path) for _, path in plan.program.sources]
         self.countable = all(type(t) in (Tensor, nn.Parameter) and not t.is_inference() for t in self.tensors)
         if self.countable:  # PyTorch counts their changes
             self.versions = list(map(_version_of, self.tensors))

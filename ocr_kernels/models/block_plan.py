@@ -8,171 +8,25 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
 import inspect
 import itertools
 import math
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ocr_kernels.head.functional import DTYPES, HeadWeights, Slopes, ocr_head
-from ocr_kernels.head.reference import activate_
-from ocr_kernels.models.block_trace import Call, Map, Node, Own, Program, Ref, Tracer, Unmatched, tensor_at
+from ocr_kernels.head.functional import DTYPES
+from ocr_kernels.models.block_trace import Call, Map, Node, Own, Ref, Tracer, Unmatched, tensor_at
+from ocr_kernels.models.block_weights import BlockPlan, Layer
 
 VERIFICATION_BOUND = 1e-4
 """Largest relative difference at which two float32 forwards with random weights count as equal."""
 
 Forward = Callable[..., Any]
-
-
-class Layer(NamedTuple):
-    """A matrix and a bias, or None for zeros, among a program's results, and the slope of the activation after it."""
-
-    weight: Ref
-    bias: Ref | None
-    slope: float
-
-
-class Folded(NamedTuple):
-    """What a call takes: the head's weights, and what makes keys and values of regions, with tensors in it."""
-
-    head: HeadWeights
-    key: tuple[Any, ...]
-    value: tuple[Any, ...]
-    transposed: bool  # whether regions come as [B, K, C]
-
-    def compute(self, feats: Tensor, regions: Tensor, backend: str | None = None) -> Tensor:
-        """z in the dtype of the weights, in the memory format of feats."""
-        with torch.autocast(feats.device.type, enabled=False):
-            dtype = self.head.pixels.dtype
-            columns = regions.to(dtype).flatten(2)
-            columns = columns if self.transposed else columns.transpose(1, 2)  # [B, K, C]
-            key, value = _chain(columns, self.key), _chain(columns, self.value)
-            return ocr_head(feats.to(dtype), (key, value), self.head, backend=backend)
-
-
-@dataclasses.dataclass(frozen=True)
-class BlockPlan:
-    """How a module computes step 4, and of which of its tensors."""
-
-    program: Program
-    pixels: tuple[Layer, ...]  # phi, one or two
-    key: tuple[Layer | Call, ...]  # psi; calls are of operations that no layer is
-    value: tuple[Layer | Call, ...]  # delta
-    up: Layer  # rho; its weight is the number of channels where the values themselves are activated
-    context: Ref  # the half of g that takes y
-    fusing: Layer  # the half of g that takes x
-    scale: float
-    channels: int
-    dims: int  # of feats
-    region_dims: int
-    transposed: bool  # whether regions come as [B, K, C]
-    first: str  # the path of a weight, whose dtype and device are the module's
-    layers: tuple[tuple[str, str, tuple[tuple[str, Any], ...]], ...]  # path, class and settings of each
-
-    def weights(self, module: nn.Module, dtype: torch.dtype) -> Folded:
-        """The folded weights of `module`, made of its present parameters and buffers in float32."""
-        with torch.no_grad():
-            results = self.program.run(module)
-
-            def matrix(ref: Ref) -> Tensor:
-                return results[ref.at].to(dtype).contiguous()
-
-            def bias(layer: Layer, like: Ref) -> Tensor:
-                made = results[like.at].new_zeros(results[like.at].shape[0]) if layer.bias is None else None
-                return results[layer.bias.at].contiguous() if made is None else made  # type: ignore[union-attr]
-
-            def part(layer: Layer | Call) -> Any:
-                if isinstance(layer, Layer):
-                    return matrix(layer.weight), bias(layer, layer.weight), layer.slope
-                args = [results[arg.at].to(dtype) if isinstance(arg, Ref) else arg for arg in layer.args]
-                return dataclasses.replace(layer, args=tuple(args))
-
-            second = self.pixels[1] if len(self.pixels) == 2 else None
-            slopes = Slopes(pixel_in=self.pixels[0].slope, pixel_out=second.slope if second else 0.0)
-            context = matrix(self.context)
-            ups = self.up.weight is not None
-            head = HeadWeights(
-                pixel_in=matrix(self.pixels[0].weight),
-                pixel_in_bias=bias(self.pixels[0], self.pixels[0].weight),
-                pixel_out=matrix(second.weight) if second else None,
-                pixel_out_bias=bias(second, second.weight) if second else None,
-                object_in=None,
-                object_in_bias=None,
-                object_out=None,
-                object_out_bias=None,
-                down=None,
-                down_bias=None,
-                up=matrix(self.up.weight) if ups else None,
-                up_bias=bias(self.up, self.up.weight) if ups else results[self.context.at].new_zeros(context.shape[1]),
-                context=context,
-                pixels=matrix(self.fusing.weight),
-                bias=bias(self.fusing, self.fusing.weight),
-                slopes=slopes._replace(up=self.up.slope, fusing=self.fusing.slope),
-                scale=self.scale,
-            )
-            return Folded(head, tuple(map(part, self.key)), tuple(map(part, self.value)), self.transposed)
-
-    def run(self, module: nn.Module, feats: Tensor, regions: Tensor) -> Tensor:
-        """z of `module`, in the shape and memory format that its own forward gives it."""
-        device = feats.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else feats.dtype
-        with torch.no_grad():
-            return self.weights(module, dtype).compute(feats, regions)
-
-    def takes(self, feats: Tensor, regions: Tensor, first: Tensor) -> bool:
-        """Whether the module's own forward would take pixels and regions like these; `first` is `self.first`'s."""
-        shape, region_shape, dtype = feats.shape, regions.shape, feats.dtype
-        return (
-            len(shape) == self.dims
-            and len(region_shape) == self.region_dims
-            and shape[0] == region_shape[0]
-            and shape[1] == region_shape[2 if self.transposed else 1] == self.channels
-            and 0 not in shape
-            and 0 not in region_shape
-            and feats.device == regions.device == first.device
-            and (dtype == regions.dtype == first.dtype or torch.is_autocast_enabled(feats.device.type))
-        )
-
-    def random_inputs(self, seed: int) -> tuple[Tensor, Tensor]:
-        """Pixels and regions of the right channels and dimensions, in float32."""
-        generator = torch.Generator().manual_seed(seed)
-        shape = (2, 4, self.channels) if self.transposed else (2, self.channels, 4)
-        feats = torch.randn((2, self.channels, *(5, 3, 2)[: self.dims - 2]), generator=generator)
-        return feats, torch.randn((*shape, *[1] * (self.region_dims - 3)), generator=generator)
-
-    def fits(self, module: nn.Module) -> bool:
-        """Whether the layers of `module` still are those that were planned, with the same settings."""
-        for path, name, settings in self.layers:
-            layer: Any = module
-            for child in path.split(".") if path else ():
-                layer = layer._modules.get(child)
-                if layer is None:
-                    return False
-            if type(layer).__qualname__ != name:
-                return False
-            for attribute, value in settings:
-                if getattr(layer, attribute, None) != value:
-                    return False
-        return True
-
-
-def _chain(columns: Tensor, parts: tuple[Any, ...]) -> Tensor:
-    """`[B, channels, K]` of regions `[B, K, C]`."""
-    dtype = columns.dtype
-    for part in parts:
-        if isinstance(part, Call):
-            columns = part.run((), columns.device, columns.transpose(1, 2)).transpose(1, 2)
-        else:
-            weight, bias, slope = part
-            columns = activate_(F.linear(columns, weight) + bias, slope).to(dtype)
-    return columns.transpose(1, 2)
 
 
 # The check
@@ -218,9 +72,9 @@ def _errors(
 ) -> tuple[float, float, float] | str:
     first = tensor_at(module, plan.first)
     trial = _copied(module, keep=True)
-    if example is None or not plan.takes(*(t.detach().to(first) for t in example), first):
-        example = plan.random_inputs(2)
-    feats, regions = (tensor.detach().to(first) for tensor in example)
+    feats, regions = (tensor.detach().to(first) for tensor in example or plan.random_inputs(2))
+    if not plan.takes(feats, regions, first):
+        feats, regions = (tensor.to(first) for tensor in plan.random_inputs(2))
     with torch.device(first.device):
         found = plan.weights(trial, first.dtype).compute(feats, regions).double()
         eager = forward(trial, feats.clone(), regions.clone()).double()
@@ -297,6 +151,9 @@ def _obstacle(module: nn.Module) -> str:
         return "its forward is the instance's own, not its class's"
     if any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers())):
         return "its parameters are on the meta device"
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if type(tensor) not in (Tensor, nn.Parameter):
+            return f"{name} is a {type(tensor).__name__}"
     for name, part in module.named_modules():
         if part is not module and (part._forward_hooks or part._forward_pre_hooks):
             return f"{name} has a forward hook, which would not run"
@@ -375,12 +232,16 @@ def quiet(tensors: list[Tensor]) -> Iterator[None]:
 
 def _traced(module: nn.Module, forward: Forward, inputs: tuple[Tensor, Tensor], transposed: bool) -> tuple[Tracer, Any]:
     before = [dict(vars(part)) for part in module.modules()]
+    tensors = [*module.parameters(), *module.buffers()]
+    versions = [tensor._version for tensor in tensors]
     with sdpa_kernel(SDPBackend.MATH), Tracer(module, *inputs, transposed) as tracer:
         out = forward(module, *inputs)
     for part, attributes in zip(module.modules(), before, strict=True):
         for name, value in vars(part).items():
             if name not in attributes or value is not attributes[name]:
                 tracer.obstacle = tracer.obstacle or f"sets its attribute {name}"
+    if [tensor._version for tensor in tensors] != versions:
+        tracer.obstacle = tracer.obstacle or "changes its own tensors in place"
     return tracer, out
 
 
@@ -403,7 +264,7 @@ def _plan(module: nn.Module, tracer: Tracer, out: Any, inputs: tuple[Tensor, Ten
         raise Unmatched(tracer.obstacle)
     feats = inputs[0]
     whole = (feats.shape[0], z.shape[1], *feats.shape[2:])
-    if z.axes != "bcn" or out.shape != whole or not torch.equal(what.index.flatten(), torch.arange(out.numel())):  # type: ignore[union-attr]
+    if z.axes != "bcn" or out.shape != whole or not torch.equal(what.index.flatten(), torch.arange(out.numel())):
         raise Unmatched("returns something else than a map of the shape of its pixels")
     z, slope = _activated(z)
     fusing = tracer.linear(z)
@@ -433,17 +294,19 @@ def _plan(module: nn.Module, tracer: Tracer, out: Any, inputs: tuple[Tensor, Ten
             factor *= scores.factor
         scores = scores.inputs[0]
     query, key = scores.inputs
-    for own in learned:
-        key = Node("scaled", key.axes, key.shape, (key,), factor=own)
+    for number in learned:
+        key = Node("scaled", key.axes, key.shape, (key,), factor=number)
     pixels = _layers(tracer, query, "feats")
     if not all(isinstance(layer, Layer) for layer in pixels) or not 1 <= len(pixels) <= 2:
         raise Unmatched(f"puts the pixels through {len(pixels)} layers before it attends, instead of one or two")
     regions = tuple(_layers(tracer, key, "regions")), tuple(_layers(tracer, value, "regions"))
     (pixel_half,) = (ref for leaf, ref in halves.items() if leaf.kind == "feats")
-    program = tracer.program()
+    fuse = Layer(pixel_half, _ref(fusing.bias), slope)
+    rho = Layer(up, up_bias, up_slope)
+    program = tracer.program().pruned((tuple(pixels), *regions, rho, halves[y], fuse))
     matrices = _matrices(module)
-    first = next(path for path in program.sources if path in matrices)
-    dtypes = {matrices[path].dtype for path in program.sources if path in matrices}
+    own = [path for _, path in program.sources if path in matrices]
+    dtypes = {matrices[path].dtype for path in own}
     if len(dtypes) > 1 or not dtypes <= set(DTYPES):
         raise Unmatched("has weights whose dtype is not float32, bfloat16 or float16 throughout")
     return BlockPlan(
@@ -451,15 +314,15 @@ def _plan(module: nn.Module, tracer: Tracer, out: Any, inputs: tuple[Tensor, Ten
         pixels=tuple(pixels),
         key=regions[0],
         value=regions[1],
-        up=Layer(up, up_bias, up_slope),
+        up=rho,
         context=halves[y],
-        fusing=Layer(pixel_half, _ref(fusing.bias), slope),
+        fusing=fuse,
         scale=factor,
         channels=feats.shape[1],
         dims=feats.dim(),
         region_dims=inputs[1].dim(),
         transposed=transposed,
-        first=first,
+        first=own[0],
         layers=tuple((path, type(part).__qualname__, _settings(part)) for path, part in module.named_modules()),
     )
 

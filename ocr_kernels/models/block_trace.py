@@ -66,19 +66,41 @@ def _value(arg: Any, results: Sequence[Any]) -> Any:
 
 
 class Program(NamedTuple):
-    """The module's tensors by their paths, and what is made of them, in order."""
+    """Which of the module's tensors, by their paths, and what is made of them, in order; with the results' numbers."""
 
-    sources: tuple[str, ...]
-    calls: tuple[Call, ...]
+    sources: tuple[tuple[int, str], ...]
+    calls: tuple[tuple[int, Call], ...]
+    length: int
 
     def run(self, module: nn.Module) -> list[Any]:
-        """All results, in float32."""
-        results: list[Any] = [tensor_at(module, path).detach() for path in self.sources]
-        results = [tensor.float() if tensor.is_floating_point() else tensor for tensor in results]
-        device = results[0].device
-        for call in self.calls:
-            results.append(call.run(results, device))
+        """The results, in float32."""
+        results: list[Any] = [None] * self.length
+        for at, path in self.sources:
+            tensor = tensor_at(module, path).detach()
+            results[at] = tensor.float() if tensor.is_floating_point() else tensor
+        device = results[self.sources[0][0]].device
+        for at, call in self.calls:
+            results[at] = call.run(results, device)
         return results
+
+    def pruned(self, wanted: Any) -> Program:
+        """What `wanted` needs of it."""
+        needed = _references(wanted)
+        calls = []
+        for at, call in reversed(self.calls):
+            if at in needed:
+                needed |= _references((call.args, call.kwargs))
+                calls.append((at, call))
+        return Program(tuple(s for s in self.sources if s[0] in needed), tuple(reversed(calls)), self.length)
+
+
+def _references(tree: Any) -> set[int]:
+    """The numbers of the results that are referred to."""
+    if isinstance(tree, Ref):
+        return {tree.at}
+    if isinstance(tree, Call):
+        return _references((tree.args, tree.kwargs))
+    return set().union(*map(_references, tree)) if isinstance(tree, (list, tuple)) else set()
 
 
 def tensor_at(module: nn.Module, path: str) -> Tensor:
@@ -122,7 +144,7 @@ class Node:
 
 @dataclasses.dataclass(eq=False)
 class Map:
-    """A tensor of the run: which elements of a node's map it has, none of a node of kind "other"; what it is made of."""
+    """A tensor of the run: which elements of a node's map it has (none of kind "other"), and on what it depends."""
 
     node: Node
     index: Tensor
@@ -184,19 +206,19 @@ class Tracer(TorchDispatchMode):
         for path, tensor in own.values():
             self._remember(tensor, Own(Ref(len(self.paths)), tensor.detach(), False))
             self.paths.append(path)
-        canonical = feats.flatten(2).shape
-        node = Node("feats", "bcn", canonical)
+        node = Node("feats", "bcn", feats.flatten(2).shape)
         self._remember(feats, Map(node, torch.arange(feats.numel()).view(feats.shape), frozenset({"feats"})))
-        canonical = regions.flatten(2).shape
+        shape = regions.flatten(2).shape
         index = torch.arange(regions.numel())
         if transposed:
-            canonical = canonical[0], canonical[2], canonical[1]
-            index = index.view(canonical).mT.flatten()
-        node = Node("regions", "bck", canonical)
+            shape = shape[:1] + shape[:0:-1]
+            index = index.view(shape).mT
+        node = Node("regions", "bck", shape)
         self._remember(regions, Map(node, index.reshape(regions.shape), frozenset({"regions"})))
 
     def program(self) -> Program:
-        return Program(tuple(self.paths), tuple(self.calls))
+        first = len(self.paths)
+        return Program(tuple(enumerate(self.paths)), tuple(enumerate(self.calls, first)), first + len(self.calls))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -207,8 +229,7 @@ class Tracer(TorchDispatchMode):
         """What a tensor is."""
         if id(tensor) not in self.known:
             if tensor.numel() == 1:  # made of a number
-                made = self.emit(aten.full.default, list(tensor.shape), tensor.item(), device=tensor.device)
-                self._remember(tensor, made)
+                self._remember(tensor, self.number(tensor.item(), tensor))
             else:
                 reason = "uses a tensor that is neither its own nor made in its forward"
                 self._remember(tensor, unmatched(reason, frozenset()))
@@ -228,6 +249,10 @@ class Tracer(TorchDispatchMode):
         ref = Ref(len(self.paths) + len(self.calls) - 1)
         return Own(ref, function(*valued(args), **valued(kwargs)), all(each.constant for each in own))
 
+    def number(self, value: Any, like: Tensor) -> Own:
+        """A tensor of one number."""
+        return self.emit(aten.full.default, list(like.shape), value, dtype=like.dtype, device=torch.device("cpu"))
+
     def _remember(self, tensor: Tensor, what: Own | Map) -> None:
         self.known[id(tensor)] = what
         self.kept.append(tensor)
@@ -238,6 +263,10 @@ class Tracer(TorchDispatchMode):
         outputs = [leaf for leaf in pytree.tree_leaves(out) if isinstance(leaf, Tensor)]
         maps = [each for each in inputs if isinstance(each, Map)]
         in_place = func._schema.is_mutable
+        if not outputs:
+            if not all(isinstance(each, Own) and each.constant for each in inputs):
+                self.obstacle = f"reads values ({name.strip('_')})"
+            return
         if not maps and not in_place and torch.Tag.nondeterministic_seeded not in func.tags and "empty" not in name:
             tree = pytree.tree_map_only(Tensor, self.found, (args, kwargs))
             made = self.emit(func, *tree[0], **tree[1])
@@ -246,18 +275,19 @@ class Tracer(TorchDispatchMode):
                 self._remember(tensor, Own(ref, tensor.detach(), made.constant))
             return
         seen = _seen(name, maps)
+        results: Sequence[Own | Map]
         try:
             results = self._matched(func, name, args, kwargs, maps, outputs)
         except Unmatched as why:
-            results = [unmatched(str(why), seen)] * max(1, len(outputs))
+            results = [unmatched(str(why), seen)] * len(outputs)
         except Exception:  # with arguments that are not foreseen here
-            results = [unmatched(f"computes {name.strip('_')}", seen)] * max(1, len(outputs))
-        if not outputs:
-            self.obstacle = results[0].node.reason
+            results = [unmatched(f"computes {name.strip('_')}", seen)] * len(outputs)
         for tensor, result in zip(outputs, results, strict=False):
-            if in_place:
-                self._replace(tensor, result)
-            self._remember(tensor, result if isinstance(result, Own) else dataclasses.replace(result, seen=seen))
+            if isinstance(result, Map):
+                result = dataclasses.replace(result, seen=seen)
+                if in_place:
+                    self._replace(tensor, result)
+            self._remember(tensor, result)
 
     def _replace(self, changed: Tensor, by: Map) -> None:
         """`changed` was changed in place, and with it all that shares its memory."""
@@ -265,13 +295,14 @@ class Tracer(TorchDispatchMode):
         before = self.known[id(changed)]
         for tensor in self.kept:
             what = self.known[id(tensor)]
-            if tensor is changed or isinstance(what, Own) or tensor.untyped_storage().data_ptr() != storage:
+            if tensor is changed or tensor.untyped_storage().data_ptr() != storage:
                 continue
-            whole = isinstance(before, Map) and what.node is before.node and changed.numel() == math.prod(by.node.shape)
-            if whole and by.node.shape == what.node.shape:
+            whole = isinstance(before, Map) and changed.numel() == math.prod(by.node.shape)
+            if whole and isinstance(what, Map) and what.node is before.node and by.node.shape == what.node.shape:
                 self.known[id(tensor)] = Map(by.node, what.index, by.seen)
             else:
-                self.known[id(tensor)] = unmatched(by.node.reason or "changes a part of a tensor in place", by.seen)
+                seen = by.seen | (what.seen if isinstance(what, Map) else frozenset())
+                self.known[id(tensor)] = unmatched(by.node.reason or "changes a part of a tensor in place", seen)
 
     def _matched(
         self, func: Any, name: str, args: Any, kwargs: Any, maps: list[Map], outputs: list[Tensor]
@@ -279,16 +310,16 @@ class Tracer(TorchDispatchMode):
         """What the outputs are."""
         if not maps:
             raise Unmatched("draws random numbers or changes its own tensors")
-        if not outputs:
-            raise Unmatched(f"reads values ({name.strip('_')})")
         for each in maps:
             if each.node.kind == "other":
                 raise Unmatched(each.node.reason)
+        if func._schema.is_mutable and name.strip("_") in VIEWS | MOVES:
+            raise Unmatched(f"changes the shape of a tensor in place ({name})")
         (x, *rest), kwargs = pytree.tree_map_only(Tensor, self.found, (args, kwargs))
         name = name.strip("_")
         if name in MADE_LIKE and outputs[0].unique().numel() == 1:
             value = outputs[0].flatten()[0].item()
-            return [self.emit(aten.full.default, list(outputs[0].shape), value, device=torch.device("cpu"))]
+            return [self.number(value, outputs[0])]
         if name in COPIES:
             return [x]
         if name in VIEWS and x.index.numel() == outputs[0].numel():
@@ -313,7 +344,10 @@ class Tracer(TorchDispatchMode):
             return x
         if x.kind == "scaled":
             inner = self.linear(x.inputs[0])
-            terms = {n: self.emit(aten.mul.Tensor, self.matrix(inner, w), x.factor) for n, w in inner.terms.items()}
+            terms: dict[Node, Own | slice] = {
+                node: self.emit(aten.mul.Tensor, self.matrix(inner, rows), x.factor)
+                for node, rows in inner.terms.items()
+            }
             bias = None if inner.bias is None else self.emit(aten.mul.Tensor, inner.bias, x.factor)
             return dataclasses.replace(inner, terms=terms, bias=bias)
         return Node("linear", x.axes, x.shape, terms={x: slice(0, x.shape[1])})
@@ -322,7 +356,7 @@ class Tracer(TorchDispatchMode):
         if isinstance(rows, Own):
             return rows
         width = rows.stop - rows.start
-        eye = self.emit(aten.eye.default, width, device=torch.device("cpu"))
+        eye = self.emit(aten.eye.default, width, dtype=torch.float32, device=torch.device("cpu"))
         if width == x.shape[1]:
             return eye
         return self.emit(aten.constant_pad_nd.default, eye, [0, 0, rows.start, x.shape[1] - rows.stop])
@@ -390,15 +424,17 @@ class Tracer(TorchDispatchMode):
         raise Unmatched("adds or multiplies by a tensor of its own that is no vector of channels")
 
     def _on_convolution(
-        self, x: Any, w: Any, b: Any, stride: Any, pad: Any, dil: Any, turned: bool, _: Any, groups: int
-    ):  # type: ignore[no-untyped-def]
+        self, x: Any, w: Any, b: Any, stride: Any, pad: Any, dilation: Any, turned: bool, _: Any, groups: int
+    ) -> Map:
         if not isinstance(x, Map) or not isinstance(w, Own) or isinstance(b, Map):
             raise Unmatched("convolves with what is no weight of its own")
-        if w.value[0, 0].numel() != 1 or turned or groups != 1 or {*stride, *dil} != {1} or {*pad} != {0}:
+        if w.value[0, 0].numel() != 1 or turned or groups != 1 or {*stride, *dilation} != {1} or {*pad} != {0}:
             raise Unmatched("has a convolution that is not 1x1 with stride 1, no padding and one group")
         return self._layer(x, 1, self.emit(aten.reshape.default, w, list(w.value.shape[:2])), b)
 
-    def _on_native_batch_norm(self, x: Any, w: Any, b: Any, mean: Any, var: Any, training: bool, _: Any, eps: float):  # type: ignore[no-untyped-def]
+    def _on_native_batch_norm(
+        self, x: Any, w: Any, b: Any, mean: Any, var: Any, training: bool, _: Any, eps: float
+    ) -> Map:
         if training or not isinstance(mean, Own) or not isinstance(var, Own):
             raise Unmatched("has a norm without running statistics")
         self._channels(x, 1)
@@ -611,8 +647,8 @@ class Tracer(TorchDispatchMode):
         for axis, length in zip(node.axes, node.shape, strict=True):
             index = index * length + rest[axis]
         index = index.expand(shape)
-        for each in (*factor, *other_factor):
-            node = Node("scaled", node.axes, node.shape, (node,), factor=each)
+        for number in (*factor, *other_factor):
+            node = Node("scaled", node.axes, node.shape, (node,), factor=number)
         return Map(node, index)
 
     def _on_pixel_region_attention(self, query: Map, key: Map, value: Map, scale: float | None, _: str) -> Map:
@@ -643,7 +679,7 @@ def _seen(name: str, maps: list[Map]) -> frozenset[str]:
         seen |= {"softmax"}
     if name in PRODUCTS and "softmax" in seen:
         seen |= {"attention"}
-    joined = name == "cat" or (name in ("add", "add_") and all(each.node.kind != "feats" for each in maps))
+    joined = name in ("cat", "copy_") or (name in ("add", "add_") and all(each.node.kind != "feats" for each in maps))
     if joined and any("attention" in each.seen for each in maps) and any("attention" not in m.seen for m in maps):
         seen |= {"joined"}
     return seen
