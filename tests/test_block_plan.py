@@ -155,6 +155,16 @@ class Residual(Head):
         return super().join(x, self.gamma * context + x)
 
 
+class Resized(Head):
+    """Pooled and brought back by a factor that is 1."""
+
+    def forward(self, x: Tensor, proxies: Tensor) -> Any:
+        return super().forward(F.max_pool2d(x, 1), proxies)
+
+    def join(self, x: Tensor, context: Tensor) -> Tensor:
+        return super().join(x, F.interpolate(context, scale_factor=1, mode="bilinear", align_corners=True))
+
+
 class NoUp(Head):
     """No layer after the attention, and a product with rows of pixels."""
 
@@ -259,6 +269,7 @@ HEADS: dict[str, Callable[[], nn.Module]] = {
     "sum": Sum,
     "residual": Residual,
     "learned temperature": Temperature,
+    "resized by 1": Resized,
     "no up": NoUp,
     "few contexts": lambda: Head(contexts=5),
     "ABN": lambda: Head(norm=ActivatedNorm, act=nn.Identity),
@@ -420,6 +431,11 @@ class Threshold(Head):
         return super().join(x, context if context.mean() > 0 else 2 * context)
 
 
+class InPlace(Head):
+    def forward(self, x: Tensor, proxies: Tensor) -> Any:
+        return super().forward(x, proxies.relu_())
+
+
 class Number(Head):
     def __init__(self) -> None:
         super().__init__()
@@ -461,8 +477,9 @@ REFUSALS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "kept": (Kept, "it sets its attribute last_context"),
     "prior": (Prior, "it adds to the scores"),
     "values": (Threshold, "it reads values"),
-    "counter": (Counting, "it changes its own tensors in place"),
+    "counter": (Counting, "it changes its own tensors or its arguments in place"),
     "a part changed": (Filled, "it "),
+    "arguments": (InPlace, "it changes its own tensors or its arguments in place"),
     "its own value": (Number, "it reads values"),
     "noise": (Noise, "it draws random numbers"),
     "gate": (Gate, "it multiplies two maps"),

@@ -26,6 +26,9 @@ from ocr_kernels.models.block_weights import BlockPlan, Layer
 VERIFICATION_BOUND = 1e-4
 """Largest relative difference at which two float32 forwards with random weights count as equal."""
 
+MOST_MATRICES = 32
+"""A module with more is a network around step 4, which is not tried."""
+
 Forward = Callable[..., Any]
 
 
@@ -105,17 +108,13 @@ def plan_block(
     `forward` says, its class's own by default. The module itself stays as it is.
     """
     own = forward or type(module).forward
-    if not _takes_two(own):
+    if not _takes_two(own) or not 2 <= len(_matrices(module)) <= MOST_MATRICES:
         return ""
-    shapes = list(_shapes(module, example))
     failure = ""
-    tensors = [*module.parameters(), *module.buffers()]
-    if not shapes:
-        return ""
     try:
-        with quiet(tensors):
+        with quiet([*module.parameters(), *module.buffers()]):
             trial = _copied(module)
-            for inputs, transposed in shapes:
+            for inputs, transposed in _shapes(module, example):
                 try:
                     tracer, out = _traced(trial, own, inputs, transposed)
                 except Exception as error:
@@ -232,7 +231,7 @@ def quiet(tensors: list[Tensor]) -> Iterator[None]:
 
 def _traced(module: nn.Module, forward: Forward, inputs: tuple[Tensor, Tensor], transposed: bool) -> tuple[Tracer, Any]:
     before = [dict(vars(part)) for part in module.modules()]
-    tensors = [*module.parameters(), *module.buffers()]
+    tensors = [*module.parameters(), *module.buffers(), *inputs]
     versions = [tensor._version for tensor in tensors]
     with sdpa_kernel(SDPBackend.MATH), Tracer(module, *inputs, transposed) as tracer:
         out = forward(module, *inputs)
@@ -241,7 +240,7 @@ def _traced(module: nn.Module, forward: Forward, inputs: tuple[Tensor, Tensor], 
             if name not in attributes or value is not attributes[name]:
                 tracer.obstacle = tracer.obstacle or f"sets its attribute {name}"
     if [tensor._version for tensor in tensors] != versions:
-        tracer.obstacle = tracer.obstacle or "changes its own tensors in place"
+        tracer.obstacle = tracer.obstacle or "changes its own tensors or its arguments in place"
     return tracer, out
 
 

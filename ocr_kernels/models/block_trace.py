@@ -297,8 +297,8 @@ class Tracer(TorchDispatchMode):
             what = self.known[id(tensor)]
             if tensor is changed or tensor.untyped_storage().data_ptr() != storage:
                 continue
-            whole = isinstance(before, Map) and changed.numel() == math.prod(by.node.shape)
-            if whole and isinstance(what, Map) and what.node is before.node and by.node.shape == what.node.shape:
+            alike = isinstance(before, Map) and isinstance(what, Map) and before.node is what.node
+            if isinstance(what, Map) and alike and changed.numel() == math.prod(what.node.shape) == by.index.numel():
                 self.known[id(tensor)] = Map(by.node, what.index, by.seen)
             else:
                 seen = by.seen | (what.seen if isinstance(what, Map) else frozenset())
@@ -327,12 +327,15 @@ class Tracer(TorchDispatchMode):
         if name in MOVES and isinstance(x, Map):
             moved = func(x.index, *rest, **kwargs)
             return [Map(x.node, index) for index in pytree.tree_leaves(moved)]
+        resizes = "pool" in name or "upsample" in name
+        if resizes and outputs[0].shape == args[0].shape and torch.equal(outputs[0], args[0]):
+            return [x]  # by a factor of 1
         handler = getattr(self, f"_on_{name}", None)
         if handler is not None:
             return [handler(x, *rest, **kwargs)]
         if name in FUNCTIONS:
             return [self._function(x, func, rest, kwargs, name)]
-        if "pool" in name or "upsample" in name:
+        if resizes:
             raise Unmatched("attends at a lower resolution (scale > 1)")
         raise Unmatched(f"computes {name}")
 
