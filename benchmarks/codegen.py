@@ -156,7 +156,7 @@ class HeadShape(Shape):
         feats = empty(batch, channels, *spatial, memory_format=self.memory_format)
         logits = empty(batch, classes, *spatial, memory_format=self.memory_format)
         key, context_regions = empty(batch, key_channels, classes), empty(batch, channels, classes)
-        ocr_kernels.head.triton.forward(logits, feats, key, context_regions, weights, "logits")
+        ocr_kernels.head.triton.forward(logits, feats, key, context_regions, weights, 1.0, (0.0,) * 4, "logits")
 
 
 def shapes(quick: bool) -> list[Shape]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ocr_kernels import flop_formulas
-from ocr_kernels.head import HeadWeights, ocr_head
+from ocr_kernels.head import HeadWeights, Slopes, ocr_head
 from ocr_kernels.head.functional import DTYPES
 from ocr_kernels.reference import SpatialOCR
 from ocr_kernels.testing import (
@@ -123,6 +123,14 @@ def fold(head: Head) -> HeadWeights:
     return HeadWeights(*(w.to(dtype if w.dim() == 2 else torch.float32) for w in weights))
 
 
+def tensors_of(weights: HeadWeights) -> list[tuple[str, Tensor]]:
+    return [(name, weight) for name, weight in weights._asdict().items() if isinstance(weight, Tensor)]
+
+
+def on_tensors(function: Callable[[Tensor], Tensor], weights: HeadWeights) -> HeadWeights:
+    return weights._replace(**{name: function(weight) for name, weight in tensors_of(weights)})
+
+
 def draw(
     device: str = "cpu", dtype: torch.dtype = torch.float32, channels: int = 20, **options: Any
 ) -> tuple[Tensor, Tensor]:
@@ -216,7 +224,7 @@ def test_memory_formats(
         assert out.is_contiguous()
     with torch._subclasses.FakeTensorMode() as mode:
         fakes = [mode.from_tensor(t) for t in (feats, regions)]
-        fake = ocr_head(*fakes, HeadWeights(*map(mode.from_tensor, weights)), output, backend=backend)
+        fake = ocr_head(*fakes, on_tensors(mode.from_tensor, weights), output, backend=backend)
     assert (fake.stride(), fake.dtype) == (out.stride(), out.dtype)
 
 
@@ -226,7 +234,7 @@ def operands(device: str, output: str, **options: Any) -> tuple[Any, ...]:
     w = fold(Head().to(device, feats.dtype))
     weights = [w.pixel_in, w.pixel_in_bias, w.pixel_out, w.pixel_out_bias, w.up_bias, w.context, w.pixels, w.bias]
     weights += [] if output == "features" else [w.classes, w.classes_bias]
-    return feats, key[:, :12], key, weights, output
+    return feats, key[:, :12], key, weights, 0.3, [0.0] * 4, output
 
 
 @pytest.mark.thinned
@@ -259,7 +267,7 @@ def test_autocast(target: tuple[str, str], autocast_dtype: torch.dtype) -> None:
     backend, device = target
     feats, regions = draw(device)
     weights = fold(Head().to(device))
-    lower = HeadWeights(*(w.to(autocast_dtype) if w.dim() == 2 else w for w in weights))
+    lower = on_tensors(lambda w: w.to(autocast_dtype) if w.dim() == 2 else w, weights)
     with torch.autocast(device, autocast_dtype):
         out = ocr_head(feats, regions, weights, backend=backend)
     expected = ocr_head(feats.to(autocast_dtype), regions.to(autocast_dtype), lower, backend=backend)
@@ -281,10 +289,93 @@ def test_vmap_over_weights(target: tuple[str, str]) -> None:
     backend, device = target
     feats, regions = draw(device)
     heads = [fold(Head().to(device)) for _ in range(2)]
-    stacked = HeadWeights(*map(torch.stack, zip(*heads, strict=True)))
-    batched = torch.vmap(partial(ocr_head, backend=backend), in_dims=(None, None, 0))(feats, regions, stacked)
+    stacked = heads[0]._replace(
+        **{name: torch.stack([getattr(head, name) for head in heads]) for name, _ in tensors_of(heads[0])}
+    )
+    in_dims = (None, None, HeadWeights(*(0 if isinstance(w, Tensor) else None for w in stacked)))
+    batched = torch.vmap(partial(ocr_head, backend=backend), in_dims=in_dims)(feats, regions, stacked)
     for result, weights in zip(batched, heads, strict=True):
         torch.testing.assert_close(result, ocr_head(feats, regions, weights, backend=backend))
+
+
+SLOPES = Slopes(0.1, 0.2, 1.0, 0.3, -0.5, 0.01, 1.0), Slopes(*[1.0] * 7), Slopes(fusing=0.2)
+CHANGES: dict[str, Callable[[HeadWeights], HeadWeights]] = {
+    "slopes": lambda w: w._replace(slopes=SLOPES[0], scale=0.7),
+    "no activation": lambda w: w._replace(slopes=SLOPES[1]),
+    "one layer": lambda w: w._replace(
+        pixel_out=None, pixel_out_bias=None, object_out=None, object_out_bias=None, slopes=SLOPES[2]
+    ),
+    "few contexts": lambda w: w._replace(
+        up=w.up[:7].contiguous(), up_bias=w.up_bias[:7].contiguous(), context=w.context[:, :7].contiguous()
+    ),
+    "no up": lambda w: w._replace(
+        up=None, up_bias=w.up_bias[:12].contiguous(), context=w.context[:, 4:16].contiguous()
+    ),
+}
+
+
+def step_four(feats: Tensor, regions: Tensor, weights: HeadWeights) -> Tensor:
+    """Logits, from the formula."""
+
+    def layer(x: Tensor, name: str) -> Tensor:
+        weight, bias = getattr(weights, name), getattr(weights, f"{name}_bias")
+        if weight is None:
+            return x
+        x = torch.einsum("oc,bcn->bon", weight, x) + bias[:, None]
+        return torch.where(x > 0, x, getattr(weights.slopes, name) * x)
+
+    x = feats.flatten(2)
+    query = layer(layer(x, "pixel_in"), "pixel_out")
+    key, value = layer(layer(regions, "object_in"), "object_out"), layer(regions, "down")
+    scale = query.shape[1] ** -0.5 if weights.scale is None else weights.scale
+    attention = (scale * query.mT @ key).softmax(2)
+    y = value @ attention.mT
+    y = (y if weights.up is None else weights.up @ y) + weights.up_bias[:, None]
+    y = torch.where(y > 0, y, weights.slopes.up * y)
+    z = weights.context @ y + weights.pixels @ x + weights.bias[:, None]
+    z = torch.where(z > 0, z, weights.slopes.fusing * z)
+    return (weights.classes @ z + weights.classes_bias[:, None]).unflatten(2, feats.shape[2:])
+
+
+@all_dtypes
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_other_heads(target: tuple[str, str], change: Callable[[HeadWeights], HeadWeights], dtype: torch.dtype) -> None:
+    """Other activations, one layer in phi and psi, other channels of y, another scale."""
+    backend, device = target
+    inputs = draw(device, dtype)
+    weights = change(fold(Head().to(device, dtype)))
+    exact = step_four(*(t.double() for t in inputs), on_tensors(Tensor.double, weights))
+    found = ocr_head(*inputs, weights, "logits", backend=backend)
+    error = (found.double() - exact).abs().max() / exact.abs().max()
+    assert error <= {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
+
+
+@all_outputs
+def test_key_and_value(target: tuple[str, str], own_dtype: torch.dtype, output: str) -> None:
+    """Regions may come as what psi and delta make of them."""
+    backend, device = target
+    feats, regions = draw(device, own_dtype)
+    weights = fold(Head().to(device, own_dtype))
+    columns = regions.mT
+    key = (columns @ weights.object_in.mT + weights.object_in_bias).relu().to(own_dtype)
+    key = (key @ weights.object_out.mT + weights.object_out_bias).relu().to(own_dtype)
+    value = (columns @ weights.down.mT + weights.down_bias).relu().to(own_dtype)
+    layers = dict.fromkeys(name for name in weights._fields if name.startswith(("object", "down")))
+    found = ocr_head(feats, (key.mT, value.mT), weights._replace(**layers), output, backend=backend)
+    assert torch.equal(found, ocr_head(feats, regions, weights, output, backend=backend))
+
+
+@pytest.mark.parametrize("slope", [0.0, 0.1, 1.0])
+def test_nan_and_infinity(target: tuple[str, str], own_dtype: torch.dtype, slope: float) -> None:
+    """NaN stays NaN, and -inf becomes 0 by ReLU."""
+    backend, device = target
+    feats, regions = draw(device, own_dtype, spatial=(4,))
+    weights = on_tensors(torch.zeros_like, fold(Head().to(device, own_dtype)))
+    weights.bias[:2] = torch.tensor([float("nan"), float("-inf")])
+    z = ocr_head(feats, regions, weights._replace(slopes=Slopes(fusing=slope)), backend=backend)
+    assert z[:, 0].isnan().all()
+    assert (z[:, 1] == (0 if slope == 0 else float("-inf"))).all()
+    assert (z[:, 2:] == 0).all()
 
 
 def test_bitwise_reproducible(target: tuple[str, str], own_dtype: torch.dtype) -> None:
@@ -380,7 +471,29 @@ weights = fold(Head())
         (lambda: ocr_head(feats, regions.to("meta"), weights), ValueError, "regions must be on the device of feats"),
         (lambda: ocr_head(feats, regions, weights, "z"), ValueError, "output must be 'features', .* but is 'z'"),
         (lambda: ocr_head(feats, regions, weights, backend="cuda"), ValueError, "backend must be one of"),
-        (lambda: ocr_head(feats, regions, weights._replace(up=None)), TypeError, "weights.up must be a tensor"),
+        (lambda: ocr_head(feats, regions, weights._replace(down=None)), TypeError, "weights.down must be a tensor"),
+        (
+            lambda: ocr_head(feats, regions, weights._replace(up=None)),
+            ValueError,
+            r"weights.up_bias must have shape \[V\].*\[12\], but has \(20,\)",
+        ),
+        (
+            lambda: ocr_head(feats, regions, weights._replace(pixel_out=None)),
+            ValueError,
+            "weights.pixel_out_bias must be None where weights.pixel_out is",
+        ),
+        (
+            lambda: ocr_head(feats, (regions[:, :12], regions), weights),
+            ValueError,
+            "weights.object_in must be None beside regions that are key and value",
+        ),
+        (lambda: ocr_head(feats, (regions, None), weights), TypeError, "value must be a tensor, but is NoneType"),
+        (lambda: ocr_head(feats, (regions,), weights), TypeError, "regions must be a tensor, but is tuple"),
+        (
+            lambda: ocr_head(feats, (regions, regions[..., 1:]), weights),
+            ValueError,
+            r"value must have shape \[B, V, K\] with K >= 1 beside",
+        ),
         (
             lambda: ocr_head(feats, regions, weights._replace(classes=None), "logits"),
             ValueError,

@@ -129,7 +129,7 @@ def test_pixels_of_head(regions: int, memory_format: torch.memory_format) -> Non
     key, context_regions = (draw(1, size, regions, dtype=torch.bfloat16) for size in (key_channels, channels))
     weights = head_weights(channels, key_channels, outputs, torch.bfloat16)
     with record_traffic() as launches:
-        z = head._forward(feats, key, context_regions, weights, "features", "triton")
+        z = head._forward(feats, key, context_regions, weights, 1.0, (0.0,) * 4, "features", "triton")
     assert_once(launches, written=[z])
     reads = {launch.name: launch.loads.counts(feats) for launch in launches if launch.loads.counts(feats).any()}
     scattered = memory_format == torch.contiguous_format  # of an odd number of pixels
@@ -196,7 +196,7 @@ def test_total_of_head(regions: int, limit: float, pixels_limit: float) -> None:
     key, context_regions = (draw(1, size, regions, dtype=torch.bfloat16) for size in (256, 512))
     weights = head_weights(512, 256, 512, torch.bfloat16)
     with record_traffic() as launches:
-        z = head._forward(feats, key, context_regions, weights, "features", "triton")
+        z = head._forward(feats, key, context_regions, weights, 1.0, (0.0,) * 4, "features", "triton")
     assert_total(launches, limit, [feats, z])
     matrices = sum(
         int(launch.loads.counts(matrix).sum()) * matrix.itemsize for launch in launches for matrix in weights

@@ -144,7 +144,7 @@ def refuse_derivative(library: torch.library.Library, op: Op, run: Op, message: 
             if isinstance(arg, Tensor):
                 tensors.append(arg)
             elif isinstance(arg, (list, tuple)):
-                tensors += arg
+                tensors += [each for each in arg if isinstance(each, Tensor)]
         wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
         # a transform wraps every tensor; when compiled, its level is known to them alone
         compiled = _is_transformed(tensors[0]) and _has_tangent(tensors, level=0)

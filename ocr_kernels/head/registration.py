@@ -14,13 +14,20 @@ from torch import Tensor
 from ocr_kernels.core.layout import empty_in_format, pixels
 from ocr_kernels.core.registration import batch_back, batch_first, register_inference_op
 
-# Arguments have been checked by the public call. `weights`: pixel_in [D, C], its bias [D], pixel_out [D, D], its bias
-# [D], up's bias [C], context [O, C], pixels [O, C], their bias [O], and for logits and classes classes [L, O] and its
-# bias [L].
+# Arguments have been checked by the public call. `weights`: pixel_in [D, C], its bias [D], where phi has two layers
+# pixel_out [D, D] and its bias [D], up's bias [Y], context [O, Y], pixels [O, C], their bias [O], and for logits and
+# classes classes [L, O] and its bias [L]. `slopes`: those of pixel_in, pixel_out, up and z.
 
 
 def _allocate(
-    feats: Tensor, key: Tensor, context_regions: Tensor, weights: Sequence[Tensor], output: str, backend: str
+    feats: Tensor,
+    key: Tensor,
+    context_regions: Tensor,
+    weights: Sequence[Tensor],
+    scale: float,
+    slopes: Sequence[float],
+    output: str,
+    backend: str,
 ) -> Tensor:
     if output == "classes":
         return feats.new_empty((feats.shape[0], *feats.shape[2:]), dtype=torch.int64)
@@ -28,11 +35,18 @@ def _allocate(
 
 
 def _forward(
-    feats: Tensor, key: Tensor, context_regions: Tensor, weights: Sequence[Tensor], output: str, backend: str
+    feats: Tensor,
+    key: Tensor,
+    context_regions: Tensor,
+    weights: Sequence[Tensor],
+    scale: float,
+    slopes: Sequence[float],
+    output: str,
+    backend: str,
 ) -> Tensor:
-    out = _allocate(feats, key, context_regions, weights, output, backend)
+    out = _allocate(feats, key, context_regions, weights, scale, slopes, output, backend)
     if out.numel():
-        _implementation(backend).forward(out, feats, key, context_regions, weights, output)
+        _implementation(backend).forward(out, feats, key, context_regions, weights, scale, slopes, output)
     return out
 
 
@@ -60,18 +74,17 @@ def _vmap(
     key: Tensor,
     context_regions: Tensor,
     weights: Sequence[Tensor],
-    output: str,
-    backend: str,
+    *settings: Any,
 ) -> tuple[Tensor, int]:
     tensors = feats, key, context_regions
-    *dims, weights_dims, _, _ = in_dims
+    *dims, weights_dims = in_dims[:4]
     if any(dim is not None for dim in weights_dims):  # weights of several heads: one after the other
         heads = [
-            ocr_head_op(*_select(tensors, dims, i), _select(weights, weights_dims, i), output, backend)
+            ocr_head_op(*_select(tensors, dims, i), _select(weights, weights_dims, i), *settings)
             for i in range(info.batch_size)
         ]
         return torch.stack(heads), 0
-    out = ocr_head_op(*batch_first(tensors, dims, info.batch_size), weights, output, backend)
+    out = ocr_head_op(*batch_first(tensors, dims, info.batch_size), weights, *settings)
     (out,), (dim,) = batch_back([out], info.batch_size)
     return out, dim
 
@@ -82,7 +95,8 @@ def _select(tensors: Sequence[Tensor], dims: Sequence[int | None], index: int) -
 
 
 ocr_head_op = register_inference_op(
-    "ocr_head(Tensor feats, Tensor key, Tensor context_regions, Tensor[] weights, str output, str backend) -> Tensor",
+    "ocr_head(Tensor feats, Tensor key, Tensor context_regions, Tensor[] weights, float scale, float[] slopes, "
+    "str output, str backend) -> Tensor",
     kernel=_forward,
     fake=_allocate,
     flops=_flops,

@@ -68,9 +68,13 @@ def add_bias(total, bias, o0, OUTPUTS):
 
 
 @triton.jit
-def positive(x):
-    """ReLU, which keeps NaN."""
-    return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+def activated(x, SLOPE: tl.constexpr):
+    """x where it is positive, SLOPE * x elsewhere. NaN stays."""
+    if SLOPE == 0:  # 0 for -inf, too
+        x = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    elif SLOPE != 1:
+        x = tl.where(x > 0, x, x * SLOPE)
+    return x
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -80,9 +84,11 @@ def ocr_head_weights_kernel(
     key, key_strides,  # [B, D, row_length]
     pixel_in,  # [D, C]
     pixel_in_bias,  # [D]
-    pixel_out,  # [D, D]
+    pixel_out,  # [D, D], of the second layer of phi
     pixel_out_bias,  # [D]
     C, D, K, N, row_length, scale: tl.float64,
+    LAYERS: tl.constexpr,  # of phi; pixel_out is not read where it is 1
+    SLOPE: tl.constexpr, OUT_SLOPE: tl.constexpr,  # of the first layer and the second
     NUMBERS: tl.constexpr, ALIGNMENT: tl.constexpr, INT64: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,  # all of D
@@ -99,12 +105,15 @@ def ocr_head_weights_kernel(
 
     hidden = tl.zeros([BLOCK_N, BLOCK_D], NUMBERS.accumulator)
     hidden = add_channels(hidden, feats, pixel_in, n0, 0, NUMBERS, BLOCK_C, BLOCK_D, BLOCK_N)
-    hidden = narrow(positive(add_bias(hidden, pixel_in_bias, 0, D)), NUMBERS.dot)
+    hidden = narrow(activated(add_bias(hidden, pixel_in_bias, 0, D), SLOPE), NUMBERS.dot)
     scores = tl.zeros([BLOCK_N, BLOCK_K], NUMBERS.accumulator)
-    for d0 in range(0, D, BLOCK_O):
-        q = product(hidden, load_tile(pixel_out, 0, d0, BLOCK_D, BLOCK_O), NUMBERS)
-        q = narrow(positive(add_bias(q, pixel_out_bias, d0, D)), NUMBERS.dot)
-        scores = add_product(scores, q, load_tile(key, d0, 0, BLOCK_O, BLOCK_K), NUMBERS)
+    if LAYERS == 1:
+        scores = add_product(scores, hidden, load_tile(key, 0, 0, BLOCK_D, BLOCK_K), NUMBERS)
+    else:
+        for d0 in range(0, D, BLOCK_O):
+            q = product(hidden, load_tile(pixel_out, 0, d0, BLOCK_D, BLOCK_O), NUMBERS)
+            q = narrow(activated(add_bias(q, pixel_out_bias, d0, D), OUT_SLOPE), NUMBERS.dot)
+            scores = add_product(scores, q, load_tile(key, d0, 0, BLOCK_O, BLOCK_K), NUMBERS)
     factor = tl.full((), scale, NUMBERS.accumulator)
     scores = tl.where((tl.arange(0, BLOCK_K) < K)[None, :], scores * factor, float("-inf"))
     w = tl.exp(scores - tl.max(scores, 1)[:, None])
@@ -116,38 +125,39 @@ def ocr_head_fuse_kernel(
     out, out_strides,  # [B, O, N]
     feats, feats_strides,  # [B, C, N]
     weights,  # [B, N, row_length], lifted
-    context_regions, context_strides,  # [B, C, row_length]: u
-    up_bias,  # [C]
-    context,  # [O, C]: G_y
+    context_regions, context_strides,  # [B, Y, row_length]: u
+    up_bias,  # [Y]
+    context,  # [O, Y]: G_y
     pixels,  # [O, C]: G_x
     bias,  # [O]
-    C, OUTPUTS, N, row_length,
+    C, Y, OUTPUTS, N, row_length,
     REGION_TILES: tl.constexpr,  # ceil(K / BLOCK_K)
+    UP_SLOPE: tl.constexpr, SLOPE: tl.constexpr,  # of y and of z
     NUMBERS: tl.constexpr, ALIGNMENT: tl.constexpr, INT64: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """z = ReLU(G_y y + G_x x + g), with y = ReLU(u w + up_bias) rebuilt for each tile."""
+    """z = rho(G_y y + G_x x + g), with y = rho(u w + up_bias) rebuilt for each tile."""
     tile, n0, image = tile_of_program(tl.cdiv(OUTPUTS, BLOCK_O), N, BLOCK_N)
     o0 = tile * BLOCK_O
     out = transposed(image_of(out, out_strides, image, OUTPUTS, N, ALIGNMENT, INT64))
     feats = transposed(image_of(feats, feats_strides, image, C, N, ALIGNMENT, INT64))
     weights = rows_of(weights + image * N * row_length, N, row_length, row_length)
-    u = transposed(image_of(context_regions, context_strides, image, C, row_length, 1, False))
-    context, pixels = matrix_of(context, OUTPUTS, C), matrix_of(pixels, OUTPUTS, C)
+    u = transposed(image_of(context_regions, context_strides, image, Y, row_length, 1, False))
+    context, pixels = matrix_of(context, OUTPUTS, Y), matrix_of(pixels, OUTPUTS, C)
 
     total = tl.zeros([BLOCK_N, BLOCK_O], NUMBERS.accumulator)
     total = add_channels(total, feats, pixels, n0, o0, NUMBERS, BLOCK_C, BLOCK_O, BLOCK_N)
     if REGION_TILES == 1:
         w = load_tile(weights, n0, 0, BLOCK_N, BLOCK_K)
-    for c0 in range(0, C, BLOCK_C):
+    for c0 in range(0, Y, BLOCK_C):
         y = tl.zeros([BLOCK_N, BLOCK_C], NUMBERS.accumulator)
         for k0 in tl.static_range(0, REGION_TILES * BLOCK_K, BLOCK_K):
             if REGION_TILES > 1:  # too many regions to hold their weights
                 w = load_tile(weights, n0, k0, BLOCK_N, BLOCK_K)
             y = add_product(y, w, load_tile(u, k0, c0, BLOCK_K, BLOCK_C), NUMBERS)
-        y = narrow(positive(add_bias(y / NUMBERS.lift, up_bias, c0, C)), NUMBERS.dot)
+        y = narrow(activated(add_bias(y / NUMBERS.lift, up_bias, c0, Y), UP_SLOPE), NUMBERS.dot)
         total = add_product(total, y, load_tile(context, c0, o0, BLOCK_C, BLOCK_O), NUMBERS)
-    store_tile(out, positive(add_bias(total, bias, o0, OUTPUTS)), n0, o0)
+    store_tile(out, activated(add_bias(total, bias, o0, OUTPUTS), SLOPE), n0, o0)
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -174,30 +184,39 @@ PIXELS_AT_ONCE = 32768  # where z is an intermediate result
 
 
 def forward(
-    out: Tensor, feats: Tensor, key: Tensor, context_regions: Tensor, weights: Sequence[Tensor], output: str
+    out: Tensor,
+    feats: Tensor,
+    key: Tensor,
+    context_regions: Tensor,
+    weights: Sequence[Tensor],
+    scale: float,
+    slopes: Sequence[float],
+    output: str,
 ) -> None:
     """Fill `out`, in its own strides: z [B, O, *S], logits [B, L, *S], or the classes [B, *S]."""
     if numbers_of(feats).itemsize > 2 or max(key.shape[1:]) > tiles.MOST:
-        reference.forward(out, feats, key, context_regions, weights, output)
+        reference.forward(out, feats, key, context_regions, weights, scale, slopes, output)
         return
+    layers, (up_bias, context, pixels, bias, *classifier) = reference.split_weights(weights)
     whole, result = feats.flatten(2), out.flatten(1 if output == "classes" else 2)
     regions = key.shape[2]
     step = whole.shape[2] if output == "features" else pixels_at_once(*whole.shape[::2])
     with torch.cuda.device_of(feats):
         key, context_regions = aligned_rows(key, context_regions)
         if output != "features":
-            some_z = _empty_pixels(whole, len(weights[7]), step, whole.dtype)
+            some_z = _empty_pixels(whole, len(bias), step, whole.dtype)
         if output == "classes":  # of logits that are not rounded to 16 bits
-            some_logits = _empty_pixels(whole, len(weights[8]), step, torch.float32)
+            some_logits = _empty_pixels(whole, len(classifier[0]), step, torch.float32)
         for start in range(0, whole.shape[2], step):
             x, part = whole[..., start : start + step], result[..., start : start + step]
             z = part if output == "features" else some_z[..., : x.shape[2]]
-            _fuse(z, x, _region_weights(x, key, regions, *weights[:4]), context_regions, regions, *weights[4:8])
+            w = _region_weights(x, key, regions, layers, scale, slopes)
+            _fuse(z, x, w, context_regions, regions, up_bias, context, pixels, bias, slopes)
             if output == "logits":
-                _linear(part, z, *weights[8:])
+                _linear(part, z, *classifier)
             if output == "classes":
                 logits = some_logits[..., : x.shape[2]]
-                _linear(logits, z, *weights[8:])
+                _linear(logits, z, *classifier)
                 part.copy_(logits.argmax(1))
 
 
@@ -216,9 +235,13 @@ def _empty_pixels(like: Tensor, channels: int, pixels: int, dtype: torch.dtype) 
 
 
 def _region_weights(
-    feats: Tensor, key: Tensor, regions: int,
-    pixel_in: Tensor, pixel_in_bias: Tensor, pixel_out: Tensor, pixel_out_bias: Tensor,
-) -> Tensor:  # fmt: skip
+    feats: Tensor,
+    key: Tensor,
+    regions: int,
+    layers: Sequence[tuple[Tensor, Tensor]],
+    scale: float,
+    slopes: Sequence[float],
+) -> Tensor:
     """w [B, N, row_length], lifted."""
     batch, channels, pixels = feats.shape
     _, key_channels, row_length = key.shape
@@ -227,8 +250,9 @@ def _region_weights(
     problem = Problem(numbers.itemsize, device_facts(feats.device), channels, regions, outputs=key_channels)
     tile = tiles.WEIGHTS.choose(problem)
     ocr_head_weights_kernel[(batch * cdiv(pixels, tile.pixels),)](
-        weights, feats, feats.stride(), key, key.stride(), pixel_in, pixel_in_bias, pixel_out, pixel_out_bias,
-        channels, key_channels, regions, pixels, row_length, key_channels**-0.5,
+        weights, feats, feats.stride(), key, key.stride(), *layers[0], *layers[-1],
+        channels, key_channels, regions, pixels, row_length, scale,
+        LAYERS=len(layers), SLOPE=slopes[0], OUT_SLOPE=slopes[1],
         BLOCK_D=padded(key_channels), **constants(tile, numbers, (feats,)),
     )  # fmt: skip
     return weights
@@ -236,7 +260,7 @@ def _region_weights(
 
 def _fuse(
     out: Tensor, feats: Tensor, weights: Tensor, context_regions: Tensor, regions: int,
-    up_bias: Tensor, context: Tensor, pixels: Tensor, bias: Tensor,
+    up_bias: Tensor, context: Tensor, pixels: Tensor, bias: Tensor, slopes: Sequence[float],
 ) -> None:  # fmt: skip
     """Fill out [B, O, N]."""
     batch, channels, length = feats.shape
@@ -246,8 +270,9 @@ def _fuse(
     tile = tiles.FUSE.choose(Problem(numbers.itemsize, device, channels, regions, outputs, scattered))
     ocr_head_fuse_kernel[(batch * cdiv(length, tile.pixels) * cdiv(outputs, tile.outputs),)](
         out, out.stride(), feats, feats.stride(), weights, context_regions, context_regions.stride(),
-        up_bias, context, pixels, bias, channels, outputs, length, weights.shape[2],
-        REGION_TILES=cdiv(regions, tile.regions), **constants(tile, numbers, (feats, out)),
+        up_bias, context, pixels, bias, channels, len(up_bias), outputs, length, weights.shape[2],
+        REGION_TILES=cdiv(regions, tile.regions), UP_SLOPE=slopes[2], SLOPE=slopes[3],
+        **constants(tile, numbers, (feats, out)),
     )  # fmt: skip
 
 

@@ -1,9 +1,380 @@
-"""stub"""
+"""A module's step 4, from pixels and regions to z, as `ocr_head` computes it: found by what its forward computes.
+
+The layers' names and types do not matter. A plan says what the folded weights are made of; they are made of the
+module's present parameters and buffers, and made anew when those changed.
+"""
+
 from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+import itertools
+import math
+import warnings
+from collections.abc import Callable, Iterator
 from typing import Any
-from torch import nn
-class BlockPlan:
-    def try_run(self, module: nn.Module, args: Any, kwargs: Any) -> Any: ...
-def plan_block(module: nn.Module, example: Any = None) -> BlockPlan | str:
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ocr_kernels.head.functional import DTYPES
+from ocr_kernels.models.block_trace import Call, Map, Node, Own, Ref, Tracer, Unmatched, tensor_at
+from ocr_kernels.models.block_weights import BlockPlan, Layer
+from ocr_kernels.models.recognition import has_own_forward
+
+VERIFICATION_BOUND = 1e-4
+"""Largest relative difference at which two float32 forwards with random weights count as equal."""
+
+MOST_MATRICES = 32
+"""A module with more is a network around step 4, which is not tried."""
+
+Forward = Callable[..., Any]
+
+
+# The check
+
+
+def verify(
+    module: nn.Module, plan: BlockPlan, example: tuple[Tensor, Tensor] | None = None, *, forward: Forward | None = None
+) -> tuple[float, float, float] | str:
+    """The plan's error against the module's own forward in float64, eager's own in its dtype, and the relative one.
+
+    Or why the plan is wrong: with random weights in float32 it is off, or with the real ones by more than 4 times what
+    eager is off, plus 4 eps of the largest value. Without `example` pixels and regions are random.
+    """
+    own = forward or type(module).forward
+    try:
+        with quiet([*module.parameters(), *module.buffers()]):
+            return _off_at_random(module, plan, own) or _errors(module, plan, own, example)
+    except Exception as error:
+        return f"it fails on pixels and regions: {error}"
+
+
+def _off_at_random(module: nn.Module, plan: BlockPlan, forward: Forward) -> str:
+    generator = torch.Generator().manual_seed(0)
+    trial = _copied(module)
+    for name, tensor in (*trial.named_parameters(), *trial.named_buffers()):
+        if tensor.is_floating_point():
+            fan = max(tensor[0].numel(), 1) if tensor.dim() > 1 else 1
+            drawn = torch.randn(tensor.shape, generator=generator) * (2 / fan) ** 0.5
+            tensor.copy_(0.5 + drawn.abs() if name.endswith("var") else drawn)
+    feats, regions = plan.random_inputs(1)
+    expected = forward(trial, feats, regions)
+    found = plan.weights(trial, torch.float32).compute(feats, regions, backend="reference")
+    if not isinstance(expected, Tensor) or found.shape != expected.shape:
+        return "its forward computes something else on other weights"
+    error = _largest(found.double(), expected.double()) / (expected.abs().max().item() or 1.0)
+    if not error <= VERIFICATION_BOUND:
+        return f"its forward computes something else (off by {error:.1e} on random weights)"
     return ""
-def verify(module: nn.Module, plan: BlockPlan, example: Any = None) -> Any: ...
+
+
+def _errors(
+    module: nn.Module, plan: BlockPlan, forward: Forward, example: tuple[Tensor, Tensor] | None
+) -> tuple[float, float, float] | str:
+    first = tensor_at(module, plan.first)
+    trial = _copied(module, keep=True)
+    feats, regions = (tensor.detach().to(first) for tensor in example or plan.random_inputs(2))
+    if not plan.takes(feats, regions, first):
+        feats, regions = (tensor.to(first) for tensor in plan.random_inputs(2))
+    with torch.device(first.device):
+        found = plan.weights(trial, first.dtype).compute(feats, regions).double()
+        eager = forward(trial, feats.clone(), regions.clone()).double()
+        exact = forward(trial.double(), feats.double(), regions.double())
+    error, eager_error = _largest(found, exact), _largest(eager, exact)
+    largest = exact.abs().max().item()
+    bound = 4 * eager_error + 4 * torch.finfo(first.dtype).eps * largest
+    if not error <= bound or math.isinf(error):
+        return f"its error would be {error:.1e}, more than {bound:.1e}"
+    return error, eager_error, error / (largest or 1.0)
+
+
+def _largest(found: Tensor, expected: Tensor) -> float:
+    """The largest difference; what is NaN in both, or the same infinity, does not differ."""
+    alike = (found == expected) | (found.isnan() & expected.isnan())
+    return (found - expected).abs().masked_fill(alike, 0).nan_to_num(nan=math.inf, posinf=math.inf).max().item()
+
+
+# Finding it
+
+
+def plan_block(
+    module: nn.Module, example: tuple[Tensor, Tensor] | None = None, *, forward: Forward | None = None
+) -> BlockPlan | str:
+    """How `module` computes step 4, or why it cannot be computed by `ocr_head`; empty if it does not compute step 4.
+
+    A copy of it is run on small random pixels and regions, of the dimensions of `example` if there is one, and as
+    `forward` says, its class's own by default. The module itself stays as it is.
+    """
+    own = forward or type(module).forward
+    if not _takes_two(own) or not 2 <= len(_matrices(module)) <= MOST_MATRICES:
+        return ""
+    failure = ""
+    try:
+        with quiet([*module.parameters(), *module.buffers()]):
+            trial = _copied(module)
+            for inputs, transposed in _shapes(module, example):
+                try:
+                    tracer, out = _traced(trial, own, inputs, transposed)
+                except Exception as error:
+                    failure = f"it fails on pixels and regions: {error}" if example is not None else ""
+                    continue
+                seen = frozenset().union(*(_seen_in(tracer, each) for each in _tensors(out)))
+                if "joined" not in seen:
+                    continue
+                why_not = _obstacle(module)
+                if why_not:
+                    return why_not
+                try:
+                    return _plan(module, tracer, out, inputs, transposed)
+                except Unmatched as why:
+                    return f"it {why}"
+    except Exception as error:
+        failure = f"it cannot be tried: {error}" if example is not None else ""
+    return failure
+
+
+def _takes_two(forward: Forward) -> bool:
+    """Whether it can be called with pixels and regions."""
+    try:
+        inspect.signature(forward).bind(None, None, None)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def _obstacle(module: nn.Module) -> str:
+    """What stands in the way whatever is computed."""
+    if has_own_forward(module):
+        return "its forward is the instance's own, not its class's"
+    if any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers())):
+        return "its parameters are on the meta device"
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if type(tensor) not in (Tensor, nn.Parameter):
+            return f"{name} is a {type(tensor).__name__}"
+    for name, part in module.named_modules():
+        if part is not module and (part._forward_hooks or part._forward_pre_hooks):
+            return f"{name} has a forward hook, which would not run"
+        if part is not module and has_own_forward(part):
+            return f"the forward of {name} is the instance's own, not its class's"
+    return ""
+
+
+def _matrices(module: nn.Module) -> dict[str, Tensor]:
+    return {name: t for name, t in module.named_parameters() if t.dim() >= 2 and t.is_floating_point()}
+
+
+def _shapes(module: nn.Module, example: tuple[Tensor, Tensor] | None) -> Iterator[tuple[tuple[Tensor, Tensor], bool]]:
+    """Pixels and regions to try, and whether the regions are `[B, K, C]`."""
+    matrices = _matrices(module).values()
+    sizes = {size for weight in matrices for size in weight.shape}
+    regions = next(k for k in itertools.count(4) if k not in sizes)
+    if example is not None:
+        feats, given = example
+        if feats.dim() < 3 or given.dim() < 3:
+            return
+        regions = min(given.shape[2 if given.shape[1] == feats.shape[1] else 1], 256)
+        channels, dims, region_dims = [feats.shape[1]], [feats.dim() - 2], [given.dim()]
+    else:
+        channels = list(dict.fromkeys(weight.shape[1] for weight in matrices))[:6]
+        dims = sorted({weight.dim() - 2 for weight in matrices if weight.dim() > 2} | {2}, reverse=True)
+        region_dims = [4, 3, 5]
+    with torch.device("cpu"):
+        generator = torch.Generator().manual_seed(0)
+        for c, d, r, transposed in itertools.product(channels, dims, region_dims, (False, True)):
+            shape = (2, regions, c) if transposed else (2, c, regions)
+            if example is not None and example[1].shape[2 if transposed else 1] != c:
+                continue
+            x = torch.randn((2, c, *(5, 3, 2)[:d]), generator=generator, dtype=torch.float32)
+            f = torch.randn((*shape, *[1] * (r - 3)), generator=generator, dtype=torch.float32)
+            yield (x, f), transposed
+
+
+def _copied(module: nn.Module, keep: bool = False) -> nn.Module:
+    """A copy in float32 on the CPU, or in its dtypes where it is, in eval mode, without hooks."""
+    memo: dict[int, Any] = {}
+    for tensor in (*module.parameters(), *module.buffers()):
+        values = torch.zeros_like(tensor, device="cpu") if tensor.is_meta else tensor.detach()
+        if not keep:
+            values = values.cpu()
+            values = values.float() if values.is_floating_point() else values
+        values = values.clone()
+        memo[id(tensor)] = nn.Parameter(values, False) if isinstance(tensor, nn.Parameter) else values
+    copied = copy.deepcopy(module, memo).eval()
+    for part in copied.modules():
+        part._forward_hooks.clear()
+        part._forward_pre_hooks.clear()
+    return copied
+
+
+@contextlib.contextmanager
+def quiet(tensors: list[Tensor]) -> Iterator[None]:
+    """In here nothing that a run does is left behind, and nothing that was set outside matters."""
+    default = torch.get_default_dtype()
+    devices = {t.device.index for t in tensors if t.device.type == "cuda"}
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices))
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.device("cpu"))
+        for device in {"cpu", *(t.device.type for t in tensors if not t.is_meta)}:
+            stack.enter_context(torch.autocast(device, enabled=False))
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
+        torch.set_default_dtype(torch.float32)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(default)
+
+
+def _traced(module: nn.Module, forward: Forward, inputs: tuple[Tensor, Tensor], transposed: bool) -> tuple[Tracer, Any]:
+    before = [dict(vars(part)) for part in module.modules()]
+    tensors = [*module.parameters(), *module.buffers(), *inputs]
+    versions = [tensor._version for tensor in tensors]
+    with sdpa_kernel(SDPBackend.MATH), Tracer(module, *inputs, transposed) as tracer:
+        out = forward(module, *inputs)
+    for part, attributes in zip(module.modules(), before, strict=True):
+        for name, value in vars(part).items():
+            if name not in attributes or value is not attributes[name]:
+                tracer.obstacle = tracer.obstacle or f"sets its attribute {name}"
+    if [tensor._version for tensor in tensors] != versions:
+        tracer.obstacle = tracer.obstacle or "changes its own tensors or its arguments in place"
+    return tracer, out
+
+
+def _tensors(out: Any) -> list[Tensor]:
+    return [leaf for leaf in torch.utils._pytree.tree_leaves(out) if isinstance(leaf, Tensor)]
+
+
+def _seen_in(tracer: Tracer, tensor: Tensor) -> frozenset[str]:
+    what = tracer.known.get(id(tensor))
+    return what.seen if isinstance(what, Map) else frozenset()
+
+
+def _plan(module: nn.Module, tracer: Tracer, out: Any, inputs: tuple[Tensor, Tensor], transposed: bool) -> BlockPlan:
+    if not isinstance(out, Tensor):
+        raise Unmatched(f"returns a {type(out).__name__}")
+    what = tracer.found(out)
+    assert isinstance(what, Map)
+    z = _checked(what.node)
+    if tracer.obstacle:
+        raise Unmatched(tracer.obstacle)
+    feats = inputs[0]
+    whole = (feats.shape[0], z.shape[1], *feats.shape[2:])
+    if z.axes != "bcn" or out.shape != whole or not torch.equal(what.index.flatten(), torch.arange(out.numel())):
+        raise Unmatched("returns something else than a map of the shape of its pixels")
+    z, slope = _activated(z)
+    fusing = tracer.linear(z)
+    contexts = [leaf for leaf in fusing.terms if leaf.kind != "feats"]
+    for leaf in contexts:
+        _checked(leaf)
+    if len(contexts) != 1 or len(fusing.terms) != 2:
+        raise Unmatched("joins other maps than pixels and contexts")
+    y = contexts[0]
+    halves = {leaf: tracer.matrix(fusing, rows).ref for leaf, rows in fusing.terms.items()}
+    context, up_slope = _activated(y)
+    up: Any = None
+    up_bias = None
+    if context.kind != "context":
+        linear = tracer.linear(context)
+        context, rows = _only(linear)
+        up, up_bias = tracer.matrix(linear, rows).ref, _ref(linear.bias)
+    if context.kind != "context":
+        raise Unmatched(_stray(context))
+    weights, value = context.inputs
+    scores, factor = weights.inputs[0], 1.0
+    learned = []
+    while scores.kind == "scaled":
+        if isinstance(scores.factor, Own):
+            learned.append(scores.factor)
+        else:
+            factor *= scores.factor
+        scores = scores.inputs[0]
+    query, key = scores.inputs
+    for number in learned:
+        key = Node("scaled", key.axes, key.shape, (key,), factor=number)
+    pixels = _layers(tracer, query, "feats")
+    if not all(isinstance(layer, Layer) for layer in pixels) or not 1 <= len(pixels) <= 2:
+        raise Unmatched(f"puts the pixels through {len(pixels)} layers before it attends, instead of one or two")
+    regions = tuple(_layers(tracer, key, "regions")), tuple(_layers(tracer, value, "regions"))
+    (pixel_half,) = (ref for leaf, ref in halves.items() if leaf.kind == "feats")
+    fuse = Layer(pixel_half, _ref(fusing.bias), slope)
+    rho = Layer(up, up_bias, up_slope)
+    program = tracer.program().pruned((tuple(pixels), *regions, rho, halves[y], fuse))
+    matrices = _matrices(module)
+    own = [path for _, path in program.sources if path in matrices]
+    dtypes = {matrices[path].dtype for path in own}
+    if len(dtypes) > 1 or not dtypes <= set(DTYPES):
+        raise Unmatched("has weights whose dtype is not float32, bfloat16 or float16 throughout")
+    return BlockPlan(
+        program=program,
+        pixels=tuple(pixels),
+        key=regions[0],
+        value=regions[1],
+        up=rho,
+        context=halves[y],
+        fusing=fuse,
+        scale=factor,
+        channels=feats.shape[1],
+        dims=feats.dim(),
+        region_dims=inputs[1].dim(),
+        transposed=transposed,
+        first=own[0],
+        layers=tuple((path, type(part).__qualname__, _settings(part)) for path, part in module.named_modules()),
+    )
+
+
+def _settings(part: nn.Module) -> tuple[tuple[str, Any], ...]:
+    """The plain attributes of a layer that its forward may read."""
+    return tuple(
+        (name, value)
+        for name, value in vars(part).items()
+        if name != "training" and isinstance(value, (int, float, str, type(None))) and not name.startswith("_")
+    )
+
+
+def _ref(own: Own | None) -> Ref | None:
+    return None if own is None else own.ref
+
+
+def _checked(node: Node) -> Node:
+    if node.kind == "other":
+        raise Unmatched(node.reason)
+    return node
+
+
+def _activated(node: Node) -> tuple[Node, float]:
+    return (node.inputs[0], node.slope) if node.kind == "activation" else (node, 1.0)
+
+
+def _only(linear: Node) -> tuple[Node, Own | slice]:
+    if len(linear.terms) != 1:
+        raise Unmatched("adds up maps inside phi, psi, delta or rho")
+    return next(iter(linear.terms.items()))
+
+
+def _stray(node: Node) -> str:
+    return node.reason or f"has {node.kind} of {'pixels' if 'n' in node.axes else 'regions'} where step 4 has none"
+
+
+def _layers(tracer: Tracer, node: Node, start: str) -> list[Any]:
+    """The layers from feats or regions to `node`."""
+    _checked(node)
+    if node.kind == start:
+        return []
+    if node.kind == "activation":
+        before = _layers(tracer, node.inputs[0], start)
+        if before and isinstance(before[-1], Layer) and before[-1].slope == 1:
+            return [*before[:-1], before[-1]._replace(slope=node.slope)]
+        return [*before, Call(torch.ops.aten.leaky_relu.default, (node.slope,))]
+    if node.kind == "function":
+        assert node.call is not None
+        return [*_layers(tracer, node.inputs[0], start), node.call]
+    if node.kind in ("linear", "scaled"):
+        linear = tracer.linear(node)
+        leaf, rows = _only(linear)
+        return [*_layers(tracer, leaf, start), Layer(tracer.matrix(linear, rows).ref, _ref(linear.bias), 1.0)]
+    raise Unmatched(_stray(node))

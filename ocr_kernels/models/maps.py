@@ -94,11 +94,11 @@ def record_maps() -> Iterator[Maps]:
     if torch.compiler.is_compiling():
         raise RuntimeError("record_maps cannot be compiled: put it around the call of the compiled model")
     maps = Maps()
-    with torch.compiler.set_stance("force_eager"), _Recorder(maps):  # compiled code refuses dispatch modes
+    with torch.compiler.set_stance("force_eager"), Recorder(maps):  # compiled code refuses dispatch modes
         yield maps
 
 
-class _Recorder(TorchDispatchMode):
+class Recorder(TorchDispatchMode):
     def __init__(self, maps: Maps) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.maps = maps

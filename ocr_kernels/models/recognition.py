@@ -417,16 +417,21 @@ def _handler_of(function: Any) -> Handler | None:
 
 def is_plain_call(module: nn.Module) -> bool:
     """Whether calling `module` runs its class's forward, or what stands in for it, and nothing else."""
-    forward = vars(module).get("forward")
     return not (
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
-        or not (forward is None or isinstance(forward, StandIn))
+        or has_own_forward(module)
         or module._compiled_call_impl is not None
         or torch.nn.modules.module._has_any_global_hook()
     )
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether a module's forward is the instance's own, not its class's, nor what stands in for that."""
+    forward = vars(module).get("forward")
+    return not (forward is None or isinstance(forward, StandIn)) or isinstance(module, torch.fx.GraphModule)
 
 
 class StandIn:

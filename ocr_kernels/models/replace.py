@@ -14,9 +14,11 @@ from torch import Tensor, nn
 
 from ocr_kernels import modules
 from ocr_kernels.core.backends import resolve_backend
-from ocr_kernels.models.block_plan import BlockPlan, plan_block, verify
-from ocr_kernels.models.recognition import NO_PRODUCT
-from ocr_kernels.models.replacement import Replacement, is_own_forward, replacement_of
+from ocr_kernels.models.block_cache import BlockCache
+from ocr_kernels.models.block_plan import plan_block, verify
+from ocr_kernels.models.block_weights import BlockPlan
+from ocr_kernels.models.recognition import NO_PRODUCT, has_own_forward
+from ocr_kernels.models.replacement import Replacement, replacement_of
 from ocr_kernels.models.report import LeftAlone, ReplacementReport, Swapped
 from ocr_kernels.models.rewriting import PRODUCTS, Rewriter
 from ocr_kernels.models.trial import Finding, device_of, dry_run
@@ -146,7 +148,7 @@ def _why_not(module: nn.Module, has_parts: bool, rewriter: Rewriter) -> str | No
     if not names & PRODUCTS:
         summed = computes_softmax(names) and "sum" in names and "*" in names
         return "it sums what it multiplies by a softmax, which is not recognised as a product" if summed else ""
-    if is_own_forward(module):
+    if has_own_forward(module):
         return "its forward is the instance's own, not its class's"
     return rewriter.why_not(type(module))
 
@@ -224,7 +226,7 @@ def _as_a_block(
     if isinstance(plan, BlockPlan):
         errors = verify(module, plan, example)
         if not isinstance(errors, str):
-            replacement.plan = plan
+            replacement.block = BlockCache(plan)
             before = row.computations if isinstance(row, Swapped) else ()
             found = row if isinstance(row, Swapped) else Swapped(name, type(module).__qualname__)
             error, eager_error, relative = errors

@@ -6,13 +6,14 @@ So `type(module)`, `isinstance`, registries, `state_dict` and what other librari
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
-from ocr_kernels.models.block_plan import BlockPlan
+from ocr_kernels.models.block_cache import BlockCache
 from ocr_kernels.models.recognition import Copies, Log, Recognition, StandIn
 from ocr_kernels.models.rewriting import Rewriter
 
@@ -23,20 +24,29 @@ class Replacement(StandIn):
     """Calls a module's own forward, a rewritten copy of it, or in eval mode the block that it computes."""
 
     def __init__(
-        self, module: nn.Module, classes: tuple[type[nn.Module], ...], copies: Copies, plan: BlockPlan | None
+        self, module: nn.Module, classes: tuple[type[nn.Module], ...], copies: Copies, block: BlockCache | None
     ) -> None:
         self.module = module
         self.classes = classes  # whose forwards may be followed: the module's own, and its children's
         self.copies = copies
-        self.plan = plan
+        self.block = block
         self.is_active = True
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.plan is not None and self.is_active:
-            out = self.plan.try_run(self.module, args, kwargs)
-            if out is not None:
-                return out
+        if self.block is not None and self.is_active:
+            inputs = self._pixels_and_regions(args, kwargs)
+            weights = None if inputs is None else self.block.weights_for(self.module, *inputs)
+            if inputs is not None and weights is not None:
+                return weights.compute(*inputs)
         return self.follow(args, kwargs)
+
+    def _pixels_and_regions(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+        """The only arguments of a call, if there are two."""
+        if not kwargs:
+            return args if len(args) == 2 else None  # type: ignore[return-value]
+        names = tuple(inspect.signature(type(self.module).forward).parameters)[1:3]
+        inputs = (*args, *(kwargs[name] for name in names[len(args) :] if name in kwargs))
+        return inputs if len(inputs) == 2 == len(args) + len(kwargs) else None  # type: ignore[return-value]
 
     def follow(self, args: tuple[Any, ...], kwargs: dict[str, Any], log: Log | None = None) -> Any:
         """The module's own forward, with its computations recognised."""
@@ -68,7 +78,7 @@ class Replacement(StandIn):
     def replicate(self) -> nn.Module:
         """For `nn.DataParallel`, whose replicas have a copy of the module's attributes."""
         replica: nn.Module = type(self.module)._replicate_for_data_parallel(self.module)  # type: ignore[no-untyped-call]
-        Replacement(replica, self.classes, self.copies, self.plan).install()
+        Replacement(replica, self.classes, self.copies, copy.copy(self.block)).install()
         return replica
 
     def refuse_scripting(self) -> nn.Module:
@@ -86,7 +96,7 @@ class Replacement(StandIn):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Replacement:
         twin = memo[id(self)] = Replacement.__new__(Replacement)
-        vars(twin).update(vars(self), module=copy.deepcopy(self.module, memo), plan=copy.deepcopy(self.plan, memo))
+        vars(twin).update(vars(self), module=copy.deepcopy(self.module, memo), block=copy.deepcopy(self.block, memo))
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
@@ -112,10 +122,3 @@ def _is_recorded() -> bool:
         torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
         or torch.compiler._is_exporting_flag  # is_exporting() is true under any torch.compile of PyTorch 2.11
     )
-
-
-def is_own_forward(module: nn.Module) -> bool:
-    """Whether a module's forward is the instance's own, not its class's."""
-    return "forward" in vars(module) or isinstance(module, torch.fx.GraphModule)
-
-

@@ -1,0 +1,200 @@
+"""The folded weights of a module's calls: made once, and anew as soon as anything that they were made of changed."""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules import module as torch_module
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+from ocr_kernels.head.functional import DTYPES
+from ocr_kernels.models.block_plan import plan_block
+from ocr_kernels.models.block_trace import tensor_at
+from ocr_kernels.models.block_weights import BlockPlan, Folded
+from ocr_kernels.models.maps import Recorder
+from ocr_kernels.models.recognition import has_own_forward
+
+_version_of = operator.attrgetter("_version")
+
+
+class BlockCache:
+    """A module's plan, and its folded weights of the last call; a copy starts without them.
+
+    `forward` is the module's own, by default its class's.
+    """
+
+    def __init__(self, plan: BlockPlan, forward: Callable[..., Any] | None = None) -> None:
+        self.plan: BlockPlan | None = plan
+        self.forward = forward
+        self.snapshot: Snapshot | None = None
+
+    def __reduce__(self) -> Any:
+        return BlockCache, (self.plan, self.forward)
+
+    def forget(self) -> None:
+        """For what PyTorch does not count: changes through `parameter.data` and by fused optimizers."""
+        self.snapshot = None
+
+    def weights_for(self, module: nn.Module, feats: Any, regions: Any) -> Folded | None:
+        """The folded weights for a call with these pixels and regions; None where the module's own forward is to run.
+
+        That is in training, where grad mode is on and anything requires grad, on float64, in traces, exports and
+        `torch.func` transforms, inside `record_maps`, and where a layer has a hook.
+        """
+        if module.training or type(feats) is not Tensor or type(regions) is not Tensor or not _may_fold():
+            return None
+        if torch.is_grad_enabled() and any(t.requires_grad for t in (feats, regions, *module.parameters())):
+            if not torch.compiler.is_compiling():
+                self.forget()  # an optimizer's step may follow, and PyTorch does not count what fused ones change
+            return None
+        device = feats.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else feats.dtype
+        if dtype not in DTYPES:
+            return None
+        if torch.compiler.is_compiling() or (feats.is_cuda and torch.cuda.is_current_stream_capturing()):
+            # what is not part of the program would be stale when it runs again
+            if self.plan is None or _hooked_or_training(module) or not self.plan.fits(module):
+                return None
+            takes = self.plan.takes(feats, regions, tensor_at(module, self.plan.first))
+            return self.plan.weights(module, dtype) if takes else None
+        # The mode of a swapped module would be asked about every attribute; nothing public leaves it out.
+        with torch._C.DisableTorchFunction():
+            snapshot = self.snapshot
+            if snapshot is None or not snapshot.is_current(module, dtype):
+                snapshot = self._renewed(module, dtype)
+            if snapshot is None or any(snapshot.hooks) or snapshot.plan is None or snapshot.first is None:
+                return None
+            return snapshot.weights if snapshot.plan.takes(feats, regions, snapshot.first) else None
+
+    def _renewed(self, module: nn.Module, dtype: torch.dtype) -> Snapshot | None:
+        layers = list(module.modules())[1:]
+        if any(layer.training or has_own_forward(layer) for layer in layers):
+            return None
+        old = self.snapshot
+        same = old is not None and old.is_of(module)
+        fits = self.plan is not None and self.plan.fits(module)
+        if not fits or (same and old is not None and not old.has_structure(module)):
+            found = plan_block(module, forward=self.forward)
+            self.plan = found if isinstance(found, BlockPlan) else None
+        snapshot = Snapshot(module, self.plan, dtype)
+        if not torch._C._len_torch_dispatch_stack():  # a mode's tensors may be no ordinary ones; nothing public tells
+            if snapshot.first is not None and snapshot.first.is_cuda:
+                torch.cuda.current_stream().synchronize()  # once for each change: the next call may use another stream
+            self.snapshot = snapshot
+        return snapshot
+
+
+class Snapshot:
+    """Folded weights, and all that they were made from: a module's layers, their attributes, parameters and buffers."""
+
+    def __init__(self, module: nn.Module, plan: BlockPlan | None, dtype: torch.dtype) -> None:
+        self.plan = plan
+        self.weights = None if plan is None else plan.weights(module, dtype)
+        self.first = None if plan is None else tensor_at(module, plan.first)
+        self.dtype = dtype
+        self.layers = list(module.modules())
+        self.classes = list(map(type, self.layers))
+        self.attributes = list(map(vars, self.layers))
+        self.owners = self.attributes + [layer._modules for layer in self.layers if layer._modules]
+        self.sizes = list(map(len, self.owners))
+        self.settings = _reads((vars(layer), _settings_of(layer)) for layer in self.layers)
+        own = (owner for layer in self.layers for owner in (layer._modules, layer._parameters, layer._buffers))
+        self.tensors_and_layers = _reads((owner, tuple(owner)) for owner in own)
+        self.settings_before = [list(map(_kept, map(get, owners))) for get, owners in self.settings]
+        self.tensors_and_layers_before = [list(map(get, owners)) for get, owners in self.tensors_and_layers]
+        self.hooks = [h for layer in self.layers[1:] for h in (layer._forward_hooks, layer._forward_pre_hooks)]
+        # no public function tells of hooks on all modules
+        self.hooks += [torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks]
+        self.tensors = [] if plan is None else [tensor_at(module, path) for _, path in plan.program.sources]
+        self.countable = all(type(t) in (Tensor, nn.Parameter) and not t.is_inference() for t in self.tensors)
+        if self.countable:  # PyTorch counts their changes
+            self.versions = list(map(_version_of, self.tensors))
+            self.storages = [tensor.detach() for tensor in self.tensors]  # kept, so that no other gets its address
+            self.addresses = list(map(Tensor.data_ptr, self.tensors))
+
+    def is_of(self, module: nn.Module) -> bool:
+        """A replica of DataParallel has the same cache."""
+        return self.attributes[0] is vars(module)
+
+    def is_current(self, module: nn.Module, dtype: torch.dtype) -> bool:
+        """Whether nothing changed: a few passes in C, since every call asks."""
+        return (
+            self.dtype is dtype
+            and self.countable
+            and self.is_of(module)
+            and _are(self.settings, self.settings_before)
+            and _are(self.tensors_and_layers, self.tensors_and_layers_before)
+            and list(map(len, self.owners)) == self.sizes
+            and list(map(type, self.layers)) == self.classes
+            and list(map(_version_of, self.tensors)) == self.versions
+            and list(map(Tensor.data_ptr, self.tensors)) == self.addresses
+        )
+
+    def has_structure(self, module: nn.Module) -> bool:
+        """Whether there are the same layers with the classes and settings that they had: the plan holds."""
+        return (
+            list(module.modules()) == self.layers
+            and list(map(type, self.layers)) == self.classes
+            and _are(self.settings, self.settings_before)
+        )
+
+
+_BASE = vars(nn.Module()).keys()
+Reads = list[tuple[Callable[[Any], Any], list[dict[str, Any]]]]
+
+
+def _settings_of(layer: nn.Module) -> tuple[str, ...]:
+    return ("training", *(name for name in vars(layer) if name not in _BASE))
+
+
+def _reads(owners: Iterable[tuple[dict[str, Any], tuple[str, ...]]]) -> Reads:
+    """How to read entries of many dicts in few passes: by those that have the same names."""
+    alike: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for owner, names in owners:
+        if names:
+            alike.setdefault(names, []).append(owner)
+    return [(operator.itemgetter(*names), owners) for names, owners in alike.items()]
+
+
+def _are(reads: Reads, before: list[list[Any]]) -> bool:
+    """Whether the entries are what they were."""
+    try:
+        return [list(map(get, owners)) for get, owners in reads] == before
+    except Exception:  # an entry is gone, or another tensor, which has no truth value
+        return False
+
+
+def _kept(values: Any) -> Any:
+    """Values, with copies of those that may be changed in place."""
+    if isinstance(values, tuple):
+        return tuple(copy.copy(each) if type(each) in (list, dict, set) else each for each in values)
+    return values
+
+
+def _may_fold() -> bool:
+    if torch.compiler.is_compiling():
+        return not torch.compiler._is_exporting_flag  # is_exporting() is true under any torch.compile of PyTorch 2.11
+    return not (  # no public function tells of the last three
+        torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+        or forward_ad._current_level >= 0
+        or torch._C._are_functorch_transforms_active()
+        or (torch._C._len_torch_dispatch_stack() and any(map(_records, _get_current_dispatch_mode_stack())))
+    )
+
+
+def _records(mode: object) -> bool:
+    return isinstance(mode, Recorder)
+
+
+def _hooked_or_training(module: nn.Module) -> bool:
+    """For a program that is compiled, which guards on what this reads."""
+    for layer in list(module.modules())[1:]:
+        if layer.training or layer._forward_hooks or layer._forward_pre_hooks or has_own_forward(layer):
+            return True
+    return bool(torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks)

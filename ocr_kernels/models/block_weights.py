@@ -1,0 +1,160 @@
+"""The folded weights of a module's step 4, and how they are made of its parameters and buffers."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ocr_kernels.head.functional import HeadWeights, Slopes, ocr_head
+from ocr_kernels.head.reference import activate_
+from ocr_kernels.models.block_trace import Call, Program, Ref
+
+
+class Layer(NamedTuple):
+    """A matrix and a bias, or None for zeros, among a program's results, and the slope of the activation after it."""
+
+    weight: Ref
+    bias: Ref | None
+    slope: float
+
+
+class Folded(NamedTuple):
+    """What a call takes: the head's weights, and what makes keys and values of regions, with tensors in it."""
+
+    head: HeadWeights
+    key: tuple[Any, ...]
+    value: tuple[Any, ...]
+    transposed: bool  # whether regions come as [B, K, C]
+
+    def compute(self, feats: Tensor, regions: Tensor, backend: str | None = None) -> Tensor:
+        """z in the dtype of the weights, in the memory format of feats."""
+        with torch.autocast(feats.device.type, enabled=False):
+            dtype = self.head.pixels.dtype
+            columns = regions.to(dtype).flatten(2)
+            columns = columns if self.transposed else columns.transpose(1, 2)  # [B, K, C]
+            key, value = _chain(columns, self.key), _chain(columns, self.value)
+            return ocr_head(feats.to(dtype), (key, value), self.head, backend=backend)
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockPlan:
+    """How a module computes step 4, and of which of its tensors."""
+
+    program: Program
+    pixels: tuple[Layer, ...]  # phi, one or two
+    key: tuple[Layer | Call, ...]  # psi; calls are of operations that no layer is
+    value: tuple[Layer | Call, ...]  # delta
+    up: Layer  # rho; its weight is the number of channels where the values themselves are activated
+    context: Ref  # the half of g that takes y
+    fusing: Layer  # the half of g that takes x
+    scale: float
+    channels: int
+    dims: int  # of feats
+    region_dims: int
+    transposed: bool  # whether regions come as [B, K, C]
+    first: str  # the path of a weight, whose dtype and device are the module's
+    layers: tuple[tuple[str, str, tuple[tuple[str, Any], ...]], ...]  # path, class and settings of each
+
+    def weights(self, module: nn.Module, dtype: torch.dtype) -> Folded:
+        """The folded weights of `module`, made of its present parameters and buffers in float32."""
+        with torch.no_grad():
+            results = self.program.run(module)
+
+            def matrix(ref: Ref) -> Tensor:
+                made: Tensor = results[ref.at].to(dtype).contiguous()
+                return made
+
+            def bias(layer: Layer, like: Ref) -> Tensor:
+                weight: Tensor = results[like.at]
+                made: Tensor | None = None if layer.bias is None else results[layer.bias.at]
+                return weight.new_zeros(len(weight)) if made is None else made.contiguous()
+
+            def part(layer: Layer | Call) -> Any:
+                if isinstance(layer, Layer):
+                    return matrix(layer.weight), bias(layer, layer.weight), layer.slope
+                args = [results[arg.at].to(dtype) if isinstance(arg, Ref) else arg for arg in layer.args]
+                return dataclasses.replace(layer, args=tuple(args))
+
+            second = self.pixels[1] if len(self.pixels) == 2 else None
+            slopes = Slopes(pixel_in=self.pixels[0].slope, pixel_out=second.slope if second else 0.0)
+            context = matrix(self.context)
+            ups = self.up.weight is not None
+            head = HeadWeights(
+                pixel_in=matrix(self.pixels[0].weight),
+                pixel_in_bias=bias(self.pixels[0], self.pixels[0].weight),
+                pixel_out=matrix(second.weight) if second else None,
+                pixel_out_bias=bias(second, second.weight) if second else None,
+                object_in=None,
+                object_in_bias=None,
+                object_out=None,
+                object_out_bias=None,
+                down=None,
+                down_bias=None,
+                up=matrix(self.up.weight) if ups else None,
+                up_bias=bias(self.up, self.up.weight) if ups else results[self.context.at].new_zeros(context.shape[1]),
+                context=context,
+                pixels=matrix(self.fusing.weight),
+                bias=bias(self.fusing, self.fusing.weight),
+                slopes=slopes._replace(up=self.up.slope, fusing=self.fusing.slope),
+                scale=self.scale,
+            )
+            return Folded(head, tuple(map(part, self.key)), tuple(map(part, self.value)), self.transposed)
+
+    def run(self, module: nn.Module, feats: Tensor, regions: Tensor) -> Tensor:
+        """z of `module`, in the shape and memory format that its own forward gives it."""
+        device = feats.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else feats.dtype
+        with torch.no_grad():
+            return self.weights(module, dtype).compute(feats, regions)
+
+    def takes(self, feats: Tensor, regions: Tensor, first: Tensor) -> bool:
+        """Whether the module's own forward would take pixels and regions like these; `first` is `self.first`'s."""
+        shape, region_shape, dtype = feats.shape, regions.shape, feats.dtype
+        return (
+            len(shape) == self.dims
+            and len(region_shape) == self.region_dims
+            and shape[0] == region_shape[0]
+            and shape[1] == region_shape[2 if self.transposed else 1] == self.channels
+            and 0 not in shape
+            and 0 not in region_shape
+            and feats.device == regions.device == first.device
+            and (dtype == regions.dtype == first.dtype or torch.is_autocast_enabled(feats.device.type))
+        )
+
+    def random_inputs(self, seed: int) -> tuple[Tensor, Tensor]:
+        """Pixels and regions of the right channels and dimensions, in float32."""
+        generator = torch.Generator().manual_seed(seed)
+        shape = (2, 4, self.channels) if self.transposed else (2, self.channels, 4)
+        feats = torch.randn((2, self.channels, *(5, 3, 2)[: self.dims - 2]), generator=generator)
+        return feats, torch.randn((*shape, *[1] * (self.region_dims - 3)), generator=generator)
+
+    def fits(self, module: nn.Module) -> bool:
+        """Whether the layers of `module` still are those that were planned, with the same settings."""
+        for path, name, settings in self.layers:
+            layer: Any = module
+            for child in path.split(".") if path else ():
+                layer = layer._modules.get(child)
+                if layer is None:
+                    return False
+            if type(layer).__qualname__ != name:
+                return False
+            for attribute, value in settings:
+                if getattr(layer, attribute, None) != value:
+                    return False
+        return True
+
+
+def _chain(columns: Tensor, parts: tuple[Any, ...]) -> Tensor:
+    """`[B, channels, K]` of regions `[B, K, C]`."""
+    dtype = columns.dtype
+    for part in parts:
+        if isinstance(part, Call):
+            columns = part.run((), columns.device, columns.transpose(1, 2)).transpose(1, 2)
+        else:
+            weight, bias, slope = part
+            columns = activate_(F.linear(columns, weight) + bias, slope).to(dtype)
+    return columns.transpose(1, 2)
