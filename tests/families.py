@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import blocks
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -386,7 +387,11 @@ def hooked() -> nn.Module:
 
 @dataclass(frozen=True)
 class Family:
-    """How to make a head, how often each op runs, what the report says of the rest, and what to call it with."""
+    """How to make a head, how often each op runs, what the report says of the rest, and what to call it with.
+
+    `blocks` is how often step 4 runs as one op, in eval mode without gradients, and `why_no_block` what the report says
+    of a module that may be step 4 and is not one that runs so.
+    """
 
     name: str
     make: Callable[[], nn.Module]
@@ -394,6 +399,8 @@ class Family:
     attentions: int = 1
     reason: str = ""
     inputs: tuple[tuple[int, ...], ...] = (FEATS,)
+    blocks: int = 0
+    why_no_block: str = ""
 
 
 IMAGE, LABEL = (2, 3, 6, 4), (2, 6, 4)
@@ -435,4 +442,18 @@ FAMILIES = [
     Family("float32 weights", SinglePrecisionWeights, 1, 0, "the softmax converts its dtype"),
     Family("wrong axis", WrongAxis, 0, 0, "is not over pixels"),
     Family("sigmoid", Sigmoid, 0, 0, "it takes a sigmoid, not a softmax"),
+]
+
+
+def shapes(head: nn.Module) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(t.shape) for t in blocks.inputs(head))
+
+
+FAMILIES += [
+    Family(f"step 4: {name}", make, 0, 1, inputs=shapes(make()), blocks=1) for name, make in blocks.HEADS.items()
+]
+FAMILIES += [
+    Family(f"no step 4: {name}", make, 0, 1, inputs=shapes(make()), why_no_block=reason)
+    for name, (make, reason) in blocks.REFUSALS.items()
+    if name not in ("meta", "float64")
 ]

@@ -783,7 +783,7 @@ def test_the_report_is_a_table() -> None:
     model = nn.ModuleDict({"head": head(), "fork": with_forward(attention_with_sigmoid_only)})
     lines = str(replace_ocr_modules(model, blocks=False)).splitlines()
     assert lines[0] == "2 swapped, 1 left alone"
-    assert lines[1].split() == "swapped class fused backend error eager's own relative saves remarks".split()
+    assert lines[1].split() == ["swapped", "class", "fused", "backend", "error", "eager's", "own", "relative", "saves", "remarks"]
     assert lines[2].startswith("  head.ocr_gather_head                       SpatialGather         to be seen when it ")
     assert lines[4].split() == ["left", "alone", "class", "because"]
     assert lines[5].endswith("attention_with_sigmoid_only  it takes a sigmoid, not a softmax")

@@ -36,7 +36,7 @@ class Above(Gather):
 class NamedAbove(Gather):
     def forward(self, feats: Tensor, logits: Tensor) -> Tensor:
         super().eval()
-        return super(NamedAbove, self).forward(feats, logits)
+        return super().forward(feats, logits)
 
 
 class InPlace(nn.Module):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ocr_kernels import modules
 from ocr_kernels.core.backends import resolve_backend
+from ocr_kernels.head.functional import IMPLEMENTED
 from ocr_kernels.models.block_cache import BlockCache
 from ocr_kernels.models.block_plan import plan_block, verify
 from ocr_kernels.models.block_weights import BlockPlan
@@ -176,12 +177,12 @@ def _may_be_a_block(module: nn.Module, rewriter: Rewriter) -> bool:
     )
 
 
-def _backend(module: nn.Module, model: nn.Module) -> str:
-    """The backend that will run a module on its device."""
+def _backend(module: nn.Module, model: nn.Module, *implemented: str) -> str:
+    """The backend that will run a module on its device, one of `implemented` if any are named."""
     has_tensors = next(module.parameters(), None) is not None
     device = device_of(module if has_tensors else model)
     try:
-        return resolve_backend(device, None)
+        return resolve_backend(device, None, *([implemented] if implemented else []))
     except RuntimeError as error:
         return str(error)
 
@@ -229,10 +230,12 @@ def _as_a_block(
             replacement.block = BlockCache(plan)
             before = row.computations if isinstance(row, Swapped) else ()
             found = row if isinstance(row, Swapped) else Swapped(name, type(module).__qualname__)
+            backends = dict.fromkeys([found.backend, _backend(module, module, *IMPLEMENTED)])
             error, eager_error, relative = errors
             return dataclasses.replace(
                 found,
                 computations=("block", *(before or ())),
+                backend=", ".join(filter(None, backends)),
                 max_error=max(error, found.max_error or 0.0),
                 eager_error=max(eager_error, found.eager_error or 0.0),
                 relative_error=max(relative, found.relative_error or 0.0),

@@ -1,0 +1,389 @@
+"""Heads that compute step 4, from pixels and regions to z, in many styles, and heads that compute something else."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ocr_kernels import modules, reference
+
+C, D, OUT, K = 8, 6, 10, 4
+
+
+class ConvBnAct(nn.Module):
+    """A block of a library: the norm and the activation are options."""
+
+    def __init__(self, inputs: int, outputs: int, *, dims: int = 2, norm: Any = None, act: Any = nn.ReLU) -> None:
+        super().__init__()
+        self.conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1](inputs, outputs, 1, bias=norm is nn.Identity)
+        self.bn = norm(outputs) if norm else (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[dims - 1](outputs)
+        self.act = act()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.bn(self.conv(x)))
+
+
+class Head(nn.Module):
+    """Layers under names of their own; what differs from head to head are its methods and its blocks."""
+
+    dims, region_dims = 2, 2
+    layers = (2, 2)  # in phi and psi
+
+    def __init__(self, block: Callable[..., nn.Module] = ConvBnAct, contexts: int = C, **options: Any) -> None:
+        super().__init__()
+        pixel, region = (functools.partial(block, dims=d, **options) for d in (self.dims, self.region_dims))
+        self.theta = nn.Sequential(*(pixel(D if i else C, D) for i in range(self.layers[0])))
+        self.phi = nn.Sequential(*(region(D if i else C, D) for i in range(self.layers[1])))
+        self.g = region(C, D)
+        self.out = pixel(D, contexts)
+        self.fuse = nn.Sequential(pixel(C + contexts, OUT), nn.Dropout(0.3))
+
+    def forward(self, x: Tensor, proxies: Tensor) -> Any:
+        query, key, value = self.theta(x), self.phi(proxies), self.g(proxies)
+        context = self.attend(query.flatten(2), key.flatten(2), value.flatten(2))
+        return self.join(x, self.out(context.reshape(query.shape)))
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return value @ (D**-0.5 * query.mT @ key).softmax(-1).mT
+
+    def join(self, x: Tensor, context: Tensor) -> Any:
+        return self.fuse(torch.cat([x, context], 1))
+
+
+class NoFactor(Head):
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return torch.bmm(value, F.softmax(torch.bmm(key.mT, query), dim=1))
+
+
+class Einsum(Head):
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        scores = torch.einsum("bdk,bdn->bkn", key, query) / torch.sqrt(torch.tensor(float(D)))
+        return torch.einsum("bdk,bkn->bdn", value, scores.softmax(1))
+
+
+class ScaledDotProduct(Head):
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(query.mT[:, None], key.mT[:, None], value.mT[:, None])[:, 0].mT
+
+
+class AddedProduct(Head):
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        scores = torch.baddbmm(query.new_zeros(1, 1, 1), query.mT, key, beta=0, alpha=D**-0.5)
+        return torch.bmm(value, scores.softmax(2).transpose(1, 2))
+
+
+class RegionColumns(Head):
+    """Conv1d on regions `[B, C, K]`."""
+
+    region_dims = 1
+
+
+class Volume(Head):
+    dims = region_dims = 3
+
+
+class Sequence(Head):
+    dims = region_dims = 1
+
+
+class OneLayer(Head):
+    layers = (1, 1)
+
+
+class RegionRows(OneLayer):
+    """Regions `[B, K, C]` and linear layers, with what stands on regions alone: a norm and a smooth activation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.phi = nn.Sequential(nn.Linear(C, D), nn.LayerNorm(D), nn.GELU(), nn.Linear(D, D, bias=False))
+        self.g = nn.Linear(C, D)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return super().attend(query, key.mT, value.mT)
+
+
+class RegionNorms(RegionColumns):
+    """GroupNorm on regions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.phi = nn.Sequential(nn.Conv1d(C, D, 1), nn.GroupNorm(2, D), nn.SiLU())
+
+
+class Sum(Head):
+    """Two projections are added up, where others join maps and project them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.of_x, self.of_y = nn.Conv2d(C, OUT, 1, bias=False), nn.Conv2d(C, OUT, 1)
+        self.norm = nn.BatchNorm2d(OUT)
+
+    def join(self, x: Tensor, context: Tensor) -> Tensor:
+        return F.leaky_relu(self.norm(self.of_x(x) + self.of_y(context)), 0.2)
+
+
+class Residual(Head):
+    """Of a context that a learned number weighs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(1))
+
+    def join(self, x: Tensor, context: Tensor) -> Tensor:
+        return super().join(x, self.gamma * context + x)
+
+
+class Resized(Head):
+    """Pooled and brought back by a factor that is 1."""
+
+    def forward(self, x: Tensor, proxies: Tensor) -> Any:
+        return super().forward(F.max_pool2d(x, 1), proxies)
+
+    def join(self, x: Tensor, context: Tensor) -> Tensor:
+        return super().join(x, F.interpolate(context, scale_factor=1, mode="bilinear", align_corners=True))
+
+
+class NoUp(Head):
+    """No layer after the attention, and a product with rows of pixels."""
+
+    def __init__(self) -> None:
+        super().__init__(contexts=D)
+        self.out = nn.Identity()
+        self.last = nn.Linear(C + D, OUT)
+
+    def join(self, x: Tensor, context: Tensor) -> Tensor:
+        rows = torch.cat([context, x], 1).flatten(2).transpose(1, 2)
+        return F.relu_(self.last(rows)).permute(0, 2, 1).reshape(-1, OUT, *x.shape[2:])
+
+
+class Temperature(Head):
+    def __init__(self) -> None:
+        super().__init__()
+        self.temperature = nn.Parameter(torch.tensor(0.7))
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return value @ (query.mT @ key / self.temperature).softmax(-1).mT
+
+
+class ActivatedNorm(nn.Module):
+    """Norm and activation in one, as InPlaceABN."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(features)), nn.Parameter(torch.zeros(features))
+        self.register_buffer("running_mean", torch.zeros(features))
+        self.register_buffer("running_var", torch.ones(features))
+        self.slope, self.eps = 0.01, 1e-5
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.training, 0.1, self.eps)
+        return F.leaky_relu_(x, self.slope)
+
+
+class FrozenNorm(nn.Module):
+    """Buffers alone."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.eps = 1e-5
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            self.register_buffer(name, 0.5 + torch.rand(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias, mean, var = (t.view(-1, 1, 1) for t in self.buffers())
+        scale = weight * (var + self.eps).rsqrt()
+        return x * scale + (bias - mean * scale)
+
+
+class Mmseg(Head):
+    """mmsegmentation's: regions `[B, C, K, 1]`, contexts before pixels."""
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        sim_map = torch.matmul(query.permute(0, 2, 1), key)
+        sim_map = (D**-0.5) * sim_map
+        context = torch.matmul(F.softmax(sim_map, dim=-1), value.permute(0, 2, 1))
+        return context.permute(0, 2, 1).contiguous()
+
+    def join(self, x: Tensor, context: Tensor) -> Tensor:
+        return self.fuse(torch.cat([context, x], dim=1))
+
+
+class Label(Mmseg):
+    """openseg's forward takes a label as well."""
+
+    def forward(self, x: Tensor, proxies: Tensor, label: Tensor | None = None) -> Any:
+        assert label is None
+        return super().forward(x, proxies)
+
+
+def ours(library: Any = modules, **options: Any) -> nn.Module:
+    return library.SpatialOCR(C, D, OUT, **options)
+
+
+def parametrized() -> nn.Module:
+    head: Any = Head()
+    nn.utils.parametrizations.weight_norm(head.fuse[0].conv)
+    return head
+
+
+HEADS: dict[str, Callable[[], nn.Module]] = {
+    "ours": ours,
+    "reference": functools.partial(ours, reference),
+    "LeakyReLU": functools.partial(ours, act_layer=nn.LeakyReLU),
+    "no activation": functools.partial(ours, act_layer=nn.Identity),
+    "blocks": Head,
+    "mmsegmentation": Mmseg,
+    "openseg": Label,
+    "no factor": NoFactor,
+    "einsum": Einsum,
+    "scaled_dot_product_attention": ScaledDotProduct,
+    "baddbmm": AddedProduct,
+    "Conv1d on regions": RegionColumns,
+    "volume": Volume,
+    "sequence": Sequence,
+    "one layer": OneLayer,
+    "linear layers": RegionRows,
+    "norms on regions": RegionNorms,
+    "sum": Sum,
+    "residual": Residual,
+    "learned temperature": Temperature,
+    "resized by 1": Resized,
+    "no up": NoUp,
+    "few contexts": lambda: Head(contexts=5),
+    "ABN": lambda: Head(norm=ActivatedNorm, act=nn.Identity),
+    "frozen": lambda: Head(norm=FrozenNorm),
+    "SyncBatchNorm": lambda: Head(norm=nn.SyncBatchNorm),
+    "no norm": lambda: Head(norm=nn.Identity),
+    "no affine": lambda: Head(norm=functools.partial(nn.BatchNorm2d, affine=False)),
+    "in place": lambda: Head(act=functools.partial(nn.ReLU, inplace=True)),
+    "parametrized": parametrized,
+}
+
+def inputs(module: nn.Module, *, batch: int = 2, regions: int = K) -> tuple[Tensor, Tensor]:
+    feats = torch.randn(batch, C, *(7, 5, 3)[: getattr(module, "dims", 2)])
+    if isinstance(module, RegionRows):
+        return feats, torch.randn(batch, regions, C)
+    return feats, torch.randn(batch, C, regions, *[1] * (getattr(module, "region_dims", 2) - 1))
+
+
+# What is another computation
+
+
+class Gelu(Head):
+    def __init__(self) -> None:
+        super().__init__(act=nn.GELU)
+
+
+class WrongAxis(Head):
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return value @ (query.mT @ key).softmax(1).mT
+
+
+class TwoHeads(Head):
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        q, k, v = (x.unflatten(1, (2, -1)) for x in (query, key, value))
+        return (v @ (q.mT @ k).softmax(-1).mT).flatten(1, 2)
+
+
+class TwoResults(Head):
+    def join(self, x: Tensor, context: Tensor) -> Any:
+        return super().join(x, context), context
+
+
+class Kept(Head):
+    def join(self, x: Tensor, context: Tensor) -> Any:
+        self.last_context = context
+        return super().join(x, context)
+
+
+class Prior(Head):
+    def __init__(self) -> None:
+        super().__init__()
+        self.prior = nn.Parameter(torch.randn(1, 1, 1))
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return value @ (query.mT @ key + self.prior).softmax(-1).mT
+
+
+class Counting(Head):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def join(self, x: Tensor, context: Tensor) -> Any:
+        self.calls += 1
+        return super().join(x, context)
+
+
+class Filled(Head):
+    def join(self, x: Tensor, context: Tensor) -> Any:
+        both = torch.cat([context, torch.zeros_like(x)], 1)
+        both[:, C:] = x
+        return self.fuse(both)
+
+
+class Threshold(Head):
+    def join(self, x: Tensor, context: Tensor) -> Any:
+        return super().join(x, context if context.mean() > 0 else 2 * context)
+
+
+class InPlace(Head):
+    def forward(self, x: Tensor, proxies: Tensor) -> Any:
+        return super().forward(x, proxies.relu_())
+
+
+class Number(Head):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(()))
+
+    def join(self, x: Tensor, context: Tensor) -> Any:
+        return super().join(x, self.gamma.item() * context)
+
+
+class Noise(Head):
+    def join(self, x: Tensor, context: Tensor) -> Any:
+        return super().join(x, context + torch.rand(context.shape))
+
+
+class Gate(Head):
+    def join(self, x: Tensor, context: Tensor) -> Any:
+        return super().join(x, context * x)
+
+
+class Wide(Head):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fuse = nn.Sequential(nn.Conv2d(2 * C, OUT, 3, padding=1))
+
+
+REFUSALS: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "GroupNorm": (lambda: Head(norm=functools.partial(nn.GroupNorm, 2)), "it has a GroupNorm on the pixels"),
+    "GELU": (Gelu, "it has the activation gelu"),
+    "PReLU": (lambda: Head(act=nn.PReLU), "it has the activation prelu"),
+    "batch statistics": (
+        lambda: Head(norm=functools.partial(nn.BatchNorm2d, track_running_stats=False)),
+        "it has a norm without running statistics",
+    ),
+    "scale": (functools.partial(ours, scale=2), "it attends at a lower resolution (scale > 1)"),
+    "3x3": (Wide, "it has a convolution that is not 1x1"),
+    "wrong axis": (WrongAxis, "it takes its softmax over pixels, not over regions"),
+    "two heads": (TwoHeads, "several heads"),
+    "two results": (TwoResults, "it returns a tuple"),
+    "kept": (Kept, "it sets its attribute last_context"),
+    "prior": (Prior, "it adds to the scores"),
+    "values": (Threshold, "it reads values"),
+    "counter": (Counting, "it changes its own tensors or its arguments in place"),
+    "a part changed": (Filled, "it "),
+    "arguments": (InPlace, "it changes its own tensors or its arguments in place"),
+    "its own value": (Number, "it reads values"),
+    "noise": (Noise, "it draws random numbers"),
+    "gate": (Gate, "it multiplies two maps"),
+    "float64": (lambda: Head().double(), "it has weights whose dtype is not float32"),
+    "meta": (lambda: Head().to("meta"), "its parameters are on the meta device"),
+}
