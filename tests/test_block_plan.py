@@ -308,6 +308,11 @@ def test_where_the_own_forward_runs() -> None:
     assert not folds(*args)
     module.out.bn = nn.BatchNorm2d(C).eval()
     assert folds(*args)
+    handle = module.out.register_forward_hook(lambda *_: None)
+    module.out.bn.eps = 0.1
+    assert not folds(*args)
+    handle.remove()
+    assert folds(*args)
     assert not folds(args[0], args[1][..., 0])
     assert not folds(args[0][:, 1:], args[1])
     assert not folds(args[0].double(), args[1].double())

@@ -59,7 +59,7 @@ class BlockCache:
             return None
         if torch.compiler.is_compiling() or (feats.is_cuda and torch.cuda.is_current_stream_capturing()):
             # what is not part of the program would be stale when it runs again
-            if self.plan is None or _hooked_or_training(module) or not self.plan.fits(module):
+            if self.plan is None or _is_watched_or_training(module) or not self.plan.fits(module):
                 return None
             takes = self.plan.takes(feats, regions, tensor_at(module, self.plan.first))
             return self.plan.weights(module, dtype) if takes else None
@@ -73,8 +73,7 @@ class BlockCache:
             return snapshot.weights if snapshot.plan.takes(feats, regions, snapshot.first) else None
 
     def _renewed(self, module: nn.Module, dtype: torch.dtype) -> Snapshot | None:
-        layers = list(module.modules())[1:]
-        if any(layer.training or has_own_forward(layer) for layer in layers):
+        if _is_watched_or_training(module):
             return None
         old = self.snapshot
         same = old is not None and old.is_of(module)
@@ -192,8 +191,8 @@ def _records(mode: object) -> bool:
     return isinstance(mode, Recorder)
 
 
-def _hooked_or_training(module: nn.Module) -> bool:
-    """For a program that is compiled, which guards on what this reads."""
+def _is_watched_or_training(module: nn.Module) -> bool:
+    """Whether a layer is in training, or would run more than its class's forward. Compiled programs guard on it."""
     for layer in list(module.modules())[1:]:
         if layer.training or layer._forward_hooks or layer._forward_pre_hooks or has_own_forward(layer):
             return True

@@ -472,6 +472,20 @@ def _is_number(x: Any) -> bool:
     return isinstance(x, (int, float)) and not isinstance(x, bool)
 
 
+def _number(x: Any) -> float | None:
+    """`x` as a number, if it is one, or a tensor of one that is not trained and is at hand."""
+    if _is_number(x):
+        return x  # type: ignore[no-any-return]
+    if type(x) is Tensor and x.dim() == 0 and x.is_cpu and x.is_floating_point() and not x.requires_grad:
+        return None if torch.compiler.is_compiling() or _is_transformed(x) else x.item()
+    return None
+
+
+def _is_transformed(x: Tensor) -> bool:
+    """Whether a tensor stands for others: in a transform or a trace."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(x) or isinstance(x, torch._subclasses.FakeTensor)
+
+
 def _holds(condition: Any) -> bool:
     """Whether a condition on sizes holds; where sizes are unknown to a compiler, only if it is sure."""
     if torch.compiler.is_compiling():
@@ -589,18 +603,22 @@ def _is_pure(function: Any) -> bool:
 def _multiply(mode: Recognition, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if kwargs or len(args) != 2:
         return None
-    x, factor = args if _is_number(args[1]) else args[::-1]
-    if not _is_number(factor):
-        if any(_is_live(arg) for arg in args):
-            mode.note("the scores are multiplied by what is no number")
-        return None
-    return _scale(mode, x, factor, (func, args, kwargs))
+    for x, factor in (args, args[::-1]):
+        number = _number(factor)
+        if number is not None:
+            return _scale(mode, x, number, (func, args, kwargs))
+    if any(_is_live(arg) for arg in args):
+        mode.note("the scores are multiplied by what is no number")
+    return None
 
 
 def _divide(mode: Recognition, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if kwargs or len(args) != 2 or not _is_number(args[1]) or args[1] == 0:
+    divisor = _number(args[1]) if len(args) == 2 and not kwargs else None
+    if not divisor:
+        if args and _is_live(args[0]):
+            mode.note("the scores are divided by what is no number")
         return None
-    return _scale(mode, args[0], 1 / args[1], (func, args, kwargs))
+    return _scale(mode, args[0], 1 / divisor, (func, args, kwargs))
 
 
 def _scale(mode: Recognition, x: Any, factor: float, call: Call) -> Deferred | None:
