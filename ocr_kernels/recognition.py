@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ocr_kernels.attention import pixel_region_attention
-from ocr_kernels.core.backends import assume_constant_result
+from ocr_kernels.core.backends import assume_constant_result, left_to_compiler
 from ocr_kernels.core.layout import DTYPES
 from ocr_kernels.gather import spatial_gather
 
@@ -392,6 +392,7 @@ def _is_plain(x: Any) -> bool:
         and x.dtype in DTYPES
         and x.layout is torch.strided
         and (x.is_cuda or x.is_cpu)
+        and not left_to_compiler(x.device)
     )
 
 

@@ -492,7 +492,7 @@ def test_compiled_programs_fold_each_time(build: Callable[[], nn.Module]) -> Non
     compiled = torch.compile(module, fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph.forward)
     torch.testing.assert_close(compiled(*args), plain(*args), rtol=1e-4, atol=1e-5)
     (graph,) = graphs
-    assert torch.ops.ocr_kernels.ocr_head.default in {node.target for node in graph.graph.nodes}
+    assert not any("batch_norm" in str(node.target) for node in graph.graph.nodes)
     for changed in (plain, module):
         next(changed.parameters()).mul_(2)
     torch.testing.assert_close(compiled(*args), plain(*args), rtol=1e-4, atol=1e-5)

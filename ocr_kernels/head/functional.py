@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ocr_kernels.core.arguments import check_device, check_shape, check_tensors
-from ocr_kernels.core.backends import resolve_backend
+from ocr_kernels.core.backends import left_to_compiler, resolve_backend
+from ocr_kernels.head import reference
 from ocr_kernels.head.registration import ocr_head_op
 
 Output = Literal["features", "logits", "classes"]
@@ -98,6 +99,8 @@ def ocr_head(
     ]
     if output != "features":
         arguments += [weights.classes, weights.classes_bias]  # type: ignore[list-item]  # `_check` saw to it
+    if left_to_compiler(feats.device, backend) and _is_image(feats) and not _wants_grad(feats, regions, *weights):
+        return reference.whole(feats, key.transpose(1, 2), context_regions.transpose(1, 2), arguments, output)
     out: Tensor = ocr_head_op(
         feats,
         key.transpose(1, 2),
@@ -107,6 +110,15 @@ def ocr_head(
         resolve_backend(feats.device, backend, IMPLEMENTED),
     )
     return out
+
+
+def _is_image(feats: Tensor) -> bool:
+    """Whether a convolution of PyTorch's takes it."""
+    return 3 <= feats.dim() <= 5 and 0 not in feats.shape
+
+
+def _wants_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def _layer(columns: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """The definition of the folded head in plain PyTorch, for one tile of pixels after the other.
 
-The tiles keep maps with C channels out of memory; on a CPU they stay in its caches.
+The tiles keep maps with C channels out of memory, less a copy of the pixels on a CPU.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ocr_kernels.core.layout import is_channels_last
 
 
 def ocr_head(pixels: Tensor, key: Tensor, context_regions: Tensor, weights: Sequence[Tensor]) -> Tensor:
@@ -49,11 +51,48 @@ def forward(
     out: Tensor, feats: Tensor, key: Tensor, context_regions: Tensor, weights: Sequence[Tensor], output: str
 ) -> None:
     """Fill `out`: z `[B, O, *S]`, logits `[B, L, *S]` or classes `[B, *S]`."""
-    tile = 1024 if feats.device.type == "cpu" else 32768
+    on_cpu = feats.device.type == "cpu"
+    tile = 4096 if on_cpu else 32768
     for image in range(feats.shape[0]):
         pixels = feats[image].flatten(1).t()  # [N, C]
-        result = out[image].view(-1) if output == "classes" else out[image].flatten(1).t()
+        target = out[image].view(-1) if output == "classes" else out[image].flatten(1).t()
+        result = target
+        if on_cpu:  # PyTorch turns a whole matrix several times as fast as a part of one
+            pixels = pixels.contiguous()
+            result = target if target.is_contiguous() else target.new_empty(target.shape)
         k, u = key[image].t().contiguous(), context_regions[image].contiguous()
         for start in range(0, pixels.shape[0], tile):
             part = ocr_head(pixels[start : start + tile].contiguous(), k, u, weights)
             result[start : start + tile] = part.argmax(1) if output == "classes" else part
+        if result is not target:
+            target.t().copy_(result.t())
+
+
+def whole(feats: Tensor, key: Tensor, context_regions: Tensor, weights: Sequence[Tensor], output: str) -> Tensor:
+    """What `forward` fills `out` with, of all pixels at once: for a compiler, which fuses what is not a product.
+
+    Contexts are made channels last and enter one convolution beside the pixels: convolutions are laid out so anyway.
+    """
+    pixel_in, pixel_in_bias, pixel_out, pixel_out_bias, up_bias, on_context, on_pixels, bias, *classifier = weights
+    batch, channels, *spatial = feats.shape
+    hidden = F.relu(_convolved(feats, pixel_in, pixel_in_bias)).to(feats.dtype)  # [B, D, *S]
+    query = F.relu(_convolved(hidden, pixel_out, pixel_out_bias)).to(feats.dtype)
+    scores = key.shape[1] ** -0.5 * torch.matmul(query.flatten(2).transpose(1, 2), key).float()  # [B, N, K]
+    attention = F.softmax(scores, dim=2).to(feats.dtype)
+    context = F.relu(torch.matmul(attention, context_regions.transpose(1, 2)) + up_bias).to(feats.dtype)  # y, [B, N, C]
+    context = context.view(batch, *spatial, channels).movedim(-1, 1)
+    both, fusing = torch.cat((context, feats), 1), torch.cat((on_context, on_pixels), 1)
+    out = F.relu(_convolved(both, fusing, bias))
+    if classifier:
+        out = _convolved(out.to(feats.dtype), *classifier)
+    if output == "classes":
+        return out.argmax(1)
+    out = out.to(feats.dtype)
+    return out.movedim(1, -1).contiguous().movedim(-1, 1) if is_channels_last(feats) else out.contiguous()
+
+
+def _convolved(feats: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """W x + b of `[B, channels, *S]` in the dtype of b."""
+    ones = (1,) * (feats.dim() - 2)
+    convolution = (F.conv1d, F.conv2d, F.conv3d)[feats.dim() - 3]
+    return convolution(feats, weight.view(*weight.shape, *ones)) + bias.view(-1, *ones)
