@@ -1,6 +1,6 @@
 """The definition of the folded head in plain PyTorch, for one tile of pixels after the other.
 
-The tiles keep maps with C channels out of memory, less a copy of the pixels on a CPU.
+The tiles keep maps with C channels out of memory, but for copies of contiguous feats and z on a CPU.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def forward(
 ) -> None:
     """Fill `out`: z `[B, O, *S]`, logits `[B, L, *S]` or classes `[B, *S]`."""
     on_cpu = feats.device.type == "cpu"
-    tile = 4096 if on_cpu else 32768
+    tile = 2048 if on_cpu else 32768
     for image in range(feats.shape[0]):
         pixels = feats[image].flatten(1).t()  # [N, C]
         target = out[image].view(-1) if output == "classes" else out[image].flatten(1).t()
