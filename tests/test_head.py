@@ -262,6 +262,25 @@ def test_compile(target: tuple[str, str], compiler: str) -> None:
         torch.testing.assert_close(compiled(*inputs), block(*inputs))
 
 
+@all_outputs
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("spatial", [(7,), (3, 5), (2, 3, 2)])
+def test_compiled_for_a_cpu_it_is_plain_pytorch(output: str, layout: Layout, spatial: tuple[int, ...]) -> None:
+    graphs: list[torch.fx.GraphModule] = []
+    torch._dynamo.reset()
+    weights = fold(Head())
+    inputs = draw("cpu", layout=layout, spatial=spatial)
+
+    def block(feats: Tensor, regions: Tensor) -> Tensor:
+        return ocr_head(feats, regions, weights, output)
+
+    compiled = torch.compile(block, fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph.forward)
+    out, expected = compiled(*inputs), block(*inputs)
+    torch.testing.assert_close(out, expected)
+    assert out.stride() == expected.stride()
+    assert not any("ocr_kernels" in str(node.target) for graph in graphs for node in graph.graph.nodes)
+
+
 @pytest.mark.parametrize("autocast_dtype", [torch.bfloat16, torch.float16])
 def test_autocast(target: tuple[str, str], autocast_dtype: torch.dtype) -> None:
     backend, device = target

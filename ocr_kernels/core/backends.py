@@ -101,6 +101,22 @@ def implementation(op: str, backend: str, device_type: str, implemented: Sequenc
     )
 
 
+def left_to_compiler(device: torch.device, backend: str | None = None) -> bool:
+    """Whether a call is part of a program that torch.compile makes for a CPU, and nobody named a backend.
+
+    There plain PyTorch is faster than an op. Inductor lays pixels out channels last for its convolutions, whatever the
+    program says, and plain products read what they get; for an op it keeps what the op and its neighbours read in the
+    program's layout as well. Those copies cost several times what the kernels save.
+    """
+    return (
+        device.type == "cpu"
+        and backend is None
+        and _selected is None
+        and torch.compiler.is_compiling()
+        and not torch.compiler._is_exporting_flag  # is_exporting() is true under any torch.compile of PyTorch 2.11
+    )
+
+
 def interpreting() -> bool:
     """Whether Triton kernels run in Triton's interpreter, on any device and slowly."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")

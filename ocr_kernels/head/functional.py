@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ocr_kernels.core.arguments import check_device, check_shape, check_tensors
-from ocr_kernels.core.backends import resolve_backend
+from ocr_kernels.core.backends import left_to_compiler, resolve_backend
+from ocr_kernels.head import reference
 from ocr_kernels.head.reference import activate_
 from ocr_kernels.head.registration import ocr_head_op
 
@@ -130,17 +131,23 @@ def ocr_head(
     ]
     if output != "features":
         arguments += [weights.classes, weights.classes_bias]
-    out: Tensor = ocr_head_op(
-        feats,
-        key.transpose(1, 2),
-        context_regions.transpose(1, 2),
-        arguments,
-        key.shape[2] ** -0.5 if weights.scale is None else float(weights.scale),
-        [float(slope) for slope in (slopes.pixel_in, slopes.pixel_out, slopes.up, slopes.fusing)],
-        output,
-        resolve_backend(feats.device, backend, IMPLEMENTED),
-    )
+    scale = key.shape[2] ** -0.5 if weights.scale is None else float(weights.scale)
+    used = [float(slope) for slope in (slopes.pixel_in, slopes.pixel_out, slopes.up, slopes.fusing)]
+    columns = key.transpose(1, 2), context_regions.transpose(1, 2)
+    if left_to_compiler(feats.device, backend) and _is_image(feats) and not _wants_grad(feats, *columns, *arguments):
+        return reference.whole(feats, *columns, arguments, scale, used, output)
+    chosen = resolve_backend(feats.device, backend, IMPLEMENTED)
+    out: Tensor = ocr_head_op(feats, *columns, arguments, scale, used, output, chosen)
     return out
+
+
+def _is_image(feats: Tensor) -> bool:
+    """Whether a convolution of PyTorch's takes it."""
+    return 3 <= feats.dim() <= 5 and 0 not in feats.shape
+
+
+def _wants_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def _layer(columns: Tensor, weight: Any, bias: Any, slope: float) -> Tensor:

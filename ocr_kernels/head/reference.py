@@ -1,6 +1,6 @@
 """The definition of the folded head in plain PyTorch, for one tile of pixels after the other.
 
-The tiles keep maps with C channels out of memory; on a CPU they stay in its caches.
+The tiles keep maps with C channels out of memory, but for a copy of an image's contiguous feats on a CPU.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ocr_kernels.core.layout import is_channels_last
 
 
 def ocr_head(
@@ -77,11 +79,54 @@ def forward(
     output: str,
 ) -> None:
     """Fill `out`: z `[B, O, *S]`, logits `[B, L, *S]` or classes `[B, *S]`."""
-    tile = 1024 if feats.device.type == "cpu" else 32768
+    on_cpu = feats.device.type == "cpu"
+    tile = 2048 if on_cpu else 32768
     for image in range(feats.shape[0]):
         pixels = feats[image].flatten(1).t()  # [N, C]
+        pixels = pixels.contiguous() if on_cpu else pixels  # a whole matrix is turned several times as fast as a part
         result = out[image].view(-1) if output == "classes" else out[image].flatten(1).t()
         k, u = key[image].t().contiguous(), context_regions[image].contiguous()
         for start in range(0, pixels.shape[0], tile):
             part = ocr_head(pixels[start : start + tile].contiguous(), k, u, weights, scale, slopes)
             result[start : start + tile] = part.argmax(1) if output == "classes" else part
+
+
+def whole(
+    feats: Tensor,
+    key: Tensor,
+    context_regions: Tensor,
+    weights: Sequence[Tensor],
+    scale: float,
+    slopes: Sequence[float],
+    output: str,
+) -> Tensor:
+    """What `forward` fills `out` with, of all pixels at once: for a compiler, which fuses what is not a product.
+
+    Contexts are made channels last and enter one convolution beside the pixels: convolutions are laid out so anyway.
+    """
+    layers, (up_bias, on_context, on_pixels, bias, *classifier) = split_weights(weights)
+    batch, _, *spatial = feats.shape
+    dtype = feats.dtype
+    query = feats
+    for (weight, layer_bias), slope in zip(layers, slopes, strict=False):
+        query = activate_(_convolved(query, weight, layer_bias), slope).to(dtype)  # [B, D, *S]
+    scores = scale * torch.matmul(query.flatten(2).transpose(1, 2), key).float()  # [B, N, K]
+    attention = F.softmax(scores, dim=2).to(dtype)
+    context = torch.matmul(attention, context_regions.transpose(1, 2)) + up_bias  # y, [B, N, Y]
+    context = activate_(context, slopes[2]).to(dtype)
+    context = context.view(batch, *spatial, context.shape[2]).movedim(-1, 1)
+    both, fusing = torch.cat((context, feats), 1), torch.cat((on_context, on_pixels), 1)
+    out = activate_(_convolved(both, fusing, bias), slopes[3])
+    if classifier:
+        out = _convolved(out.to(dtype), *classifier)
+    if output == "classes":
+        return out.argmax(1)
+    out = out.to(dtype)
+    return out.movedim(1, -1).contiguous().movedim(-1, 1) if is_channels_last(feats) else out.contiguous()
+
+
+def _convolved(feats: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """W x + b of `[B, channels, *S]` in the dtype of b."""
+    ones = (1,) * (feats.dim() - 2)
+    convolution = (F.conv1d, F.conv2d, F.conv3d)[feats.dim() - 3]
+    return convolution(feats, weight.view(*weight.shape, *ones)) + bias.view(-1, *ones)
