@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ocr_kernels import reference
 from ocr_kernels.attention import pixel_region_attention
+from ocr_kernels.core.backends import left_to_compiler
 from ocr_kernels.gather import spatial_gather
 
 __all__ = [
@@ -29,6 +30,8 @@ class SpatialGather(reference.SpatialGather):
     __doc__ = reference.SpatialGather.__doc__
 
     def gather(self, feats: Tensor, probs: Tensor) -> Tensor:
+        if left_to_compiler(feats):
+            return super().gather(feats, probs)
         return spatial_gather(feats, probs, self.scale)
 
 
@@ -36,6 +39,8 @@ class ObjectAttentionBlock(reference.ObjectAttentionBlock):
     __doc__ = reference.ObjectAttentionBlock.__doc__
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        if left_to_compiler(query):
+            return super().attend(query, key, value)
         return pixel_region_attention(query, key, value)
 
 

@@ -11,8 +11,10 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from ocr_kernels.core import libraries
+from ocr_kernels.core.layout import is_channels_last
 
 BACKENDS = ("reference", "triton", "native")
 # Tried in this order when no backend is named; then the reference.
@@ -101,19 +103,20 @@ def implementation(op: str, backend: str, device_type: str, implemented: Sequenc
     )
 
 
-def left_to_compiler(device: torch.device, backend: str | None = None) -> bool:
-    """Whether a call is part of a program that torch.compile makes for a CPU, and nobody named a backend.
+def left_to_compiler(pixels: Tensor, backend: str | None = None) -> bool:
+    """Whether a call is part of a program that torch.compile makes for a CPU, where plain PyTorch is faster than an op.
 
-    There plain PyTorch is faster than an op. Inductor lays pixels out channels last for its convolutions, whatever the
-    program says, and plain products read what they get; for an op it keeps what the op and its neighbours read in the
-    program's layout as well. Those copies cost several times what the kernels save.
+    Inductor lays pixels out channels last for its convolutions, whatever the program says, and plain products read what
+    they get; for an op it writes what the op reads in the program's layout as well. Those copies cost several times
+    what the kernels save. A backend that somebody named stays, and so do images that are channels last.
     """
     return (
-        device.type == "cpu"
-        and backend is None
+        backend is None
         and _selected is None
+        and pixels.is_cpu
         and torch.compiler.is_compiling()
         and not torch.compiler._is_exporting_flag  # is_exporting() is true under any torch.compile of PyTorch 2.11
+        and not (pixels.dim() > 3 and is_channels_last(pixels))
     )
 
 

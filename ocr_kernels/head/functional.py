@@ -134,7 +134,7 @@ def ocr_head(
     scale = key.shape[2] ** -0.5 if weights.scale is None else float(weights.scale)
     used = [float(slope) for slope in (slopes.pixel_in, slopes.pixel_out, slopes.up, slopes.fusing)]
     columns = key.transpose(1, 2), context_regions.transpose(1, 2)
-    if left_to_compiler(feats.device, backend) and _is_image(feats) and not _wants_grad(feats, *columns, *arguments):
+    if left_to_compiler(feats, backend) and _is_image(feats) and not _wants_grad(feats, *columns, *arguments):
         return reference.whole(feats, *columns, arguments, scale, used, output)
     chosen = resolve_backend(feats.device, backend, IMPLEMENTED)
     out: Tensor = ocr_head_op(feats, *columns, arguments, scale, used, output, chosen)

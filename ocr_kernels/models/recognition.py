@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ocr_kernels.attention import pixel_region_attention
-from ocr_kernels.core.backends import assume_constant_result
+from ocr_kernels.core.backends import assume_constant_result, left_to_compiler
 from ocr_kernels.core.layout import DTYPES
 from ocr_kernels.gather import spatial_gather
 
@@ -465,6 +465,7 @@ def _is_plain(x: Any) -> bool:
         and x.dtype in DTYPES
         and x.layout is torch.strided
         and (x.is_cuda or x.is_cpu)
+        and not left_to_compiler(x)
     )
 
 
