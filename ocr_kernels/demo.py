@@ -23,9 +23,9 @@ from torch import Tensor, nn
 
 from ocr_kernels.core.backends import resolve_backend, use_backend
 from ocr_kernels.models.maps import record_maps
+from ocr_kernels.models.replace import replace_ocr_modules
 from ocr_kernels.plotting import COLOURS, colours, new_figure, plot_attention, plot_region_maps, show
 from ocr_kernels.reference import OCRHead
-from ocr_kernels.models.replace import replace_ocr_modules
 from ocr_kernels.testing import FACTORS, Measurement, measure_parity, saved_bytes
 
 if TYPE_CHECKING:

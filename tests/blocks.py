@@ -264,6 +264,7 @@ HEADS: dict[str, Callable[[], nn.Module]] = {
     "parametrized": parametrized,
 }
 
+
 def inputs(module: nn.Module, *, batch: int = 2, regions: int = K) -> tuple[Tensor, Tensor]:
     feats = torch.randn(batch, C, *(7, 5, 3)[: getattr(module, "dims", 2)])
     if isinstance(module, RegionRows):

@@ -389,8 +389,9 @@ def hooked() -> nn.Module:
 class Family:
     """How to make a head, how often each op runs, what the report says of the rest, and what to call it with.
 
-    `blocks` is how often step 4 runs as one op, in eval mode without gradients, and `why_no_block` what the report says
-    of a module that may be step 4 and is not one that runs so.
+    `eval_attentions` is how often the attention runs in eval mode, if that differs. `blocks` is how often step
+    4 runs as one op, in eval mode without gradients, and `why_no_block` what the report says of a module that may be
+    step 4 and is not one that runs so.
     """
 
     name: str
@@ -399,6 +400,7 @@ class Family:
     attentions: int = 1
     reason: str = ""
     inputs: tuple[tuple[int, ...], ...] = (FEATS,)
+    eval_attentions: int | None = None
     blocks: int = 0
     why_no_block: str = ""
 
@@ -435,7 +437,9 @@ FAMILIES = [
     Family("joined scores", lambda: TwoProxies(join_scores=True), 1, 0),
     Family("a number added to the scores", AddedScale, 1, 0),
     Family("a parameter added to the scores", ScoreResidual, 1, 0),
-    Family("dropout on weights", DroppedWeights, 1, 0, "dropout is applied to the attention weights"),
+    Family(
+        "dropout on weights", DroppedWeights, 1, 0, "dropout is applied to the attention weights", eval_attentions=1
+    ),
     Family("weights modified", ModifiedWeights, 1, 0, NO_PRODUCT),
     Family("scores assigned to", AssignedScores, 1, 0),
     Family("keys modified elsewhere", ModifiedKeys, 1, 0),
@@ -450,10 +454,24 @@ def shapes(head: nn.Module) -> tuple[tuple[int, ...], ...]:
 
 
 FAMILIES += [
-    Family(f"step 4: {name}", make, 0, 1, inputs=shapes(make()), blocks=1) for name, make in blocks.HEADS.items()
+    Family(f"step 4: {name}", make, 0, int(name != "learned temperature"), inputs=shapes(make()), blocks=1)
+    for name, make in blocks.HEADS.items()
 ]
+NO_ATTENTIONS = {
+    "wrong axis": "the softmax over dim 1 of the product (2, 35, 4) is not over regions",
+    "two heads": NOT_3D,
+    "prior": "is not over pixels",
+}
 FAMILIES += [
-    Family(f"no step 4: {name}", make, 0, 1, inputs=shapes(make()), why_no_block=reason)
+    Family(
+        f"no step 4: {name}",
+        make,
+        0,
+        int(name not in NO_ATTENTIONS),
+        reason=NO_ATTENTIONS.get(name, ""),
+        inputs=shapes(make()),
+        why_no_block="" if name in NO_ATTENTIONS else reason,
+    )
     for name, (make, reason) in blocks.REFUSALS.items()
-    if name not in ("meta", "float64")
+    if name not in ("meta", "float64", "arguments")
 ]

@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from ocr_kernels.folding import fold_ocr_modules, unfold_ocr_modules
+from ocr_kernels.replace import replace_ocr_modules, restore_ocr_modules
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ocr_kernels import modules, record_maps, reference
-from ocr_kernels.folding import fold_ocr_modules, unfold_ocr_modules
-from ocr_kernels.replace import replace_ocr_modules, restore_ocr_modules
 from ocr_kernels.testing import assert_parity, lay_out
 
 C, D, OUT, K = 8, 6, 10, 4

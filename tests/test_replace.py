@@ -546,9 +546,7 @@ def attention_with_a_hidden_custom_function(self, query, key, value):
 
 @pytest.mark.parametrize("is_hidden", [True, False])
 def test_custom_autograd_functions_lose_no_gradient(is_hidden: bool) -> None:
-    module = with_forward(
-        attention_with_a_hidden_custom_function if is_hidden else attention_with_a_custom_function
-    )
+    module = with_forward(attention_with_a_hidden_custom_function if is_hidden else attention_with_a_custom_function)
     module.sparsemax = Sparsemax.apply
     assert compare(module, *attention_inputs()) == (0, 0)
     assert compare(module.eval(), *attention_inputs()) == (0, 1)
@@ -655,7 +653,7 @@ def test_filter() -> None:
 
 
 def test_our_own_modules_need_no_swap() -> None:
-    report = replace_ocr_modules(modules.OCRHead(12, 4, 8, 6))
+    report = replace_ocr_modules(modules.OCRHead(12, 4, 8, 6), blocks=False)
     assert report.swapped == ()
     assert {row.reason for row in report.left_alone} == {"it calls ocr_kernels itself"}
 
@@ -694,7 +692,7 @@ def test_the_dry_run_measures_and_leaves_no_trace(form: str, training: bool) -> 
     random = torch.get_rng_state()
     inputs = feats.clone()
     report = replace_ocr_modules(
-        model, example_inputs={"tensor": inputs, "tuple": (inputs,), "dict": {"feats": inputs}}[form]
+        model, example_inputs={"tensor": inputs, "tuple": (inputs,), "dict": {"feats": inputs}}[form], blocks=False
     )
     assert [(row.name, row.computations) for row in report.swapped] == [
         (SWAPPED_NAMES[0], ("gather",)),
@@ -712,7 +710,8 @@ def test_the_dry_run_measures_and_leaves_no_trace(form: str, training: bool) -> 
 
 
 def test_what_the_dry_run_finds_wrong_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ocr_kernels.models.recognition.spatial_gather", lambda *args: modules.spatial_gather(*args) + 0.5)
+    wrong = "ocr_kernels.models.recognition.spatial_gather"
+    monkeypatch.setattr(wrong, lambda *args: modules.spatial_gather(*args) + 0.5)
     model = head().eval()
     report = replace_ocr_modules(model, example_inputs=torch.randn(HEAD_INPUT), blocks=False)
     assert [row.name for row in report.swapped] == SWAPPED_NAMES[1:]
@@ -774,7 +773,7 @@ def test_a_dry_run_that_fails_is_a_row_of_the_report() -> None:
 
 def test_modules_that_the_dry_run_does_not_reach_stay_swapped() -> None:
     model = with_forward(lambda self, x: x + 1, head=head())
-    report = replace_ocr_modules(model, example_inputs=torch.zeros(1))
+    report = replace_ocr_modules(model, example_inputs=torch.zeros(1), blocks=False)
     assert [row.computations for row in report.swapped] == [(), ()]
     assert "not run by example_inputs" in str(report)
 
@@ -783,7 +782,8 @@ def test_the_report_is_a_table() -> None:
     model = nn.ModuleDict({"head": head(), "fork": with_forward(attention_with_sigmoid_only)})
     lines = str(replace_ocr_modules(model, blocks=False)).splitlines()
     assert lines[0] == "2 swapped, 1 left alone"
-    assert lines[1].split() == ["swapped", "class", "fused", "backend", "error", "eager's", "own", "relative", "saves", "remarks"]
+    columns = "swapped class fused backend error eager's own relative saves remarks"
+    assert " ".join(lines[1].split()) == columns
     assert lines[2].startswith("  head.ocr_gather_head                       SpatialGather         to be seen when it ")
     assert lines[4].split() == ["left", "alone", "class", "because"]
     assert lines[5].endswith("attention_with_sigmoid_only  it takes a sigmoid, not a softmax")
@@ -796,7 +796,7 @@ def test_the_report_names_the_backend_that_runs() -> None:
 
 def test_the_report_tells_how_much_less_is_saved() -> None:
     report = replace_ocr_modules(head(), example_inputs=torch.randn(2, 12, 16, 16), blocks=False)
-    weights = 2 * 4 * 250 * 4  # of each softmax, in bytes, nearly
+    weights = 2 * 4 * 240 * 4  # of each softmax, in bytes, nearly
     assert all(row.saved_bytes >= weights for row in report.swapped)
 
 
@@ -814,7 +814,7 @@ def test_one_line_for_a_test_of_a_model() -> None:
 
 @pytest.mark.parametrize("name", ["fold_ocr_modules", "unfold_ocr_modules"])
 def test_the_names_of_before_say_what_to_call(name: str) -> None:
-    with pytest.raises(AttributeError, match="(replace|restore)_ocr_modules does both"):
+    with pytest.raises(AttributeError, match=r"(replace|restore)_ocr_modules does both"):
         getattr(ocr_kernels, name)
 
 
@@ -832,7 +832,8 @@ def test_a_swapped_module_inside_another() -> None:
     swapped = copy.deepcopy(module)
     inputs = torch.randn(2, 6, 3, 5, dtype=torch.float64), torch.randn(2, 4, 3, 5, dtype=torch.float64)
     report = replace_ocr_modules(swapped, example_inputs=inputs)
-    assert {row.name: row.computations for row in report.swapped} == {"": ("gather", "attention"), "gather": ("gather",)}
+    computations = {row.name: row.computations for row in report.swapped}
+    assert computations == {"": ("gather", "attention"), "gather": ("gather",)}
     with CountOps() as ops:
         found = results(swapped, *inputs)
     assert (ops.gather, ops.attention) == (1, 1)
@@ -906,8 +907,10 @@ def test_conversion_to_synchronised_batch_norm() -> None:
     assert restore_ocr_modules(converted) == SWAPPED_NAMES
 
 
+@pytest.mark.parametrize("backend", ["reference", None])
 @pytest.mark.parametrize("training", [True, False])
-def test_compiling_needs_no_graph_break(training: bool) -> None:
+def test_compiling_needs_no_graph_break(training: bool, backend: str | None) -> None:
+    """The ops are in the program if somebody names a backend; for a CPU else what Inductor makes of the formula."""
     plain, swapped = (m.train(training) for m in swapped_head(dropout=0.0))
     feats = torch.randn(HEAD_INPUT)
     graphs: list[torch.fx.GraphModule] = []
@@ -918,17 +921,16 @@ def test_compiling_needs_no_graph_break(training: bool) -> None:
 
     torch._dynamo.reset()
     expected = plain(feats)
-    torch.testing.assert_close(torch.compile(swapped, fullgraph=True, backend=keep)(feats), expected)
+    with use_backend(backend):
+        torch.testing.assert_close(torch.compile(swapped, fullgraph=True, backend=keep)(feats), expected)
     called = [str(node.target) for graph in graphs for node in graph.graph.nodes]
-    assert called.count("ocr_kernels.spatial_gather.default") == 1
-    assert called.count("ocr_kernels.pixel_region_attention.default") == 1
+    assert called.count("ocr_kernels.spatial_gather.default") == (backend is not None)
+    assert called.count("ocr_kernels.pixel_region_attention.default") == (backend is not None)
     torch._dynamo.reset()
     compiled = torch.compile(swapped, fullgraph=True, backend="aot_eager")
-    assert_same(
-        results(compiled, feats),
-        {f"_orig_mod.{k}" if "." in k else k: v for k, v in results(plain, feats).items()},
-        2e-4,
-    )
+    expected_results = {f"_orig_mod.{k}" if "." in k else k: v for k, v in results(plain, feats).items()}
+    with use_backend(backend):
+        assert_same(results(compiled, feats), expected_results, 2e-4)
 
 
 def test_tracing_records_plain_operations() -> None:

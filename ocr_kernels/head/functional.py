@@ -120,7 +120,7 @@ def ocr_head(
         value = _layer(columns, weights.down, weights.down_bias, slopes.down)
     context_regions = value if weights.up is None else F.linear(value, weights.up)  # u, [B, K, Y]
     second = [] if weights.pixel_out is None else [weights.pixel_out, weights.pixel_out_bias]
-    arguments = [
+    arguments: list[Any] = [
         weights.pixel_in,
         weights.pixel_in_bias,
         *second,

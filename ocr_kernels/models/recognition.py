@@ -226,12 +226,13 @@ class Recognition:
     def above(self, owner: type, this: Any, name: str, /, *args: Any, **kwargs: Any) -> Any:
         """`super(owner, this).name(*args, **kwargs)`"""
         classes = type(this).__mro__
-        for base in classes[classes.index(owner) + 1 :]:
-            function = base.__dict__.get(name)
-            if isinstance(function, FunctionType):
-                return self.call(function, this, *args, **kwargs)
-            if function is not None:
-                break
+        above = classes[classes.index(owner) + 1 :]
+        if above[0].__mro__ == above:  # no class beside them: looked up there, it is what `super` finds
+            function = getattr(above[0], name)
+        else:
+            function = next(base.__dict__[name] for base in above if name in base.__dict__)
+        if isinstance(function, FunctionType):
+            return self.call(function, this, *args, **kwargs)
         return self.call(getattr(super(owner, this), name), *args, **kwargs)
 
     def mul(self, left: Any, right: Any) -> Any:
@@ -261,7 +262,8 @@ class Recognition:
         tensors = [t for t in _leaves(targets) if isinstance(t, (Tensor, Deferred))]
         for deferred in live if tensors else ():
             if torch.compiler.is_compiling():  # nothing tells what shares memory; a copy that is not needed goes
-                deferred.is_result or deferred.keep()  # noqa: B018
+                if not deferred.is_result:
+                    deferred.keep()
             elif any(_depends(deferred, t) for t in tensors):
                 deferred.compute()
 
@@ -318,11 +320,7 @@ class Recognition:
             return None
         query, key = left, right
         shape, other = query.shape, key.shape
-        if (
-            _equal((shape[0], shape[2]), (other[0], other[1]))
-            and not _equal(shape[1], other[2])
-            and _agree(query, key)
-        ):
+        if _equal((shape[0], shape[2]), (other[0], other[1])) and not _equal(shape[1], other[2]) and _agree(query, key):
             return Deferred(self, call, (query, key), factor, flipped)
         return None
 
@@ -499,13 +497,13 @@ def _equal(first: Any, second: Any) -> bool:
     if not torch.compiler.is_compiling():
         return bool(first == second)
     pairs = zip(first, second, strict=True) if isinstance(first, tuple) else [(first, second)]
-    return all([_holds(a == b) for a, b in pairs])
+    return all(_holds(a == b) for a, b in pairs)
 
 
 def _empty(*shapes: torch.Size) -> bool:
     if torch.compiler.is_compiling():
-        return any([_equal(size, 0) for shape in shapes for size in shape])
-    return any([0 in shape for shape in shapes])
+        return any(_equal(size, 0) for shape in shapes for size in shape)
+    return any(0 in shape for shape in shapes)
 
 
 def _settings(tensor: Tensor) -> Settings:
@@ -563,9 +561,9 @@ def _depends(deferred: Deferred, target: Any) -> bool:
         if target.call is not None:
             return deferred is target or deferred.origin is target.origin
         target = target.value
-    tensors = [*deferred.origin.tensors, *(t for t in _leaves(deferred.call) if isinstance(t, Tensor))]
-    tensors += [t.value for t in _leaves(deferred.call) if type(t) is Deferred and t.call is None]
-    return any(_shares_memory(t, target) for t in tensors)
+    leaves = [*deferred.origin.tensors, *_leaves(deferred.call)]
+    tensors = (leaf.value if type(leaf) is Deferred else leaf for leaf in leaves)
+    return any(_shares_memory(tensor, target) for tensor in tensors if isinstance(tensor, Tensor))
 
 
 def _shares_memory(first: Tensor, second: Tensor) -> bool:

@@ -76,10 +76,11 @@ def replace_ocr_modules(
             rows[module] = dataclasses.replace(found, name=name)
     findings, failure = dry_run(model, replacements, example_inputs) if tried and replacements else ({}, None)
     for module, replacement in replacements.items():
-        row, finding = None, findings.get(module)
+        row: Swapped | LeftAlone | None = None
+        finding = findings.get(module)
         if replacement.copies:
-            row = Swapped(names[module], type(module).__qualname__, backend=_backend(module, model))
-            row = _completed(row, replacement, finding, failure, tried)
+            started = Swapped(names[module], type(module).__qualname__, backend=_backend(module, model))
+            row = _completed(started, finding, failure) if tried else started
         rows[module] = _as_a_block(row, names[module], replacement, finding) if blocks else row
     for module, replacement in replacements.items():
         if isinstance(rows[module], Swapped):
@@ -190,20 +191,17 @@ def _backend(module: nn.Module, model: nn.Module, *implemented: str) -> str:
 # What a dry run and a trace found out
 
 
-def _completed(
-    row: Swapped, replacement: Replacement, finding: Finding | None, failure: str | None, tried: bool
-) -> Swapped | LeftAlone:
-    """The row of a module whose own computations may run fused, after a dry run if there was one."""
-    if not tried:
-        return row
+def _completed(row: Swapped, finding: Finding | None, failure: str | None) -> Swapped | LeftAlone:
+    """The row of a module whose own computations may run fused, after a dry run."""
     if finding is None:
         if failure is not None:
             return LeftAlone(row.name, row.module_class, f"the dry run failed before it was called: {failure}")
         return dataclasses.replace(row, computations=())
     errors, fused = finding.errors, tuple(dict.fromkeys(finding.log.fused))
     reason = finding.failure or ("; ".join(finding.log.reasons()) or "neither computation ran" if not fused else None)
-    reason = reason or (errors and errors.why_not())
-    if reason or errors is None:
+    if reason is None and errors is not None:
+        reason = errors.why_not()
+    if reason is not None or errors is None:
         return LeftAlone(row.name, row.module_class, str(reason))
     return dataclasses.replace(
         row,
@@ -241,6 +239,8 @@ def _as_a_block(
                 relative_error=max(relative, found.relative_error or 0.0),
             )
         plan = errors
+    if isinstance(row, Swapped) and plan:
+        return dataclasses.replace(row, notes=(*row.notes, f"no block: {plan}"))
     if row is not None:
-        return dataclasses.replace(row, notes=(*row.notes, f"no block: {plan}")) if plan and isinstance(row, Swapped) else row
+        return row
     return LeftAlone(name, type(module).__qualname__, f"no block: {plan}", is_intended=True) if plan else None

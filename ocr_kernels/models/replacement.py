@@ -43,10 +43,10 @@ class Replacement(StandIn):
     def _pixels_and_regions(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
         """The only arguments of a call, if there are two."""
         if not kwargs:
-            return args if len(args) == 2 else None  # type: ignore[return-value]
+            return args if len(args) == 2 else None
         names = tuple(inspect.signature(type(self.module).forward).parameters)[1:3]
         inputs = (*args, *(kwargs[name] for name in names[len(args) :] if name in kwargs))
-        return inputs if len(inputs) == 2 == len(args) + len(kwargs) else None  # type: ignore[return-value]
+        return inputs if len(inputs) == 2 == len(args) + len(kwargs) else None
 
     def follow(self, args: tuple[Any, ...], kwargs: dict[str, Any], log: Log | None = None) -> Any:
         """The module's own forward, with its computations recognised."""
@@ -77,7 +77,7 @@ class Replacement(StandIn):
 
     def replicate(self) -> nn.Module:
         """For `nn.DataParallel`, whose replicas have a copy of the module's attributes."""
-        replica: nn.Module = type(self.module)._replicate_for_data_parallel(self.module)  # type: ignore[no-untyped-call]
+        replica: nn.Module = type(self.module)._replicate_for_data_parallel(self.module)
         Replacement(replica, self.classes, self.copies, copy.copy(self.block)).install()
         return replica
 

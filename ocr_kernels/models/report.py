@@ -72,12 +72,14 @@ class ReplacementReport:
 
 
 def _findings(row: Swapped) -> tuple[str, ...]:
-    fused = {None: "to be seen when it runs", (): "not run by example_inputs"}.get(row.computations)
+    fused = ", ".join(row.computations or ())
+    if not row.computations:
+        fused = "to be seen when it runs" if row.computations is None else "not run by example_inputs"
     backend = "reference: not faster" if row.backend == "reference" else row.backend
     errors = (row.max_error, row.eager_error, row.relative_error)
     saved = "" if row.saved_bytes is None else f"{row.saved_bytes / 2**20 + 0.0:.1f} MiB"
     return (
-        fused or ", ".join(row.computations or ()),
+        fused,
         backend,
         *("" if error is None else f"{error:.1e}" for error in errors),
         saved,

@@ -156,9 +156,7 @@ def _rebound(wrapper: FunctionType, inner: FunctionType, copy: FunctionType) -> 
     """`wrapper` around `copy` instead of `inner`."""
     below = wrapper.__wrapped__  # type: ignore[attr-defined]
     target = copy if below is inner else _rebound(below, inner, copy)
-    closure = tuple(
-        CellType(target) if cell.cell_contents is below else cell for cell in wrapper.__closure__ or ()
-    )
+    closure = tuple(CellType(target) if cell.cell_contents is below else cell for cell in wrapper.__closure__ or ())
     return FunctionType(wrapper.__code__, wrapper.__globals__, wrapper.__name__, wrapper.__defaults__, closure)
 
 
@@ -193,7 +191,7 @@ def _unseen(definition: ast.FunctionDef) -> str | None:
     consumed = _consumed(definition)
     for node in nodes[1:]:
         if isinstance(node, _UNSEEN):
-            return f"line {node.lineno} of its code has a {type(node).__name__}"  # type: ignore[attr-defined]
+            return f"line {node.lineno} of its code has a {type(node).__name__}"
         if isinstance(node, ast.Name) and node.id in ("exec", "eval", "locals", THIS):
             return f"line {node.lineno} of its code has {node.id}"
         if isinstance(node, _DEFINITIONS) and node not in consumed:

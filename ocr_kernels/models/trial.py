@@ -105,9 +105,7 @@ def _is_observed(module: nn.Module) -> bool:
     return isinstance(vars(module).get("forward"), _Observer)
 
 
-def _run(
-    module: nn.Module, forward: Callable[[Any, Any], Any], args: Any, kwargs: Any, grad: bool
-) -> tuple[Any, int]:
+def _run(module: nn.Module, forward: Callable[[Any, Any], Any], args: Any, kwargs: Any, grad: bool) -> tuple[Any, int]:
     """What a forward gives, and how many bytes it saves for a backward pass beside its inputs and parameters."""
     args, kwargs = cloned((args, kwargs))
     given = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
@@ -201,7 +199,7 @@ def forked_rng(model: nn.Module) -> contextlib.AbstractContextManager[None]:
 @contextlib.contextmanager
 def preserved(model: nn.Module) -> Iterator[None]:
     """Put everything that modules hold back as it was: values, attributes, children, hooks, containers."""
-    holders = [vars(module) for module in model.modules()]
+    holders: list[Any] = [vars(module) for module in model.modules()]
     holders += [value for holder in holders for value in holder.values() if isinstance(value, _CONTAINERS)]
     before = [(holder, copy.copy(holder)) for holder in holders]
     values = [(t, t.detach().clone()) for t in (*model.parameters(), *model.buffers())]
