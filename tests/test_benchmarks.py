@@ -19,7 +19,7 @@ from PIL import Image
 from benchmarks import __main__ as command
 from benchmarks import accuracy, cases, jobs, measure, plot, readme, report
 from benchmarks.cases import BACKBONE, CASES, NETWORKS, OPS, SUBJECTS, Case, Pass, Subject, Workload
-from ocr_kernels import cli, fold_ocr_modules
+from ocr_kernels import cli, replace_ocr_modules
 
 LAYERS = {name: subject for name, subject in SUBJECTS.items() if name not in NETWORKS}  # the networks need timm
 GATHER, ATTENTION, MODULE, HEAD, FOLDED_MODULE, FOLDED_HEAD = LAYERS.values()
@@ -172,7 +172,7 @@ def test_networks_are_folded_and_shared_out(
 ) -> None:
     work = workload(SUBJECTS["hrnet_w18"])
     ours, eager = (work.variants()[name].eval() for name in ("reference", "eager"))  # type: ignore[attr-defined]
-    assert [module.name for module in fold_ocr_modules(ours).left_alone] == ["head.ocr_distri_head"]  # it was before
+    assert "head.ocr_distri_head" in [row.name for row in replace_ocr_modules(ours).left_alone]  # it was before
     image = work.inputs()[0][0]
     assert tuple(image.shape) == (1, 3, 24, 28)
     torch.testing.assert_close(ours(image), eager(image))

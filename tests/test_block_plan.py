@@ -343,7 +343,7 @@ def test_compiled_programs_fold_each_time(build: Callable[[], nn.Module]) -> Non
     graphs: list[torch.fx.GraphModule] = []
     compiled = torch.compile(forward, fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph.forward)
     agree(compiled(*args), module, args)
-    assert torch.ops.ocr_kernels.ocr_head.default in {node.target for node in graphs[0].graph.nodes}
+    assert not any("batch_norm" in str(node.target) for node in graphs[0].graph.nodes)
     next(module.parameters()).mul_(2)
     agree(compiled(*args), module, args)
     assert len(graphs) == 1

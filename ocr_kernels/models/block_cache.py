@@ -47,9 +47,10 @@ class BlockCache:
         That is in training, where grad mode is on and anything requires grad, on float64, in traces, exports and
         `torch.func` transforms, inside `record_maps`, and where a layer has a hook.
         """
-        if module.training or type(feats) is not Tensor or type(regions) is not Tensor or not _may_fold():
+        if type(feats) is not Tensor or type(regions) is not Tensor or not _may_fold():
             return None
-        if torch.is_grad_enabled() and any(t.requires_grad for t in (feats, regions, *module.parameters())):
+        wants_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (feats, regions, *module.parameters()))
+        if module.training or wants_grad:
             if not torch.compiler.is_compiling():
                 self.forget()  # an optimizer's step may follow, and PyTorch does not count what fused ones change
             return None

@@ -12,7 +12,7 @@ from module_results import CountOps
 from test_readme import BLOCKS
 from torch import Tensor, nn
 
-from ocr_kernels.replace import replace_ocr_modules, restore_ocr_modules
+from ocr_kernels import replace_ocr_modules, restore_ocr_modules
 from ocr_kernels.testing import assert_parity, judge
 
 pytestmark = pytest.mark.integration

@@ -1,0 +1,264 @@
+"""Step 4 of a model as one op: in eval mode, by the weights of the moment, and by the module's own forward otherwise."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from blocks import C, D, Head, K, Label, Mmseg, inputs, ours
+from module_results import CountOps
+from torch import Tensor, nn
+
+from ocr_kernels import record_maps, reference, replace_ocr_modules, restore_ocr_modules, use_backend
+from ocr_kernels.testing import assert_parity
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> Iterator[None]:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield
+
+
+def replaced(module: nn.Module) -> nn.Module:
+    report = replace_ocr_modules(module)
+    assert [row.name for row in report.swapped if "block" in (row.computations or ())] == [""], report
+    return module
+
+
+def runs(module: nn.Module, *args: Any, **kwargs: Any) -> int:
+    """How often a call runs the op of whole blocks."""
+    with CountOps() as ops:
+        module(*args, **kwargs)
+    return ops.head
+
+
+@torch.no_grad()
+def agree(module: nn.Module, plain: nn.Module, *args: Tensor) -> None:
+    assert runs(module, *args) == 1
+    torch.testing.assert_close(module(*args), plain(*args), rtol=1e-4, atol=1e-5)
+
+
+def test_the_report_of_a_head() -> None:
+    model = reference.OCRHead(12, K, C, D)
+    images = torch.randn(2, 12, 5, 4)
+    random = torch.get_rng_state()
+    report = replace_ocr_modules(model, example_inputs=images)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert model.training
+    assert [(row.name, row.computations) for row in report.swapped] == [
+        ("ocr_gather_head", ("gather",)),
+        ("ocr_distri_head", ("block",)),
+        ("ocr_distri_head.object_context_block", ("attention",)),
+    ]
+    row = report.swapped[1]
+    assert row.backend == "reference"
+    assert 0 < row.max_error < 1e-5
+    assert 0 < row.eager_error < 1e-5
+    restore_ocr_modules(model)
+    rest = replace_ocr_modules(model, filter=lambda module, name: name != "ocr_distri_head")
+    assert [(row.name, row.reason) for row in rest.left_alone] == [("ocr_distri_head", "the filter says so")]
+
+
+@torch.no_grad()
+def test_one_call_turns_blocks_off() -> None:
+    module = Head().eval()
+    report = replace_ocr_modules(module, blocks=False)
+    assert [row.computations for row in report.swapped] == [None]
+    with CountOps() as ops:
+        module(*inputs(module))
+    assert (ops.attention, ops.head) == (1, 0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_defaults_of_dtype_and_device_do_not_matter(dtype: torch.dtype) -> None:
+    module = reference.SpatialOCR(C, D, 10).eval()
+    args = inputs(module)
+    plain = copy.deepcopy(module)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            replaced(module)
+    finally:
+        torch.set_default_dtype(before)
+    agree(module, plain, *args)
+
+
+def test_autocast() -> None:
+    plain = ours().eval()
+    module = replaced(copy.deepcopy(plain))
+    args = inputs(plain)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        assert runs(module, *args) == 1
+        found, expected = module(*args), plain(*args)
+    assert found.dtype == expected.dtype == torch.bfloat16
+    torch.testing.assert_close(found, expected, rtol=5e-2, atol=5e-2)
+    agree(module, plain, *args)
+
+
+@torch.no_grad()
+def test_arguments_by_name_and_others() -> None:
+    module = replaced(Label().eval())
+    x, proxies = inputs(module)
+    expected = module(x, proxies)
+    assert torch.equal(module(x, proxies=proxies), expected)
+    assert torch.equal(module(proxies=proxies, x=x), expected)
+    assert runs(module, x=x, proxies=proxies) == 1
+    assert runs(module, x, proxies, None) == 0
+    torch.testing.assert_close(module(x, proxies, None), expected)
+
+
+def test_gradients_are_its_own() -> None:
+    plain = ours().eval()
+    module = replaced(copy.deepcopy(plain))
+    args = inputs(plain)
+    assert runs(module, *args) == 0
+    assert_parity(module, plain, tuple(t.clone().requires_grad_() for t in args))
+    module.requires_grad_(False)
+    assert runs(module, *args) == 1
+    assert runs(module, *(t.clone().requires_grad_() for t in args)) == 0
+
+
+@torch.no_grad()
+def test_training_hooks_and_maps() -> None:
+    module = replaced(ours(reference).eval())
+    args = inputs(module)
+    assert runs(module.train(), *args) == 0
+    assert runs(module.eval(), *args) == 1
+    calls: list[int] = []
+    for handle in (
+        module.object_context_block.register_forward_hook(lambda *_: calls.append(1)),
+        nn.modules.module.register_module_forward_pre_hook(lambda *_: calls.append(2)),
+    ):
+        assert runs(module, *args) == 0
+        handle.remove()
+    assert calls
+    assert runs(module, *args) == 1
+    with record_maps() as maps:
+        module(*args)
+    assert len(maps.attention) == 1
+    program = torch.export.export(module, args)
+    assert not any("ocr_kernels" in str(node.target) for node in program.graph.nodes)
+    traced = torch.jit.trace(module, args)
+    assert "ocr_kernels::" not in str(traced.inlined_graph)
+
+
+# Weights that change
+
+
+def edit(module: Any) -> None:
+    module.fuse[0].conv.weight.mul_(1.5)
+
+
+def new_eps(module: Any) -> None:
+    module.fuse[0].bn.eps = 0.5
+
+
+def load(module: nn.Module) -> None:
+    module.load_state_dict({k: 1.1 * v if v.is_floating_point() else v for k, v in module.state_dict().items()})
+
+
+def unseen(module: Any) -> None:
+    """PyTorch does not count changes of `data`; a call in training may come with them."""
+    module.fuse[0].conv.weight.data.mul_(2)
+    module.train()(*inputs(module))
+    module.eval()
+
+
+@torch.enable_grad()
+def fused_step(module: nn.Module) -> None:
+    """In eval mode throughout; PyTorch does not count what a fused step changes."""
+    torch.manual_seed(1)
+    optimizer = torch.optim.Adam(module.parameters(), lr=0.1, fused=True)
+    module(*inputs(module)).square().sum().backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("change", [edit, new_eps, load, unseen, fused_step])
+@torch.no_grad()
+def test_no_weight_is_stale(change: Callable[[nn.Module], None]) -> None:
+    plain = Head().eval()
+    module = replaced(copy.deepcopy(plain))
+    args = inputs(plain)
+    before = module(*args)
+    for changed in (module, plain):
+        torch.manual_seed(2)
+        change(changed)
+    assert not torch.equal(module(*args), before)
+    agree(module, plain, *args)
+
+
+# Copies and programs
+
+
+def saved(module: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize(
+    "duplicate",
+    [copy.deepcopy, copy.copy, lambda module: pickle.loads(pickle.dumps(module)), saved],
+    ids=["deepcopy", "copy", "pickle", "torch.save"],
+)
+@torch.no_grad()
+def test_copies(duplicate: Callable[[nn.Module], nn.Module]) -> None:
+    plain = Mmseg().eval()
+    module = replaced(copy.deepcopy(plain))
+    args = inputs(plain)
+    for duplicated in (duplicate(module), duplicate(duplicate(module))):
+        agree(duplicated, plain, *args)
+        if duplicate is not copy.copy:
+            duplicated.fuse[0].conv.weight.mul_(2)
+            assert not torch.equal(duplicated(*args), module(*args))
+            agree(module, plain, *args)
+            assert restore_ocr_modules(duplicated) == [""]
+            assert runs(duplicated, *args) == 0
+    assert restore_ocr_modules(module) == [""]
+    assert vars(module).keys() == vars(plain).keys()
+    assert runs(module, *args) == 0
+
+
+@torch.no_grad()
+def test_a_replica_has_weights_of_its_own() -> None:
+    module = replaced(Head().eval())
+    args = inputs(module)
+    expected = module(*args)
+    replica = module._replicate_for_data_parallel()
+    replica._modules = copy.deepcopy(module)._modules  # as nn.DataParallel gives each its own
+    replica.fuse[0].conv.weight.mul_(2)
+    assert runs(replica, *args) == 1
+    assert not torch.equal(replica(*args), expected)
+    assert torch.equal(module(*args), expected)
+
+
+@pytest.mark.parametrize("build", [Head, Mmseg, ours])
+@pytest.mark.parametrize("backend", ["reference", None])
+@torch.no_grad()
+def test_compiled_programs_fold_each_time(build: Callable[[], nn.Module], backend: str | None) -> None:
+    """For a CPU, what Inductor makes of the formula; the op if somebody names a backend. Weights stay live."""
+    plain = build().eval()
+    module = replaced(copy.deepcopy(plain))
+    args = inputs(plain)
+    graphs: list[torch.fx.GraphModule] = []
+    torch._dynamo.reset()
+    compiled = torch.compile(module, fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph.forward)
+    with use_backend(backend):
+        torch.testing.assert_close(compiled(*args), plain(*args), rtol=1e-4, atol=1e-5)
+        (graph,) = graphs
+        targets = {str(node.target) for node in graph.graph.nodes}
+        assert ("ocr_kernels.ocr_head.default" in targets) == (backend is not None)
+        assert not any("batch_norm" in target for target in targets)
+        for changed in (plain, module):
+            next(changed.parameters()).mul_(2)
+        torch.testing.assert_close(compiled(*args), plain(*args), rtol=1e-4, atol=1e-5)
+    assert len(graphs) == 1
