@@ -1,4 +1,4 @@
-"""Step 4 of a model as one op: in eval mode, by the weights of the moment, and by the module's own forward otherwise."""
+"""Step 4 of a model as one op: in eval mode, by its present weights, and by the module's own forward otherwise."""
 
 from __future__ import annotations
 

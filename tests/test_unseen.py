@@ -439,6 +439,14 @@ def test_operands_modified_in_place_between(compiled: bool, which: str) -> None:
         torch.testing.assert_close(found(*inputs()), expected, rtol=1e-12, atol=1e-12)
 
 
+def test_a_script_is_a_row() -> None:
+    model = nn.Sequential(torch.jit.script(reference.SpatialGather()), torch.jit.script(nn.Conv2d(3, 3, 1)))
+    report = replace_ocr_modules(model)
+    assert [(row.name, row.reason) for row in report.left_alone] == [
+        ("0", "it is a script of torch.jit, whose code is not Python's")
+    ]
+
+
 # Other spellings of OCR's mathematics
 
 
@@ -624,6 +632,18 @@ def test_an_error_of_the_model_in_a_dry_run_is_a_row() -> None:
     report = replace_ocr_modules(model, example_inputs=torch.randn(2, 12, 5, 4), blocks=False)
     assert not report
     assert all("cannot register a hook" in row.reason for row in report.left_alone)
+
+
+def test_parameters_that_the_first_call_makes() -> None:
+    model = nn.Sequential(nn.LazyConv2d(12, 1), reference.OCRHead(12, 4, 8, 6))
+    feats = torch.randn(2, 5, 5, 4)
+    report = replace_ocr_modules(model, example_inputs=feats, blocks=False)
+    assert {row.reason for row in report.left_alone} == {
+        "the dry run failed before it was called: the model has parameters that its first call makes; "
+        "call it once before"
+    }
+    model(feats)
+    assert len(replace_ocr_modules(model, example_inputs=feats).swapped) == 3
 
 
 # Files and processes

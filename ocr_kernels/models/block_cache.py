@@ -64,14 +64,12 @@ class BlockCache:
                 return None
             takes = self.plan.takes(feats, regions, tensor_at(module, self.plan.first))
             return self.plan.weights(module, dtype) if takes else None
-        # The mode of a swapped module would be asked about every attribute; nothing public leaves it out.
-        with torch._C.DisableTorchFunction():
-            snapshot = self.snapshot
-            if snapshot is None or not snapshot.is_current(module, dtype):
-                snapshot = self._renewed(module, dtype)
-            if snapshot is None or any(snapshot.hooks) or snapshot.plan is None or snapshot.first is None:
-                return None
-            return snapshot.weights if snapshot.plan.takes(feats, regions, snapshot.first) else None
+        snapshot = self.snapshot
+        if snapshot is None or not snapshot.is_current(module, dtype):
+            snapshot = self._renewed(module, dtype)
+        if snapshot is None or any(snapshot.hooks) or snapshot.plan is None or snapshot.first is None:
+            return None
+        return snapshot.weights if snapshot.plan.takes(feats, regions, snapshot.first) else None
 
     def _renewed(self, module: nn.Module, dtype: torch.dtype) -> Snapshot | None:
         if _is_watched_or_training(module):

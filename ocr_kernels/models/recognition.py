@@ -476,13 +476,11 @@ def _number(x: Any) -> float | None:
     if _is_number(x):
         return x  # type: ignore[no-any-return]
     if type(x) is Tensor and x.dim() == 0 and x.is_cpu and x.is_floating_point() and not x.requires_grad:
-        return None if torch.compiler.is_compiling() or _is_transformed(x) else x.item()
+        try:
+            return None if torch.compiler.is_compiling() else x.item()
+        except RuntimeError:  # it stands for others, in a transform or a trace
+            return None
     return None
-
-
-def _is_transformed(x: Tensor) -> bool:
-    """Whether a tensor stands for others: in a transform or a trace."""
-    return torch._C._functorch.is_functorch_wrapped_tensor(x) or isinstance(x, torch._subclasses.FakeTensor)
 
 
 def _holds(condition: Any) -> bool:
@@ -745,6 +743,10 @@ def _identity_module(mode: Recognition, func: Any, args: tuple[Any, ...], kwargs
     return args[0] if len(args) == 1 and not kwargs else None
 
 
+def _change_modes(mode: Recognition, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    mode.compute_all()
+
+
 def _sigmoid(mode: Recognition, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if args and _is_live(args[0]):
         mode.note("it is a sigmoid, not a softmax")
@@ -821,6 +823,7 @@ HANDLERS: dict[Any, Handler] = {
     F.softmax: _softmax,
     F.sigmoid: _sigmoid,
     F.scaled_dot_product_attention: _dot_product_attention,
+    torch.set_grad_enabled: _change_modes,
     operator.mul: _multiply,
     operator.truediv: _divide,
     operator.matmul: _product,

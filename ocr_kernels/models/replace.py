@@ -10,7 +10,9 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from ocr_kernels import modules
 from ocr_kernels.core.backends import resolve_backend
@@ -132,6 +134,11 @@ def _replacement(module: nn.Module, rewriter: Rewriter, blocks: bool) -> Replace
         return LeftAlone("", kind.__qualname__, "it was replaced before", is_intended=True)
     if isinstance(module, (modules.SpatialGather, modules.ObjectAttentionBlock)):
         return LeftAlone("", kind.__qualname__, "it calls ocr_kernels itself", is_intended=True)
+    if isinstance(module, torch.jit.ScriptModule):
+        graph = str(getattr(module, "inlined_graph", ""))
+        if "aten::softmax" in graph and any(f"aten::{name}" in graph for name in PRODUCTS):
+            return LeftAlone("", kind.__qualname__, "it is a script of torch.jit, whose code is not Python's")
+        return None
     parts = _softmax_parts(module, rewriter)
     reason = _why_not(module, bool(parts), rewriter)
     if reason is None:
@@ -170,6 +177,8 @@ def _softmax_parts(module: nn.Module, rewriter: Rewriter) -> list[nn.Module]:
 
 def _may_be_a_block(module: nn.Module, rewriter: Rewriter) -> bool:
     """Whether a module has layers around an attention of its children."""
+    if any(map(is_lazy, module.parameters())):
+        return False
     matrices = sum(parameter.dim() > 1 for parameter in module.parameters())
     return matrices >= 5 and any(
         isinstance(part, modules.ObjectAttentionBlock)

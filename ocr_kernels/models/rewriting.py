@@ -50,7 +50,7 @@ class Rewriter:
 
     def why_not(self, module_class: type[nn.Module]) -> str | None:
         """Why the forward of a class has no copy."""
-        copy = self._copy(module_class.forward)  # type: ignore[arg-type]
+        copy = self._copy(inspect.getattr_static(module_class, "forward"))
         return copy if isinstance(copy, str) else None
 
     def names(self, module_class: type[nn.Module]) -> frozenset[str]:
@@ -65,7 +65,7 @@ class Rewriter:
     def reached(self, module_class: type[nn.Module]) -> list[FunctionType]:
         """The forward of a class, the methods it calls and functions of the same file, or with computations in them."""
         found: dict[FunctionType, None] = {}
-        todo: list[Any] = [module_class.forward]
+        todo: list[Any] = [inspect.getattr_static(module_class, "forward", None)]
         while todo:
             function = todo.pop()
             inner = _inner(function)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from ocr_kernels.models.recognition import Log, StandIn
@@ -53,6 +54,8 @@ def dry_run(
 ) -> tuple[dict[nn.Module, Finding], str | None]:
     """What was found in the modules that a run of `model` reaches first, and what the run failed of, if it did."""
     findings: dict[nn.Module, Finding] = {}
+    if any(map(is_lazy, model.parameters())):
+        return findings, "the model has parameters that its first call makes; call it once before"
     kwargs = example_inputs if isinstance(example_inputs, dict) else {}
     args = example_inputs if isinstance(example_inputs, tuple) else () if kwargs else (example_inputs,)
     args, kwargs = cloned((args, kwargs))
