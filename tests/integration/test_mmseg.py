@@ -102,14 +102,17 @@ def test_both_computations_are_found_and_restored(images: Tensor) -> None:
     parameters = list(model.parameters())
     report = replace_ocr_modules(model, example_inputs=images)
     assert [(row.name, row.computations) for row in report.swapped] == [
-        (ATTENTION, ("attention",)),
+        (ATTENTION, ("block", "attention")),
         (GATHER, ("gather",)),
     ]
     assert report.left_alone == ()
     assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
-    with CountOps() as ops:
+    with CountOps() as ops, torch.no_grad():
         model.eval().predict(images)
-    assert (ops.gather, ops.attention) == (1, 1)
+    assert (ops.gather, ops.attention, ops.head) == (1, 0, 1)
+    with CountOps() as ops:
+        model.train()(images)
+    assert (ops.gather, ops.attention, ops.head) == (1, 1, 0)
     assert restore_ocr_modules(model) == [ATTENTION, GATHER]
     assert classes == [type(module) for module in model.modules()]
 
