@@ -6,7 +6,7 @@ computed. HRNet's own class names are aliases, so changing an import is enough.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -26,7 +26,16 @@ __all__ = [
 ]
 
 
-class SpatialGather(reference.SpatialGather):
+class _NoScript:
+    def __prepare_scriptable__(self) -> Any:
+        name = type(self).__qualname__
+        raise RuntimeError(
+            f"torch.jit.script cannot compile ocr_kernels.modules.{name}: use torch.jit.trace, or script "
+            f"ocr_kernels.reference.{name}, which takes the same state_dict"
+        )
+
+
+class SpatialGather(_NoScript, reference.SpatialGather):
     __doc__ = reference.SpatialGather.__doc__
 
     def gather(self, feats: Tensor, probs: Tensor) -> Tensor:
@@ -35,7 +44,7 @@ class SpatialGather(reference.SpatialGather):
         return spatial_gather(feats, probs, self.scale)
 
 
-class ObjectAttentionBlock(reference.ObjectAttentionBlock):
+class ObjectAttentionBlock(_NoScript, reference.ObjectAttentionBlock):
     __doc__ = reference.ObjectAttentionBlock.__doc__
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -44,13 +53,13 @@ class ObjectAttentionBlock(reference.ObjectAttentionBlock):
         return pixel_region_attention(query, key, value)
 
 
-class SpatialOCR(reference.SpatialOCR):
+class SpatialOCR(_NoScript, reference.SpatialOCR):
     __doc__ = reference.SpatialOCR.__doc__
 
     attention: ClassVar[type[reference.ObjectAttentionBlock]] = ObjectAttentionBlock
 
 
-class OCRHead(reference.OCRHead):
+class OCRHead(_NoScript, reference.OCRHead):
     __doc__ = reference.OCRHead.__doc__
 
     gathering: ClassVar[type[reference.SpatialGather]] = SpatialGather

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from fresh import run
 from module_results import assert_same, results
 from ops import GATHER, Op, all_dtypes, both_ops
 from torch import Tensor, nn
@@ -200,7 +201,44 @@ def test_trace(kind: str) -> None:
     assert_agrees(traced, model)
 
 
+@pytest.mark.parametrize("kind", [modules.OCRHead, modules.SpatialGather, modules.ObjectAttentionBlock])
+def test_scripting_says_what_to_do(kind: type[torch.nn.Module]) -> None:
+    module = kind(12, 4) if kind is not modules.SpatialGather else kind()
+    with pytest.raises(RuntimeError, match=r"use torch\.jit\.trace, or script ocr_kernels\.reference"):
+        torch.jit.script(module)
+
+
+def test_the_first_call_of_a_process_may_be_traced() -> None:
+    code = """
+import torch, ocr_kernels
+x = torch.randn(1, 3, 4)
+print("ocr_kernels::spatial_gather" in str(torch.jit.trace(ocr_kernels.spatial_gather, (x, x)).graph))
+"""
+    assert run(code).strip() == "True"
+
+
 # ONNX
+
+
+def assert_runs_on_onnxruntime(model: bytes, expected: torch.nn.Module) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime", reason="ONNX Runtime runs what was exported")
+    session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+
+    def run(feats: Tensor) -> list[Tensor]:
+        return [torch.from_numpy(out) for out in session.run(None, {session.get_inputs()[0].name: feats.numpy()})]
+
+    assert_agrees(run, expected)
+
+
+@heads
+@pytest.mark.filterwarnings("ignore")
+def test_onnx_of_before(kind: str) -> None:
+    """The exporter that traces."""
+    pytest.importorskip("onnx", reason="torch.onnx.export needs onnx")
+    model, file = head(kind), io.BytesIO()
+    axes = {"feats": {0: "b", 2: "h", 3: "w"}}
+    torch.onnx.export(model, (torch.randn(SIZES[0]),), file, dynamo=False, input_names=["feats"], dynamic_axes=axes)
+    assert_runs_on_onnxruntime(file.getvalue(), model)
 
 
 @pytest.mark.parametrize("given", ["model", "exported program"])
@@ -209,7 +247,6 @@ def test_onnx(kind: str, given: str) -> None:
     """From a model at once; from an exported program, once ours are decomposed."""
     for name in ("onnx", "onnxscript"):
         pytest.importorskip(name, reason=f"torch.onnx.export needs {name}")
-    onnxruntime = pytest.importorskip("onnxruntime", reason="ONNX Runtime runs what was exported")
     model, feats = head(kind), torch.randn(SIZES[0])
     if given == "model":
         program = torch.onnx.export(model, (feats,), dynamo=True, dynamic_shapes=DYNAMIC)
@@ -219,9 +256,4 @@ def test_onnx(kind: str, given: str) -> None:
     graph = program.model_proto
     assert {node.domain for node in graph.graph.node} == {""}
     assert len(graph.functions) == 0
-    session = onnxruntime.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
-
-    def run(feats: Tensor) -> list[Tensor]:
-        return [torch.from_numpy(out) for out in session.run(None, {session.get_inputs()[0].name: feats.numpy()})]
-
-    assert_agrees(run, model)
+    assert_runs_on_onnxruntime(graph.SerializeToString(), model)

@@ -9,6 +9,7 @@ import functools
 import os
 import re
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,8 @@ def _load(device_type: str) -> str | None:
         return reason
     if device_type == "cpu":
         try:
-            torch.ops.ocr_kernels_native.build_facts()
+            with ThreadPoolExecutor(1) as outside:  # of a trace that may be going on, which would record the call
+                outside.submit(torch.ops.ocr_kernels_native.build_facts).result()
         except RuntimeError as error:  # OCR_KERNELS_ISA
             reason = str(error).splitlines()[0]
             _warn(f"{reason}. Until then the other backends run")

@@ -27,7 +27,8 @@ def decompositions() -> dict[Op, Op]:
 
 def exportable(op: Op) -> Op:
     """`op`, or its definition while `torch.onnx.export` traces a model: ONNX has no custom ops."""
-    return _decompositions[op] if torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export() else op
+    recorded = torch.compiler.is_exporting() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    return _decompositions[op] if recorded and torch.onnx.is_in_onnx_export() else op
 
 
 def flop_formulas() -> dict[Any, Callable[..., int]]:

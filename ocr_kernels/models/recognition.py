@@ -463,7 +463,7 @@ def _is_plain(x: Any) -> bool:
         and x.dtype in DTYPES
         and x.layout is torch.strided
         and (x.is_cuda or x.is_cpu)
-        and not left_to_compiler(x)
+        and not (torch.compiler.is_compiling() and left_to_compiler(x))
     )
 
 
@@ -506,7 +506,7 @@ def _empty(*shapes: torch.Size) -> bool:
 
 def _settings(tensor: Tensor) -> Settings:
     """The modes that a deferred call would have run in: gradients on, and the autocast dtype."""
-    kind = tensor.device.type
+    kind = "cpu" if tensor.is_cpu else tensor.device.type
     return torch.is_grad_enabled(), torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 
