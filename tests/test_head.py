@@ -265,7 +265,7 @@ def test_compile(target: tuple[str, str], compiler: str) -> None:
 @all_outputs
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("spatial", [(7,), (3, 5), (2, 3, 2)])
-def test_compiled_for_a_cpu_it_is_plain_pytorch(output: str, layout: Layout, spatial: tuple[int, ...]) -> None:
+def test_compiled_for_a_cpu_it_may_be_plain_pytorch(output: str, layout: Layout, spatial: tuple[int, ...]) -> None:
     graphs: list[torch.fx.GraphModule] = []
     torch._dynamo.reset()
     weights = fold(Head())
@@ -278,7 +278,8 @@ def test_compiled_for_a_cpu_it_is_plain_pytorch(output: str, layout: Layout, spa
     out, expected = compiled(*inputs), block(*inputs)
     torch.testing.assert_close(out, expected)
     assert out.stride() == expected.stride()
-    assert not any("ocr_kernels" in str(node.target) for graph in graphs for node in graph.graph.nodes)
+    has_op = any("ocr_kernels" in str(node.target) for graph in graphs for node in graph.graph.nodes)
+    assert has_op == (layout == "channels_last" and len(spatial) > 1)  # where the op's layout is the compiler's
 
 
 @pytest.mark.parametrize("autocast_dtype", [torch.bfloat16, torch.float16])

@@ -183,6 +183,49 @@ def test_questions_get_the_answers_of_a_tensor(forward: Callable[..., Any]) -> N
     check(of(forward), 0)
 
 
+def attention_leaving_a_mode(self, query, key, value):
+    for _ in range(2):
+        with torch.no_grad():
+            scores = torch.matmul(rows(query), key)
+            break
+    return torch.matmul(F.softmax(scores, dim=-1), value.mT)
+
+
+def attention_under_a_mode(self, query, key, value):
+    with torch.no_grad():
+        scores = torch.matmul(rows(query), key)
+        weights = F.softmax(scores, dim=-1)
+        context = torch.matmul(weights, value.mT)
+    return context * query.sum()
+
+
+def attention_setting_a_mode(self, query, key, value):
+    scores = torch.matmul(rows(query), key)
+    torch.set_grad_enabled(False)
+    weights = F.softmax(scores, dim=-1)
+    torch.set_grad_enabled(True)
+    return torch.matmul(weights, value.mT)
+
+
+@pytest.mark.parametrize(
+    ("forward", "attentions"),
+    [(attention_leaving_a_mode, 0), (attention_under_a_mode, 1), (attention_setting_a_mode, 0)],
+)
+def test_modes_are_those_of_the_code(forward: Callable[..., Any], attentions: int) -> None:
+    module = of(forward)
+    swapped = copy.deepcopy(module)
+    replace_ocr_modules(swapped)
+    arguments = [t.requires_grad_() for t in inputs()]
+    with CountOps() as ops:
+        found = swapped(*arguments)
+    assert ops.attention == attentions
+    expected = module(*arguments)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    wanted = torch.autograd.grad(expected.sum(), arguments, allow_unused=True, materialize_grads=True)
+    gradients = torch.autograd.grad(found.sum(), arguments, allow_unused=True, materialize_grads=True)
+    torch.testing.assert_close(gradients, wanted, rtol=1e-10, atol=1e-10)
+
+
 # Source files
 
 

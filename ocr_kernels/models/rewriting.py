@@ -295,6 +295,11 @@ class _Calls(ast.NodeTransformer):
         node.body = [*node.body, ast.copy_location(ast.Expr(self._recognition("compute_all")), node)]
         return [ast.copy_location(ast.Expr(self._recognition("compute_all")), node), node]
 
+    def _leaving(self, node: Any) -> Any:
+        return [ast.copy_location(ast.Expr(self._recognition("compute_all")), node), node] if self.is_in_modes else node
+
+    visit_Break = visit_Continue = _leaving
+
     def visit_Return(self, node: ast.Return) -> Any:
         self.generic_visit(node)
         if node.value is not None and self.is_in_modes:
