@@ -123,6 +123,11 @@ class Deferred:
         assert self.value is not None
         return self.value
 
+    def can_keep(self) -> bool:
+        """Whether this is a formula of its operands, and of no tensor that was computed since."""
+        made = [leaf for leaf in _leaves(self.call) if type(leaf) is Deferred]
+        return not (self.is_result or self.spatial) and all(leaf.call is not None and leaf.can_keep() for leaf in made)
+
     def keep(self) -> None:
         """Copy what this has to read, so that it may be modified in place."""
         self.operands = tuple(operand.clone() for operand in self.operands)
@@ -207,9 +212,12 @@ class Recognition:
 
     def method(self, owner: Any, name: str, /, *args: Any, **kwargs: Any) -> Any:
         """`owner.name(*args, **kwargs)`"""
+        if type(owner) in (list, dict, set, str, tuple):
+            return getattr(owner, name)(*computed(args), **computed(kwargs))
         if type(owner) is Tensor or type(owner) is nn.Parameter:
-            handler = HANDLERS.get(getattr(Tensor, name))
-            result = None if handler is None else handler(self, getattr(Tensor, name), (owner, *args), kwargs)
+            function: Any = getattr(Tensor, name, None)
+            handler = HANDLERS.get(function)
+            result = None if handler is None else handler(self, function, (owner, *args), kwargs)
             if result is not None:
                 return result
             if self.made:
@@ -225,14 +233,11 @@ class Recognition:
 
     def above(self, owner: type, this: Any, name: str, /, *args: Any, **kwargs: Any) -> Any:
         """`super(owner, this).name(*args, **kwargs)`"""
-        classes = type(this).__mro__
-        above = classes[classes.index(owner) + 1 :]
-        if above[0].__mro__ == above:  # no class beside them: looked up there, it is what `super` finds
-            function = getattr(above[0], name)
-        else:
-            function = next(base.__dict__[name] for base in above if name in base.__dict__)
-        if isinstance(function, FunctionType):
-            return self.call(function, this, *args, **kwargs)
+        if torch.compiler.is_compiling():  # which cannot ask what `super` finds
+            classes = type(this).__mro__
+            above = classes[classes.index(owner) + 1 :]
+            if above[0].__mro__ == above and isinstance(getattr(above[0], name), FunctionType):
+                return self.call(getattr(above[0], name), this, *args, **kwargs)
         return self.call(getattr(super(owner, this), name), *args, **kwargs)
 
     def mul(self, left: Any, right: Any) -> Any:
@@ -260,16 +265,17 @@ class Recognition:
         if not live:
             return
         tensors = [t for t in _leaves(targets) if isinstance(t, (Tensor, Deferred))]
-        for deferred in live if tensors else ():
-            if torch.compiler.is_compiling():  # nothing tells what shares memory; a copy that is not needed goes
-                if not deferred.is_result:
-                    deferred.keep()
-            elif any(_depends(deferred, t) for t in tensors):
+        compiling, shared = torch.compiler.is_compiling(), any(type(t) is Deferred for t in tensors)
+        for deferred in live:
+            if compiling and not shared and deferred.can_keep():
+                deferred.keep()  # nothing tells what shares memory; a copy that is not needed goes
+            elif compiling or any(_depends(deferred, t) for t in tensors):
                 deferred.compute()
 
     def compute_all(self) -> None:
         """Before and after a block in which PyTorch's modes, as gradients and autocast, may be others."""
-        computed(self.made)
+        for deferred in self.made:
+            deferred.compute()
 
     def settle(self, value: Any) -> Any:
         """`value` with every deferred computed; lists and dicts keep their identity."""
@@ -351,7 +357,7 @@ class Recognition:
         else:
             self.fused("attention")
             out = pixel_region_attention(first.transpose(1, 2), last, values, weights.scale)
-        return self.rows(out, weights.origin) if transpose else out
+        return self.rows(out, weights.origin) if transpose else out.contiguous()
 
     def fused(self, computation: str) -> None:
         if self.log is not None:
@@ -421,6 +427,7 @@ def is_plain_call(module: nn.Module) -> bool:
         or module._backward_hooks
         or module._backward_pre_hooks
         or has_own_forward(module)
+        or type(module).__call__ is not nn.Module.__call__
         or module._compiled_call_impl is not None
         or torch.nn.modules.module._has_any_global_hook()
     )
@@ -440,10 +447,13 @@ def computed(x: Any) -> Any:
     """Arguments with every deferred computed."""
     if type(x) is Deferred:
         return x.compute()
-    if type(x) in (tuple, list):
-        return type(x)([computed(item) for item in x])
-    if type(x) is dict:
-        return {key: computed(item) for key, item in x.items()}
+    if type(x) is tuple:
+        return tuple([computed(item) for item in x])
+    if type(x) in (list, dict):  # which may be kept by whom they are given to: in place
+        for key, item in list(enumerate(x) if type(x) is list else x.items()):
+            value = computed(item)
+            if value is not item:
+                x[key] = value
     return x
 
 
@@ -584,13 +594,15 @@ def _may_modify(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     if isinstance(function, nn.Module):
         return not (isinstance(function, _ALLOCATING) and is_plain_call(function))
     asked = kwargs.get("out") is not None or kwargs.get("inplace") or any(arg is True for arg in args)
-    return bool(asked) or not isinstance(function, (FunctionType, BuiltinFunctionType)) or not _is_pure(function)
+    return bool(asked) or not isinstance(function, (FunctionType, BuiltinFunctionType, type)) or not _is_pure(function)
 
 
 @assume_constant_result
 def _is_pure(function: Any) -> bool:
     """Whether a function of Python's or PyTorch's modifies nothing unless it is asked to by an argument."""
-    known = isinstance(function, BuiltinFunctionType) or getattr(function, "__module__", None) == "torch.nn.functional"
+    home = getattr(function, "__module__", None)
+    known = isinstance(function, BuiltinFunctionType) or home == "torch.nn.functional"
+    known = known or (isinstance(function, type) and home == "builtins")
     return known and not function.__name__.endswith("_")
 
 
@@ -766,7 +778,11 @@ def _swap(mode: Recognition, func: Callable[..., Any], args: tuple[Any, ...], kw
 
 def _flip(x: Deferred, call: Call, flips: bool = True) -> Any:
     if x.is_result:
-        return x.operands[0] if flips else None
+        if not flips:
+            return None
+        out = x.operands[0]
+        x.value, x.call, x.operands = out.transpose(1, 2), None, ()  # whose memory it shares from now on
+        return out
     return Deferred(x.recognition, call, x.operands, x.scale, x.flipped != flips, x.softmaxed, x.origin)
 
 

@@ -106,9 +106,11 @@ def restore_ocr_modules(model: nn.Module) -> list[str]:
     """
     _check_arguments(model, None, None)
     replaced = [(name, module, replacement_of(module)) for name, module in model.named_modules()]
-    for _, _, replacement in replaced:
-        if replacement is not None:
+    for _, module, replacement in replaced:
+        if replacement is not None and replacement.module is module:
             replacement.remove()
+        elif replacement is not None:
+            replacement.remove_from(module)
     return [name for name, _, replacement in replaced if replacement is not None]
 
 

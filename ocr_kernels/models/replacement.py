@@ -70,10 +70,14 @@ class Replacement(StandIn):
 
     def remove(self) -> None:
         self.is_active = False  # where another library has wrapped and kept it, too
+        self.remove_from(self.module)
+
+    def remove_from(self, module: nn.Module) -> None:
+        """From its own module, or a shallow copy of that."""
         for name in ("forward", "_replicate_for_data_parallel", "__prepare_scriptable__"):
-            value = vars(self.module).get(name)
+            value = vars(module).get(name)
             if value is self or getattr(value, "__self__", None) is self:
-                del vars(self.module)[name]
+                del vars(module)[name]
 
     def replicate(self) -> nn.Module:
         """For `nn.DataParallel`, whose replicas have a copy of the module's attributes."""
@@ -112,8 +116,8 @@ _OF_A_METHOD |= {"__kwdefaults__", "__annotations__", "__signature__"}
 
 def replacement_of(module: nn.Module) -> Replacement | None:
     """What stands in for a module's forward, also where another library has wrapped it since."""
-    found = (value for value in vars(module).values() if isinstance(value, Replacement))
-    return next((value for value in found if value.module is module and value.is_active), None)
+    values = (getattr(value, "__self__", value) for value in vars(module).values())
+    return next((v for v in values if isinstance(v, Replacement) and v.is_active), None)
 
 
 def _is_recorded() -> bool:

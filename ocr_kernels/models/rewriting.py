@@ -59,7 +59,10 @@ class Rewriter:
 
     def names_of(self, function: FunctionType) -> frozenset[str]:
         if function not in self._names:
-            self._names[function] = frozenset(_code_names(inspect.unwrap(function).__code__))
+            inner = inspect.unwrap(function)
+            names = set(_code_names(inner.__code__))
+            named = (getattr(inner.__globals__.get(name), "__name__", "") for name in names)
+            self._names[function] = frozenset(names.union(name for name in named if isinstance(name, str)))
         return self._names[function]
 
     def reached(self, module_class: type[nn.Module]) -> list[FunctionType]:
@@ -185,9 +188,7 @@ def _first_line(definition: ast.FunctionDef) -> int:
 def _unseen(definition: ast.FunctionDef) -> str | None:
     """Why what runs in a function cannot be followed from its source."""
     nodes = list(ast.walk(definition))
-    variables = {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
-    if definition.name != "forward":  # which is given tensors; others may be given what stands for one
-        variables |= {n.arg for n in nodes if isinstance(n, ast.arg)} - {"self"}
+    variables = _stored(definition) | {n.arg for n in nodes if isinstance(n, ast.arg)} - {"self"}
     consumed = _consumed(definition)
     for node in nodes[1:]:
         if isinstance(node, _UNSEEN):
@@ -196,11 +197,18 @@ def _unseen(definition: ast.FunctionDef) -> str | None:
             return f"line {node.lineno} of its code has {node.id}"
         if isinstance(node, _DEFINITIONS) and node not in consumed:
             inside = {name.id for name in ast.walk(node) if isinstance(name, ast.Name)}
-            own = {name.arg for name in ast.walk(node) if isinstance(name, ast.arg)}
-            own |= {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
-            if inside & variables - own:
-                return f"line {node.lineno} of its code has a function that uses {min(inside & variables - own)}"
+            used = (inside & variables) - _stored(node) - {n.arg for n in ast.walk(node) if isinstance(n, ast.arg)}
+            if not isinstance(node, ast.GeneratorExp):  # defaults are made outside
+                defaults = [*node.args.defaults, *filter(None, node.args.kw_defaults)]
+                used |= variables & {n.id for each in defaults for n in ast.walk(each) if isinstance(n, ast.Name)}
+            if used:
+                return f"line {node.lineno} of its code has a function that uses {min(used)}"
     return None
+
+
+def _stored(node: ast.AST) -> set[str]:
+    """The variables that are assigned to."""
+    return {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
 
 
 def _consumed(definition: ast.FunctionDef) -> set[ast.expr]:
@@ -224,7 +232,7 @@ def _compiled(tree: ast.Module, definition: ast.FunctionDef, function: FunctionT
     try:
         is_in_modes = bool(definition.decorator_list) or any(isinstance(n, ast.With) for n in ast.walk(definition))
         definition.decorator_list = []
-        _Calls(code, _consumed(definition), is_in_modes).rewrite(definition)
+        _Calls(code, _consumed(definition), is_in_modes, _stored(definition)).rewrite(definition)
         (definition.args.posonlyargs or definition.args.args).insert(0, ast.arg(THIS))
         ast.fix_missing_locations(definition)
         compiled = compile(tree, code.co_filename, "exec", dont_inherit=True)
@@ -244,13 +252,27 @@ def _compiled(tree: ast.Module, definition: ast.FunctionDef, function: FunctionT
 class _Calls(ast.NodeTransformer):
     """Lets the calls and operators of one function go through the recognition."""
 
-    def __init__(self, code: CodeType, consumed: set[ast.expr], is_in_modes: bool) -> None:
+    def __init__(self, code: CodeType, consumed: set[ast.expr], is_in_modes: bool, variables: set[str]) -> None:
         self.first = code.co_varnames[0]  # the function's own first parameter
-        self.locals = frozenset(code.co_varnames + code.co_cellvars + code.co_freevars)
+        self.locals = frozenset(code.co_varnames + code.co_cellvars + code.co_freevars) | variables
         self.consumed = consumed
         self.is_in_modes = is_in_modes
+        self.sizes: set[str] = set()  # variables that are given sizes alone
 
     def rewrite(self, definition: ast.FunctionDef) -> None:
+        given: dict[str, list[ast.expr]] = {}
+        for node in ast.walk(definition):
+            if isinstance(node, ast.Assign):
+                for name in set().union(*map(_stored, node.targets)):
+                    given.setdefault(name, []).append(node.value)
+        otherwise = {
+            name
+            for node in ast.walk(definition)
+            if isinstance(node, (ast.AugAssign, ast.AnnAssign, ast.NamedExpr, ast.For, ast.comprehension, ast.withitem))
+            for name in _stored(node)
+        }
+        for _ in given:
+            self.sizes = {n for n, values in given.items() if n not in otherwise and all(map(self._is_size, values))}
         body = [self.visit(statement) for statement in definition.body]
         definition.body = [node for nodes in body for node in (nodes if isinstance(nodes, list) else [nodes])]
 
@@ -277,13 +299,26 @@ class _Calls(ast.NodeTransformer):
             if isinstance(owner, ast.Call) and isinstance(owner.func, ast.Name) and owner.func.id == "super":
                 arguments = *owner.args, ast.Constant(function.attr), *node.args
                 return ast.copy_location(self._recognition("above", *arguments, keywords=node.keywords), node)
-            if function.attr in _VIEWS and not node.keywords:
+            if function.attr in _VIEWS and not node.keywords and all(map(self._is_size, node.args)):
                 return node
             global_or_self = isinstance(owner, ast.Name) and (owner.id == "self" or owner.id not in self.locals)
             if not global_or_self and not function.attr.startswith("__"):  # which a class may give another name
                 arguments = owner, ast.Constant(function.attr), *node.args
                 return ast.copy_location(self._recognition("method", *arguments, keywords=node.keywords), node)
         return ast.copy_location(self._recognition("call", function, *node.args, keywords=node.keywords), node)
+
+    def _is_size(self, node: ast.expr) -> bool:
+        """Whether an argument is surely no tensor: made of numbers, shapes, and variables that are such."""
+        if isinstance(node, ast.Call):
+            return isinstance(node.func, ast.Attribute) and node.func.attr in ("size", "dim", "numel")
+        if isinstance(node, ast.Attribute):
+            return node.attr in ("shape", "ndim")
+        if isinstance(node, ast.Name):
+            return node.id in self.sizes
+        if isinstance(node, (ast.Constant, ast.UnaryOp, ast.Subscript, ast.Starred, ast.BinOp, ast.Tuple)):
+            parts = [part for part in ast.iter_child_nodes(node) if isinstance(part, ast.expr)]
+            return all(map(self._is_size, parts[:1] if isinstance(node, ast.Subscript) else parts))
+        return False
 
     def visit_BinOp(self, node: ast.BinOp) -> ast.AST:
         self.generic_visit(node)
@@ -307,12 +342,20 @@ class _Calls(ast.NodeTransformer):
         return node
 
     def visit_Assign(self, node: ast.Assign) -> Any:
-        before = [self._change(target) for target in node.targets if isinstance(target, ast.Subscript)]
+        targets = [t for target in node.targets for t in ast.walk(target)]
+        before = [self._change(t) for t in targets if isinstance(t, (ast.Attribute, ast.Subscript)) and _is_stored(t)]
         kept = any(isinstance(t, (ast.Attribute, ast.Subscript)) for target in node.targets for t in ast.walk(target))
         self.generic_visit(node)
         if kept:  # outside of this function's own variables
             node.value = self._recognition("settle", node.value)
         return [*before, node]
+
+    def visit_Attribute(self, node: ast.Attribute) -> Any:
+        self.generic_visit(node)
+        asks = not isinstance(node.ctx, ast.Load) or node.attr in ("__class__", "__dict__", "data", "grad")
+        if asks and not (isinstance(node.value, ast.Name) and node.value.id == "self"):
+            node.value = ast.copy_location(self._recognition("settle", node.value), node.value)
+        return node
 
     def visit_AnnAssign(self, node: ast.AnnAssign) -> Any:
         self.generic_visit(node)
@@ -328,10 +371,15 @@ class _Calls(ast.NodeTransformer):
 
     def _change(self, target: ast.expr) -> ast.stmt:
         """Before what `target` names, or is a part of, is modified in place."""
-        owner = copy.deepcopy(target.value if isinstance(target, ast.Subscript) else target)
-        if any(isinstance(node, (ast.Call, ast.NamedExpr)) for node in ast.walk(owner)):  # is evaluated once
-            return ast.copy_location(ast.Expr(self._recognition("compute_all")), target)
-        for node in ast.walk(owner):
-            if hasattr(node, "ctx"):
-                node.ctx = ast.Load()
-        return ast.copy_location(ast.Expr(self._recognition("before_change", owner)), target)
+        owner = target if isinstance(target, ast.Name) else target.value  # type: ignore[attr-defined]
+        if isinstance(owner, ast.Name) and owner.id == "self" and isinstance(target, ast.Attribute):
+            return ast.copy_location(ast.Pass(), target)
+        if isinstance(owner, ast.Name):
+            change = self._recognition("before_change", ast.Name(owner.id, ast.Load()))
+        else:  # is evaluated once, by what changes it
+            change = self._recognition("compute_all")
+        return ast.copy_location(ast.Expr(change), target)
+
+
+def _is_stored(target: ast.AST) -> bool:
+    return isinstance(getattr(target, "ctx", None), ast.Store)
