@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -158,7 +159,7 @@ class NoUp(Head):
 
     def join(self, x: Tensor, context: Tensor) -> Tensor:
         rows = torch.cat([context, x], 1).flatten(2).transpose(1, 2)
-        return F.relu_(self.last(rows)).permute(0, 2, 1).reshape(-1, OUT, *x.shape[2:])
+        return F.relu_(self.last(rows)).permute(0, 2, 1).contiguous().view(-1, OUT, *x.shape[2:])
 
 
 class Temperature(Head):
@@ -363,6 +364,76 @@ class Wide(Head):
         self.fuse = nn.Sequential(nn.Conv2d(2 * C, OUT, 3, padding=1))
 
 
+class ByRegions(Head):
+    """A factor that depends on the number of regions."""
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return value @ (query.mT @ key / key.shape[2]).softmax(-1).mT
+
+
+class ByPixels(Head):
+    def join(self, x: Tensor, context: Tensor) -> Any:
+        return super().join(2 * x if x[0, 0].numel() > 16 else x, context)
+
+
+class FirstRegions(Head):
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return super().attend(query, key[:, :, :8], value[:, :, :8])
+
+
+class ByImages(Head):
+    def join(self, x: Tensor, context: Tensor) -> Any:
+        return super().join(2 * x if len(x) == 1 else x, context)
+
+
+class ByGradMode(Head):
+    def join(self, x: Tensor, context: Tensor) -> Any:
+        return super().join(2 * x if torch.is_grad_enabled() else x, context)
+
+
+class Wider(Head):
+    def join(self, x: Tensor, context: Tensor) -> Any:
+        return super().join(x, context).float()
+
+
+class Turned(Head):
+    def join(self, x: Tensor, context: Tensor) -> Any:
+        return super().join(x, context).contiguous(memory_format=torch.channels_last)
+
+
+class Configured(Head):
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(scale=0.5)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return super().attend(self.config.scale * query, key, value)
+
+
+class Recording(Head):
+    def __init__(self) -> None:
+        super().__init__()
+        self.maps: list[Tensor] = []
+
+    def join(self, x: Tensor, context: Tensor) -> Any:
+        self.maps.append(context)
+        return super().join(x, context)
+
+
+TEMPERATURE = nn.Parameter(torch.tensor(0.7))
+
+
+class Global(Head):
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return super().attend(query * TEMPERATURE, key, value)
+
+
+class Drawing(Head):
+    def join(self, x: Tensor, context: Tensor) -> Any:
+        torch.rand(3)
+        return super().join(x, context)
+
+
 REFUSALS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "GroupNorm": (lambda: Head(norm=functools.partial(nn.GroupNorm, 2)), "it has a GroupNorm on the pixels"),
     "GELU": (Gelu, "it has the activation gelu"),
@@ -386,5 +457,16 @@ REFUSALS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "noise": (Noise, "it draws random numbers"),
     "gate": (Gate, "it multiplies two maps"),
     "float64": (lambda: Head().double(), "it has weights whose dtype is not float32"),
+    "regions": (ByRegions, "off by"),
+    "pixels": (ByPixels, "off by"),
+    "first regions": (FirstRegions, "off by"),
+    "images": (ByImages, "off by"),
+    "grad mode": (ByGradMode, "off by"),
+    "another dtype": (Wider, "its result has another dtype than its pixels"),
+    "another format": (Turned, "its result is not contiguous where its pixels are"),
+    "configured": (Configured, "it reads config, whose changes would not be seen"),
+    "recording": (Recording, "it adds to a list or a dict"),
+    "global": (Global, "it uses a tensor that is neither its own nor made in its forward"),
+    "drawing": (Drawing, "it draws random numbers"),
     "meta": (lambda: Head().to("meta"), "its parameters are on the meta device"),
 }

@@ -473,5 +473,5 @@ FAMILIES += [
         why_no_block="" if name in NO_ATTENTIONS else reason,
     )
     for name, (make, reason) in blocks.REFUSALS.items()
-    if name not in ("meta", "float64", "arguments")
+    if name not in ("meta", "float64", "arguments", "recording")
 ]

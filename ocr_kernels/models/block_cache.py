@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from ocr_kernels.head.functional import DTYPES
 from ocr_kernels.models.block_plan import plan_block
 from ocr_kernels.models.block_trace import tensor_at
-from ocr_kernels.models.block_weights import BlockPlan, Folded
+from ocr_kernels.models.block_weights import BlockPlan, Folded, globals_of, own_classes
 from ocr_kernels.models.maps import Recorder
 from ocr_kernels.models.recognition import has_own_forward
 
@@ -62,6 +62,9 @@ class BlockCache:
             # what is not part of the program would be stale when it runs again
             if self.plan is None or _is_watched_or_training(module) or not self.plan.fits(module):
                 return None
+            sources = [tensor_at(module, path) for _, path in self.plan.program.sources]
+            if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in sources):
+                return None
             takes = self.plan.takes(feats, regions, tensor_at(module, self.plan.first))
             return self.plan.weights(module, dtype) if takes else None
         snapshot = self.snapshot
@@ -69,6 +72,8 @@ class BlockCache:
             snapshot = self._renewed(module, dtype)
         if snapshot is None or any(snapshot.hooks) or snapshot.plan is None or snapshot.first is None:
             return None
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in snapshot.tensors):
+            return None  # of a weight that is no parameter
         return snapshot.weights if snapshot.plan.takes(feats, regions, snapshot.first) else None
 
     def _renewed(self, module: nn.Module, dtype: torch.dtype) -> Snapshot | None:
@@ -104,6 +109,9 @@ class Snapshot:
         self.settings = _reads((vars(layer), _settings_of(layer)) for layer in self.layers)
         own = (owner for layer in self.layers for owner in (layer._modules, layer._parameters, layer._buffers))
         self.tensors_and_layers = _reads((owner, tuple(owner)) for owner in own)
+        self.code = [vars(base) for base in {base for layer in self.layers for base in own_classes(layer)}]
+        self.code_before = [tuple(code.values()) for code in self.code]
+        self.settings += [(operator.itemgetter(*names), [globals]) for globals, names in globals_of(module)]
         self.settings_before = [list(map(_kept, map(get, owners))) for get, owners in self.settings]
         self.tensors_and_layers_before = [list(map(get, owners)) for get, owners in self.tensors_and_layers]
         self.hooks = [h for layer in self.layers[1:] for h in (layer._forward_hooks, layer._forward_pre_hooks)]
@@ -129,6 +137,7 @@ class Snapshot:
             and _are(self.settings, self.settings_before)
             and _are(self.tensors_and_layers, self.tensors_and_layers_before)
             and list(map(len, self.owners)) == self.sizes
+            and self.has_code()
             and list(map(type, self.layers)) == self.classes
             and list(map(_version_of, self.tensors)) == self.versions
             and list(map(Tensor.data_ptr, self.tensors)) == self.addresses
@@ -140,7 +149,12 @@ class Snapshot:
             list(module.modules()) == self.layers
             and list(map(type, self.layers)) == self.classes
             and _are(self.settings, self.settings_before)
+            and self.has_code()
         )
+
+    def has_code(self) -> bool:
+        """Whether classes, and what their methods are, are what they were."""
+        return [tuple(code.values()) for code in self.code] == self.code_before
 
 
 _BASE = vars(nn.Module()).keys()

@@ -21,11 +21,19 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ocr_kernels.head.functional import DTYPES
 from ocr_kernels.models.block_trace import Call, Map, Node, Own, Ref, Tracer, Unmatched, tensor_at
-from ocr_kernels.models.block_weights import BlockPlan, Layer
+from ocr_kernels.models.block_weights import BlockPlan, Layer, functions_of, globals_of, own_classes, present
 from ocr_kernels.models.recognition import has_own_forward
 
 VERIFICATION_BOUND = 1e-4
 """Largest relative difference at which two float32 forwards with random weights count as equal."""
+
+SIZES = (
+    (2, (5, 3, 2), 4, False),
+    (1, (11, 7, 3), 9, False),
+    (3, (2, 2, 2), 1, False),
+    (2, (4, 8, 1), 21, True),
+)
+"""Images, sides of theirs, regions, and whether gradients are on, at which two forwards are compared."""
 
 MOST_MATRICES = 32
 """A module with more is a network around step 4, which is not tried."""
@@ -60,14 +68,22 @@ def _off_at_random(module: nn.Module, plan: BlockPlan, forward: Forward) -> str:
             fan = max(tensor[0].numel(), 1) if tensor.dim() > 1 else 1
             drawn = torch.randn(tensor.shape, generator=generator) * (2 / fan) ** 0.5
             tensor.copy_(0.5 + drawn.abs() if name.endswith("var") else drawn)
-    feats, regions = plan.random_inputs(1)
-    expected = forward(trial, feats, regions)
-    found = plan.weights(trial, torch.float32).compute(feats, regions, backend="reference")
-    if not isinstance(expected, Tensor) or found.shape != expected.shape:
-        return "its forward computes something else on other weights"
-    error = _largest(found.double(), expected.double()) / (expected.abs().max().item() or 1.0)
-    if not error <= VERIFICATION_BOUND:
-        return f"its forward computes something else (off by {error:.1e} on random weights)"
+    for batch, sides, count, grad in SIZES:  # what depends on a size, or on whether gradients are on, shows
+        feats, regions = plan.random_inputs(1, batch, sides, count)
+        with torch.set_grad_enabled(grad):
+            expected = forward(trial, feats.clone(), regions.clone())
+        found = plan.weights(trial, torch.float32).compute(feats, regions, backend="reference")
+        if not isinstance(expected, Tensor) or found.shape != expected.shape:
+            return "its forward computes something else on other weights, or for other sizes"
+        if not expected.is_contiguous():
+            return "its result is not contiguous where its pixels are"
+        error = _largest(found.double(), expected.double()) / (expected.abs().max().item() or 1.0)
+        if not error <= VERIFICATION_BOUND:
+            where = f"on random weights, {batch} images of {sides[: plan.dims - 2]} pixels, {count} regions"
+            return f"its forward computes something else (off by {error:.1e} {where})"
+    narrow = [t.bfloat16() for t in plan.random_inputs(1)]
+    if forward(trial.bfloat16(), *narrow).dtype != torch.bfloat16:
+        return "its result has another dtype than its pixels"
     return ""
 
 
@@ -151,6 +167,11 @@ def _obstacle(module: nn.Module) -> str:
         return "its forward is the instance's own, not its class's"
     if any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers())):
         return "its parameters are on the meta device"
+    for name, part in module.named_modules():
+        code = {n for base in own_classes(part) for f in functions_of(base) for n in f.__code__.co_names}
+        for attribute, value in vars(part).items():
+            if attribute in code and not attribute.startswith("_") and not _is_seen(value):
+                return f"it reads {name}{'.' * bool(name)}{attribute}, whose changes would not be seen"
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         if type(tensor) not in (Tensor, nn.Parameter):
             return f"{name} is a {type(tensor).__name__}"
@@ -160,6 +181,15 @@ def _obstacle(module: nn.Module) -> str:
         if part is not module and has_own_forward(part):
             return f"the forward of {name} is the instance's own, not its class's"
     return ""
+
+
+def _is_seen(value: Any) -> bool:
+    """Whether a change of an attribute, or in it, is noticed."""
+    if isinstance(value, (list, set, tuple)):
+        return all(map(_is_plain, value))
+    if isinstance(value, dict):
+        return all(map(_is_plain, value.values()))
+    return _is_plain(value) or callable(value) or isinstance(value, (Tensor, torch.dtype, torch.device, torch.Size))
 
 
 def _matrices(module: nn.Module) -> dict[str, Tensor]:
@@ -232,17 +262,41 @@ def quiet(tensors: list[Tensor]) -> Iterator[None]:
 
 def _traced(module: nn.Module, forward: Forward, inputs: tuple[Tensor, Tensor], transposed: bool) -> tuple[Tracer, Any]:
     before = [dict(vars(part)) for part in module.modules()]
+    held = _containers(module)
+    kept = [(container, copy.copy(container)) for container in held]
+    random = torch.get_rng_state()
+    foreign = {id(item) for container in held for item in _items(container)}
+    foreign |= {id(globals[name]) for globals, names in globals_of(module) for name in names}
     tensors = [*module.parameters(), *module.buffers(), *inputs]
     versions = [tensor._version for tensor in tensors]
-    with sdpa_kernel(SDPBackend.MATH), Tracer(module, *inputs, transposed) as tracer:
+    with sdpa_kernel(SDPBackend.MATH), Tracer(module, *inputs, transposed, foreign) as tracer:
         out = forward(module, *inputs)
     for part, attributes in zip(module.modules(), before, strict=True):
         for name, value in vars(part).items():
             if name not in attributes or value is not attributes[name]:
                 tracer.obstacle = tracer.obstacle or f"sets its attribute {name}"
+    if any(len(now) != len(was) or not all(map(_is_same, _items(now), _items(was))) for now, was in kept):
+        tracer.obstacle = tracer.obstacle or "adds to a list or a dict"
+    if not torch.equal(torch.get_rng_state(), random):
+        tracer.obstacle = tracer.obstacle or "draws random numbers"
     if [tensor._version for tensor in tensors] != versions:
         tracer.obstacle = tracer.obstacle or "changes its own tensors or its arguments in place"
     return tracer, out
+
+
+def _containers(module: nn.Module) -> list[Any]:
+    """The lists, dicts and sets that a run might fill: of modules, and of the globals of their code."""
+    found = [value for part in module.modules() for name, value in vars(part).items() if not name.startswith("_")]
+    found += [globals[name] for globals, names in globals_of(module) for name in names]
+    return [value for value in found if isinstance(value, (list, dict, set))]
+
+
+def _items(container: Any) -> list[Any]:
+    return list(container.values()) if isinstance(container, dict) else list(container)
+
+
+def _is_same(first: Any, second: Any) -> bool:
+    return first is second or (isinstance(first, (int, float, str)) and first == second)
 
 
 def _tensors(out: Any) -> list[Tensor]:
@@ -323,7 +377,9 @@ def _plan(module: nn.Module, tracer: Tracer, out: Any, inputs: tuple[Tensor, Ten
         region_dims=inputs[1].dim(),
         transposed=transposed,
         first=own[0],
-        layers=tuple((path, type(part).__qualname__, _settings(part)) for path, part in module.named_modules()),
+        layers=tuple(
+            (path, type(part).__qualname__, present(part), _settings(part)) for path, part in module.named_modules()
+        ),
     )
 
 
@@ -332,8 +388,12 @@ def _settings(part: nn.Module) -> tuple[tuple[str, Any], ...]:
     return tuple(
         (name, value)
         for name, value in vars(part).items()
-        if name != "training" and isinstance(value, (int, float, str, type(None))) and not name.startswith("_")
+        if name != "training" and _is_plain(value) and not name.startswith("_")
     )
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, (int, float, str, type(None))) or (isinstance(value, tuple) and all(map(_is_plain, value)))
 
 
 def _ref(own: Own | None) -> Ref | None:

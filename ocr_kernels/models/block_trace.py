@@ -190,8 +190,9 @@ PRODUCTS = {"mm", "bmm", "addmm", "baddbmm", "pixel_region_attention"}
 class Tracer(TorchDispatchMode):
     """Follows the operations of a run."""
 
-    def __init__(self, module: nn.Module, feats: Tensor, regions: Tensor, transposed: bool) -> None:
+    def __init__(self, module: nn.Module, feats: Tensor, regions: Tensor, transposed: bool, foreign: set[int]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.foreign = foreign  # objects that are not made in the run
         self.calls: list[Call] = []
         self.paths: list[str] = []
         self.known: dict[int, Own | Map] = {}
@@ -228,7 +229,7 @@ class Tracer(TorchDispatchMode):
     def found(self, tensor: Tensor) -> Own | Map:
         """What a tensor is."""
         if id(tensor) not in self.known:
-            if tensor.numel() == 1:  # made of a number
+            if tensor.numel() == 1 and id(tensor) not in self.foreign and type(tensor) is Tensor:  # made of a number
                 self._remember(tensor, self.number(tensor.item(), tensor))
             else:
                 reason = "uses a tensor that is neither its own nor made in its forward"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
+from types import FunctionType, ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -57,7 +59,8 @@ class BlockPlan:
     region_dims: int
     transposed: bool  # whether regions come as [B, K, C]
     first: str  # the path of a weight, whose dtype and device are the module's
-    layers: tuple[tuple[str, str, tuple[tuple[str, Any], ...]], ...]  # path, class and settings of each
+    layers: tuple[tuple[str, str, tuple[str, ...], tuple[tuple[str, Any], ...]], ...]
+    """The path, the class, the names of tensors and the settings of each."""
 
     def weights(self, module: nn.Module, dtype: torch.dtype) -> Folded:
         """The folded weights of `module`, made of its present parameters and buffers in float32."""
@@ -119,22 +122,27 @@ class BlockPlan:
             and len(region_shape) == self.region_dims
             and shape[0] == region_shape[0]
             and shape[1] == region_shape[2 if self.transposed else 1] == self.channels
+            and all(size == 1 for size in region_shape[3:])
             and 0 not in shape
             and 0 not in region_shape
             and feats.device == regions.device == first.device
             and (dtype == regions.dtype == first.dtype or torch.is_autocast_enabled(feats.device.type))
         )
 
-    def random_inputs(self, seed: int) -> tuple[Tensor, Tensor]:
+    def random_inputs(
+        self, seed: int, batch: int = 2, sides: tuple[int, ...] = (5, 3, 2), regions: int = 4
+    ) -> tuple[Tensor, Tensor]:
         """Pixels and regions of the right channels and dimensions, in float32."""
         generator = torch.Generator().manual_seed(seed)
-        shape = (2, 4, self.channels) if self.transposed else (2, self.channels, 4)
-        feats = torch.randn((2, self.channels, *(5, 3, 2)[: self.dims - 2]), generator=generator)
+        shape = (batch, regions, self.channels) if self.transposed else (batch, self.channels, regions)
+        feats = torch.randn((batch, self.channels, *sides[: self.dims - 2]), generator=generator)
         return feats, torch.randn((*shape, *[1] * (self.region_dims - 3)), generator=generator)
 
     def fits(self, module: nn.Module) -> bool:
         """Whether the layers of `module` still are those that were planned, with the same settings."""
-        for path, name, settings in self.layers:
+        if len(list(module.modules())) != len(self.layers):
+            return False
+        for path, name, tensors, settings in self.layers:
             layer: Any = module
             for child in path.split(".") if path else ():
                 layer = layer._modules.get(child)
@@ -142,10 +150,43 @@ class BlockPlan:
                     return False
             if type(layer).__qualname__ != name:
                 return False
+            if present(layer) != tensors:
+                return False
             for attribute, value in settings:
                 if getattr(layer, attribute, None) != value:
                     return False
         return True
+
+
+def present(layer: nn.Module) -> tuple[str, ...]:
+    """The names of a layer's parameters and buffers that are there."""
+    entries = (*layer._parameters.items(), *layer._buffers.items())
+    return tuple([name for name, tensor in entries if tensor is not None])
+
+
+# The code of a module, which its plan was read off
+
+
+def own_classes(module: nn.Module) -> list[type]:
+    """The classes of a module that are not PyTorch's."""
+    return [base for base in type(module).__mro__ if base.__module__.partition(".")[0] not in ("torch", "builtins")]
+
+
+def functions_of(base: type) -> list[FunctionType]:
+    return [value for value in map(inspect.unwrap, vars(base).values()) if isinstance(value, FunctionType)]
+
+
+def globals_of(module: nn.Module) -> list[tuple[dict[str, Any], tuple[str, ...]]]:
+    """The globals of its code that are neither modules nor functions nor classes, and so may be other values later."""
+    found: dict[int, tuple[dict[str, Any], set[str]]] = {}
+    for base in {base for part in module.modules() for base in own_classes(part)}:
+        for function in functions_of(base):
+            names = found.setdefault(id(function.__globals__), (function.__globals__, set()))[1]
+            for name in function.__code__.co_names:
+                value = function.__globals__.get(name)
+                if value is not None and not callable(value) and not isinstance(value, ModuleType):
+                    names.add(name)
+    return [(globals, tuple(sorted(names))) for globals, names in found.values() if names]
 
 
 def _chain(columns: Tensor, parts: tuple[Any, ...]) -> Tensor:
