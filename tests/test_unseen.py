@@ -226,6 +226,111 @@ def test_modes_are_those_of_the_code(forward: Callable[..., Any], attentions: in
     torch.testing.assert_close(gradients, wanted, rtol=1e-10, atol=1e-10)
 
 
+class Above:
+    @staticmethod
+    def double(scores):
+        return 2 * scores
+
+    @classmethod
+    def half(cls, scores):
+        return 0.5 * scores
+
+    def expand(self, scores):
+        try:  # so that it has no copy
+            return scores * 3 if isinstance(scores, Tensor) else scores
+        except ZeroDivisionError:
+            return scores
+
+
+class Static(Above, nn.Module):
+    def forward(self, query, key, value):
+        scores = super().half(super().double(torch.matmul(rows(query), key)))
+        return torch.matmul(F.softmax(self.expand(scores), dim=-1), value.mT)
+
+
+class Doubled(nn.Softmax):
+    def __call__(self, scores):
+        return 2 * super().__call__(scores)
+
+
+def attention_of_a_called_child(self, query, key, value):
+    return torch.matmul(self.weigh(torch.matmul(rows(query), key)), value.mT)
+
+
+def attention_filling_containers(self, query, key, value):
+    kept, levels, level = [], [], {}
+    context = torch.matmul(F.softmax(torch.matmul(rows(query), key), dim=-1), value.mT)
+    keep(kept, context)
+    levels.append(level)
+    level["context"] = context
+    return kept[0], levels[0]["context"], len(level.values())
+
+
+def keep(kept, value):
+    kept.append(value)
+
+
+def attention_with_defaults(self, query, key, value):
+    scores = torch.matmul(rows(query), key)
+    tempered = lambda x=scores: temper(x, 3.0)  # noqa: E731 (what is tried here)
+    return torch.matmul(F.softmax(tempered(), dim=-1), value.mT)
+
+
+def attention_asking_its_class(self, query, key, value):
+    scores = torch.matmul(rows(query), key)
+    scores.scale = 3.0
+    scores = scores * scores.scale if scores.__class__ is Tensor else scores
+    return torch.matmul(F.softmax(scores, dim=-1), value.mT)
+
+
+def attention_of_aliases(self, query, key, value):
+    context = torch.matmul(F.softmax(torch.matmul(rows(query), key), dim=-1), value.mT)
+    turned = context.permute(0, 2, 1)
+    turned.mul_(2)
+    return context
+
+
+def attention_in_comprehensions(self, query, key, value):
+    with torch.no_grad():
+        weights = F.softmax(torch.matmul(rows(query), key), dim=-1)
+        turned = weights.transpose(1, 2)
+        [t.mul_(2) for t in [weights]]
+        return value @ turned
+
+
+def attention_of_data(self, query, key, value):
+    query = query.clone()
+    scores = torch.matmul(rows(query), key)
+    query.data = 2 * query.data
+    return torch.matmul(F.softmax(scores, dim=-1), value.mT) + rows(query).sum()
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize(
+    "module",
+    [
+        Static(),
+        of(attention_of_a_called_child, weigh=Doubled(dim=-1)),
+        of(attention_filling_containers),
+        of(attention_with_defaults),
+        of(attention_asking_its_class),
+        of(attention_of_aliases),
+        of(attention_in_comprehensions),
+        of(attention_of_data),
+    ],
+    ids=lambda module: type(module).__name__,
+)
+def test_traps(module: nn.Module, compiled: bool) -> None:
+    swapped = copy.deepcopy(module)
+    expected = module(*inputs())
+    replace_ocr_modules(swapped)
+    if compiled:
+        torch._dynamo.reset()
+        swapped = torch.compile(swapped, backend="aot_eager")
+    with use_backend("reference"):
+        torch.testing.assert_close(swapped(*inputs()), expected, rtol=1e-12, atol=1e-12)
+
+
 # Source files
 
 
@@ -667,6 +772,19 @@ def test_a_dry_run_leaves_no_children_behind() -> None:
     assert vars(module) == before
     assert not module._modules and not module._parameters and not module._buffers  # noqa: PT018 (one question)
     assert module.results == []
+
+
+def attention_modifying_its_query(self, query, key, value):
+    query *= 0.5
+    return torch.matmul(F.softmax(torch.matmul(rows(query), key), dim=-1), value.mT)
+
+
+def test_arguments_that_are_modified_and_buffers_of_other_kinds() -> None:
+    module = of(attention_modifying_its_query)
+    module.register_buffer("mask", torch.eye(3).to_sparse())
+    module.register_buffer("absent", torch.empty(2, device="meta"))
+    report = replace_ocr_modules(module, example_inputs=inputs())
+    assert [row.computations for row in report.swapped] == [("attention",)]
 
 
 def test_an_error_of_the_model_in_a_dry_run_is_a_row() -> None:

@@ -39,7 +39,13 @@ class BlockCache:
 
     def forget(self) -> None:
         """For what PyTorch does not count: changes through `parameter.data` and by fused optimizers."""
-        self.snapshot = None
+        if self.snapshot is not None:
+            self.snapshot.dtype = None  # is that of no call; what it knows of the module's structure stays
+
+    def watch(self, module: nn.Module) -> None:
+        """Remember what the plan was made of, before the first call."""
+        self.snapshot = Snapshot(module, self.plan, torch.float32)
+        self.forget()
 
     def weights_for(self, module: nn.Module, feats: Any, regions: Any) -> Folded | None:
         """The folded weights for a call with these pixels and regions; None where the module's own forward is to run.
@@ -97,10 +103,10 @@ class Snapshot:
     """Folded weights, and all that they were made from: a module's layers, their attributes, parameters and buffers."""
 
     def __init__(self, module: nn.Module, plan: BlockPlan | None, dtype: torch.dtype) -> None:
+        self.dtype: torch.dtype | None = dtype
         self.plan = plan
         self.weights = None if plan is None else plan.weights(module, dtype)
         self.first = None if plan is None else tensor_at(module, plan.first)
-        self.dtype = dtype
         self.layers = list(module.modules())
         self.classes = list(map(type, self.layers))
         self.attributes = list(map(vars, self.layers))

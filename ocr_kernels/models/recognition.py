@@ -286,11 +286,11 @@ class Recognition:
         if type(value) in (list, dict):
             for key, item in list(enumerate(value) if isinstance(value, list) else value.items()):
                 settled = self.settle(item)
-                if settled is not item:
+                if torch.compiler.is_compiling() or settled is not item:
                     value[key] = settled
         elif isinstance(value, tuple):
             items = [self.settle(item) for item in value]
-            if any(new is not old for new, old in zip(items, value, strict=True)):
+            if torch.compiler.is_compiling() or any(new is not old for new, old in zip(items, value, strict=True)):
                 return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
         return value
 
@@ -484,7 +484,7 @@ def _is_number(x: Any) -> bool:
 def _number(x: Any) -> float | None:
     """`x` as a number, if it is one, or a tensor of one that is not trained and is at hand."""
     if _is_number(x):
-        return x  # type: ignore[no-any-return]
+        return float(x)
     if type(x) is Tensor and x.dim() == 0 and x.is_cpu and x.is_floating_point() and not x.requires_grad:
         try:
             return None if torch.compiler.is_compiling() else x.item()

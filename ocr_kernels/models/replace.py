@@ -237,6 +237,7 @@ def _as_a_block(
         errors = verify(module, plan, example)
         if not isinstance(errors, str):
             replacement.block = BlockCache(plan)
+            replacement.block.watch(module)
             before = row.computations if isinstance(row, Swapped) else ()
             found = row if isinstance(row, Swapped) else Swapped(name, type(module).__qualname__)
             backends = dict.fromkeys([found.backend, _backend(module, module, *IMPLEMENTED)])

@@ -18,7 +18,9 @@ from types import CellType, CodeType, FunctionType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from ocr_kernels.models.recognition import Deferred
 
 PRODUCTS = frozenset({"matmul", "bmm", "baddbmm", "einsum", "@", "scaled_dot_product_attention"})
 THIS = "_ocr_kernels"
@@ -27,6 +29,9 @@ _VIEWS = frozenset(
     "size dim numel view reshape flatten unflatten permute transpose contiguous unsqueeze expand format".split()  # noqa: SIM905 (shorter)
 )
 """Methods that modify nothing, and ask for no type of what they are called on."""
+_ASKED = frozenset({"__class__", "__dict__", "data", "grad"}) | vars(Deferred).keys() - set(dir(Tensor))
+_ASKED |= frozenset("call flipped is_result operands origin recognition scale softmaxed spatial value".split())  # noqa: SIM905
+"""Attributes for which what stands for a tensor has no answer, or another."""
 _DEFINITIONS = ast.FunctionDef, ast.Lambda, ast.GeneratorExp
 _UNSEEN = (
     *(ast.Global, ast.Nonlocal, ast.Yield, ast.YieldFrom, ast.Await, ast.Match),
@@ -195,6 +200,8 @@ def _unseen(definition: ast.FunctionDef) -> str | None:
             return f"line {node.lineno} of its code has a {type(node).__name__}"
         if isinstance(node, ast.Name) and node.id in ("exec", "eval", "locals", THIS):
             return f"line {node.lineno} of its code has {node.id}"
+        if isinstance(node, ast.Attribute) and node.attr in ("numpy", "untyped_storage", "data_ptr"):
+            return f"line {node.lineno} of its code has {node.attr}, which gives a tensor's memory away"
         if isinstance(node, _DEFINITIONS) and node not in consumed:
             inside = {name.id for name in ast.walk(node) if isinstance(name, ast.Name)}
             used = (inside & variables) - _stored(node) - {n.arg for n in ast.walk(node) if isinstance(n, ast.arg)}
@@ -352,7 +359,7 @@ class _Calls(ast.NodeTransformer):
 
     def visit_Attribute(self, node: ast.Attribute) -> Any:
         self.generic_visit(node)
-        asks = not isinstance(node.ctx, ast.Load) or node.attr in ("__class__", "__dict__", "data", "grad")
+        asks = not isinstance(node.ctx, ast.Load) or node.attr in _ASKED
         if asks and not (isinstance(node.value, ast.Name) and node.value.id == "self"):
             node.value = ast.copy_location(self._recognition("settle", node.value), node.value)
         return node

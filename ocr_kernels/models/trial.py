@@ -57,7 +57,8 @@ def dry_run(
     if any(map(is_lazy, model.parameters())):
         return findings, "the model has parameters that its first call makes; call it once before"
     kwargs = example_inputs if isinstance(example_inputs, dict) else {}
-    args = example_inputs if isinstance(example_inputs, tuple) else () if kwargs else (example_inputs,)
+    args = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    args = () if isinstance(example_inputs, dict) else args
     args, kwargs = cloned((args, kwargs))
     with _running, torch.no_grad(), forked_rng(model), preserved(model), torch.compiler.set_stance("force_eager"):
         for module, replacement in replacements.items():
@@ -110,16 +111,13 @@ def _is_observed(module: nn.Module) -> bool:
 
 def _run(module: nn.Module, forward: Callable[[Any, Any], Any], args: Any, kwargs: Any, grad: bool) -> tuple[Any, int]:
     """What a forward gives, and how many bytes it saves for a backward pass beside its inputs and parameters."""
-    args, kwargs = cloned((args, kwargs))
+    args, kwargs = pytree.tree_map_only(Tensor, lambda t: _given(t, grad), (args, kwargs))
     given = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-    if grad:
-        for tensor in given:
-            tensor.requires_grad_(tensor.is_floating_point())
     own = {_address(t) for t in [*given, *module.parameters(), *module.buffers()]}
     saved: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:
-        if _address(tensor) not in own:
+        if _address(tensor) not in own and tensor.layout is torch.strided:
             saved[_address(tensor)] = tensor.untyped_storage().nbytes()
         return tensor
 
@@ -129,8 +127,17 @@ def _run(module: nn.Module, forward: Callable[[Any, Any], Any], args: Any, kwarg
         return pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), out), sum(saved.values())
 
 
+def _given(tensor: Tensor, grad: bool) -> Tensor:
+    """A copy as a model would hand it on: of what wants gradients, and may be modified in place."""
+    with torch.set_grad_enabled(grad):
+        return tensor.detach().clone().requires_grad_(grad and tensor.is_floating_point()).clone()
+
+
 def _address(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (RuntimeError, NotImplementedError):  # of tensors that are not dense
+        return id(tensor)
 
 
 def _exact(module: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -214,8 +221,9 @@ def preserved(model: nn.Module) -> Iterator[None]:
             (holder.update if isinstance(holder, (dict, set)) else holder.extend)(was)
         with torch.no_grad():
             for tensor, value in values:
-                if not torch.equal(tensor, value):
-                    tensor.copy_(value)
+                with contextlib.suppress(RuntimeError, NotImplementedError):  # of tensors that are not dense, or meta
+                    if not torch.equal(tensor, value):
+                        tensor.copy_(value)
 
 
 _CONTAINERS = dict, list, set, deque
