@@ -42,6 +42,7 @@ def seeded() -> Iterator[None]:
         yield
 
 
+HALVES = torch.bfloat16, torch.float16
 all_heads = pytest.mark.parametrize("build", HEADS.values(), ids=HEADS)
 
 
@@ -69,8 +70,8 @@ def agree(found: Tensor, module: nn.Module, args: tuple[Tensor, Tensor]) -> None
 # What it computes
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, *(pytest.param(t, marks=pytest.mark.wide) for t in HALVES)])
+@pytest.mark.parametrize("layout", ["contiguous", pytest.param("channels_last", marks=pytest.mark.wide)])
 @all_heads
 @torch.no_grad()
 def test_parity(build: Callable[[], nn.Module], layout: Any, dtype: torch.dtype) -> None:

@@ -18,7 +18,7 @@ import math
 import operator
 from collections.abc import Callable, Iterator, Mapping
 from types import BuiltinFunctionType, FunctionType, MethodType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -54,12 +54,13 @@ Settings = tuple[bool, "torch.dtype | None"]
 """Gradients on or off, and the autocast dtype."""
 
 
-class Origin(NamedTuple):
+class Origin:
     """What a chain of deferred calls started from: the tensors, their versions, the settings."""
 
-    tensors: tuple[Tensor, ...]
-    versions: tuple[int, ...]
-    settings: Settings
+    def __init__(self, tensors: tuple[Tensor, ...], settings: Settings) -> None:
+        self.tensors = tensors
+        self.versions = _versions(tensors)
+        self.settings = settings
 
     def check_unchanged(self) -> None:
         if self.versions != _versions(self.tensors):
@@ -101,7 +102,7 @@ class Deferred:
         self.scale = scale
         self.flipped = flipped
         self.softmaxed = softmaxed
-        self.origin = origin or Origin(operands, _versions(operands), _settings(operands[0]))
+        self.origin = origin or Origin(operands, _settings(operands[0]))
         self.is_result = is_result
         self.spatial = spatial
         self.value = None
@@ -132,7 +133,7 @@ class Deferred:
         """Copy what this has to read, so that it may be modified in place."""
         self.operands = tuple(operand.clone() for operand in self.operands)
         self.call = (self._formula, (), {})
-        self.origin = self.origin._replace(tensors=self.operands, versions=_versions(self.operands))
+        self.origin = Origin(self.operands, self.origin.settings)
 
     def _formula(self) -> Tensor:
         first, *rest = self.operands
@@ -659,7 +660,9 @@ def _product(mode: Recognition, func: Callable[..., Any], args: tuple[Any, ...],
 def _added_product(mode: Recognition, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """`baddbmm` with `beta=0`, which is `alpha` times a product."""
     numbers = {"beta": kwargs.get("beta", 1), "alpha": kwargs.get("alpha", 1)}
-    if len(args) != 3 or kwargs.keys() - numbers or numbers["beta"] != 0 or not _is_number(numbers["alpha"]):
+    if len(args) != 3 or any(name not in numbers for name in kwargs):
+        return None
+    if numbers["beta"] != 0 or not _is_number(numbers["alpha"]):
         return None
     return mode.product(args[1], args[2], (func, args, kwargs), factor=numbers["alpha"])
 

@@ -333,7 +333,11 @@ class _Calls(ast.NodeTransformer):
         return node if name is None else ast.copy_location(self._recognition(name, node.left, node.right), node)
 
     def visit_With(self, node: ast.With) -> Any:
+        modes = [item.context_expr for item in node.items]
         self.generic_visit(node)
+        for item, mode in zip(node.items, modes, strict=True):
+            if isinstance(mode, ast.Call) and all(map(self._is_size, mode.args)) and not mode.keywords:
+                item.context_expr = mode  # is given no tensor
         node.body = [*node.body, ast.copy_location(ast.Expr(self._recognition("compute_all")), node)]
         return [ast.copy_location(ast.Expr(self._recognition("compute_all")), node), node]
 
