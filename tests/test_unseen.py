@@ -787,6 +787,22 @@ def test_arguments_that_are_modified_and_buffers_of_other_kinds() -> None:
     assert [row.computations for row in report.swapped] == [("attention",)]
 
 
+def attention_counting(self, query, key, value):
+    self.seen.mul_(2)
+    self.calls.add_(1)
+    return torch.matmul(F.softmax(torch.matmul(rows(query), key), dim=-1), value.mT)
+
+
+def test_buffers_of_every_kind_are_put_back() -> None:
+    module = of(attention_counting)
+    module.register_buffer("seen", torch.eye(3).to_sparse())
+    module.register_buffer("calls", torch.tensor([torch.nan, 0.0]))
+    module.register_buffer("expanded", torch.full((1,), torch.nan).expand(3))
+    assert replace_ocr_modules(module, example_inputs=inputs())
+    assert torch.equal(module.seen.to_dense(), torch.eye(3))
+    assert module.calls[1] == 0
+
+
 def test_an_error_of_the_model_in_a_dry_run_is_a_row() -> None:
     model = nn.Sequential(reference.OCRHead(12, 4, 8, 6))
     model[0].conv3x3_ocr.register_forward_hook(lambda module, args, out: out.register_hook(print) and None)

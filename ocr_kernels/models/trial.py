@@ -56,6 +56,8 @@ def dry_run(
     findings: dict[nn.Module, Finding] = {}
     if any(map(is_lazy, model.parameters())):
         return findings, "the model has parameters that its first call makes; call it once before"
+    if any(tensor.is_nested for tensor in model.buffers()):
+        return findings, "the model has a nested tensor, which could not be put back"
     kwargs = example_inputs if isinstance(example_inputs, dict) else {}
     args = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     args = () if isinstance(example_inputs, dict) else args
@@ -221,9 +223,15 @@ def preserved(model: nn.Module) -> Iterator[None]:
             (holder.update if isinstance(holder, (dict, set)) else holder.extend)(was)
         with torch.no_grad():
             for tensor, value in values:
-                with contextlib.suppress(RuntimeError, NotImplementedError):  # of tensors that are not dense, or meta
-                    if not torch.equal(tensor, value):
-                        tensor.copy_(value)
+                if not _is_unchanged(tensor, value):
+                    tensor.copy_(value)
+
+
+def _is_unchanged(tensor: Tensor, value: Tensor) -> bool:
+    if tensor.is_meta:  # which has no values
+        return True
+    a, b = (t if t.layout is torch.strided else t.to_dense() for t in (tensor, value))
+    return a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())
 
 
 _CONTAINERS = dict, list, set, deque
