@@ -108,6 +108,56 @@ class RegionRows(OneLayer):
         return super().attend(query, key.mT, value.mT)
 
 
+class Pooled(Head):
+    """Pixels that attend at a lower resolution."""
+
+    factor: Any = 2
+    mode = "bilinear"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool = (nn.AvgPool2d if self.dims == 2 else nn.MaxPool3d)(self.factor)
+
+    def forward(self, x: Tensor, proxies: Tensor) -> Any:
+        low = self.pool(x)
+        query, key, value = self.theta(low), self.phi(proxies), self.g(proxies)
+        context = self.attend(query.flatten(2), key.flatten(2), value.flatten(2))
+        return self.join(x, self.enlarged(self.out(context.reshape(query.shape)), x))
+
+    def enlarged(self, context: Tensor, x: Tensor) -> Tensor:
+        return F.interpolate(context, size=x.shape[2:], mode=self.mode)
+
+
+class PooledSideways(Pooled):
+    factor, mode = (1, 3), "bicubic"
+
+
+class PooledVolume(Pooled):
+    dims = region_dims = 3
+    mode = "nearest"
+
+
+class ByFactor(Pooled):
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool = nn.MaxPool2d(2, ceil_mode=True)
+
+    def enlarged(self, context: Tensor, x: Tensor) -> Tensor:
+        return F.interpolate(context, scale_factor=2.0)[..., : x.shape[2], : x.shape[3]]
+
+
+class PooledTwice(Pooled):
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool = nn.Sequential(nn.MaxPool2d(2), nn.MaxPool2d(2))
+
+
+class FixedSize(Pooled):
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool = nn.AdaptiveAvgPool2d(2)
+
+
 class RegionNorms(RegionColumns):
     """GroupNorm on regions."""
 
@@ -254,6 +304,11 @@ HEADS: dict[str, Callable[[], nn.Module]] = {
     "residual": Residual,
     "learned temperature": Temperature,
     "resized by 1": Resized,
+    "scale": functools.partial(ours, scale=2),
+    "large scale": functools.partial(ours, reference, scale=4),
+    "pooled": Pooled,
+    "pooled sideways": PooledSideways,
+    "pooled volume": PooledVolume,
     "no up": NoUp,
     "few contexts": lambda: Head(contexts=5),
     "ABN": lambda: Head(norm=ActivatedNorm, act=nn.Identity),
@@ -442,7 +497,9 @@ REFUSALS: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: Head(norm=functools.partial(nn.BatchNorm2d, track_running_stats=False)),
         "it has a norm without running statistics",
     ),
-    "scale": (functools.partial(ours, scale=2), "it attends at a lower resolution (scale > 1)"),
+    "by a factor": (ByFactor, "it resizes its contexts by a factor, not to the size of its pixels"),
+    "pooled twice": (PooledTwice, "it has pooled of pixels where step 4 has none"),
+    "a fixed size": (FixedSize, "it pools its pixels to a fixed size"),
     "3x3": (Wide, "it has a convolution that is not 1x1"),
     "wrong axis": (WrongAxis, "it takes its softmax over pixels, not over regions"),
     "two heads": (TwoHeads, "several heads"),

@@ -26,6 +26,11 @@ def empty_in_format(like: Tensor, channels: int) -> Tensor:
     return like.new_empty((batch, channels, *spatial))
 
 
+def in_format(out: Tensor, like: Tensor) -> Tensor:
+    """`out` in the memory format that `empty_in_format` gives."""
+    return out.movedim(1, -1).contiguous().movedim(-1, 1) if is_channels_last(like) else out.contiguous()
+
+
 def statistics_dtype(*tensors: Tensor) -> torch.dtype:
     """The dtype of sums and softmax statistics: float64 if any input is, otherwise float32."""
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ocr_kernels.core.layout import is_channels_last
+from ocr_kernels.core.layout import in_format
 
 
 def ocr_head(
@@ -109,24 +109,25 @@ def whole(
     dtype = feats.dtype
     query = feats
     for (weight, layer_bias), slope in zip(layers, slopes, strict=False):
-        query = activate_(_convolved(query, weight, layer_bias), slope).to(dtype)  # [B, D, *S]
+        query = activate_(convolved(query, weight, layer_bias), slope).to(dtype)  # [B, D, *S]
     scores = scale * torch.matmul(query.flatten(2).transpose(1, 2), key).float()  # [B, N, K]
     attention = F.softmax(scores, dim=2).to(dtype)
     context = torch.matmul(attention, context_regions.transpose(1, 2)) + up_bias  # y, [B, N, Y]
     context = activate_(context, slopes[2]).to(dtype)
     context = context.view(batch, *spatial, context.shape[2]).movedim(-1, 1)
     both, fusing = torch.cat((context, feats), 1), torch.cat((on_context, on_pixels), 1)
-    out = activate_(_convolved(both, fusing, bias), slopes[3])
+    out = activate_(convolved(both, fusing, bias), slopes[3])
     if classifier:
-        out = _convolved(out.to(dtype), *classifier)
+        out = convolved(out.to(dtype), *classifier)
     if output == "classes":
         return out.argmax(1)
-    out = out.to(dtype)
-    return out.movedim(1, -1).contiguous().movedim(-1, 1) if is_channels_last(feats) else out.contiguous()
+    return in_format(out.to(dtype), feats)
 
 
-def _convolved(feats: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def convolved(feats: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """W x + b of `[B, channels, *S]` in the dtype of b."""
     ones = (1,) * (feats.dim() - 2)
     convolution = (F.conv1d, F.conv2d, F.conv3d)[feats.dim() - 3]
-    return convolution(feats, weight.view(*weight.shape, *ones)) + bias.view(-1, *ones)
+    fused = bias if bias is not None and bias.dtype == feats.dtype else None
+    out = convolution(feats, weight.view(*weight.shape, *ones), fused)
+    return out if bias is None or bias is fused else out + bias.view(-1, *ones)

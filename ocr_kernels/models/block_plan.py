@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ocr_kernels.head.functional import DTYPES
 from ocr_kernels.models.block_trace import Call, Map, Node, Own, Ref, Tracer, Unmatched, tensor_at
-from ocr_kernels.models.block_weights import BlockPlan, Layer, functions_of, globals_of, own_classes, present
+from ocr_kernels.models.block_weights import BlockPlan, Layer, Resizing, functions_of, globals_of, own_classes, present
 from ocr_kernels.models.recognition import has_own_forward
 
 VERIFICATION_BOUND = 1e-4
@@ -216,11 +216,12 @@ def _shapes(module: nn.Module, example: tuple[Tensor, Tensor] | None) -> Iterato
         region_dims = [4, 3, 5]
     with torch.device("cpu"):
         generator = torch.Generator().manual_seed(0)
-        for c, d, r, transposed in itertools.product(channels, dims, region_dims, (False, True)):
+        sides = [(5, 3, 2), *[(17, 19, 16)] * any("Pool" in type(part).__name__ for part in module.modules())]
+        for side, c, d, r, transposed in itertools.product(sides, channels, dims, region_dims, (False, True)):
             shape = (2, regions, c) if transposed else (2, c, regions)
             if example is not None and example[1].shape[2 if transposed else 1] != c:
                 continue
-            x = torch.randn((2, c, *(5, 3, 2)[:d]), generator=generator, dtype=torch.float32)
+            x = torch.randn((2, c, *side[:d]), generator=generator, dtype=torch.float32)
             f = torch.randn((*shape, *[1] * (r - 3)), generator=generator, dtype=torch.float32)
             yield (x, f), transposed
 
@@ -332,7 +333,7 @@ def _plan(module: nn.Module, tracer: Tracer, out: Any, inputs: tuple[Tensor, Ten
         raise Unmatched("joins other maps than pixels and contexts")
     y = contexts[0]
     halves = {leaf: tracer.matrix(fusing, rows).ref for leaf, rows in fusing.terms.items()}
-    context, up_slope = _activated(y)
+    context, up_slope = _activated(y if y.kind != "resized" else y.inputs[0])
     up: Any = None
     up_bias = None
     if context.kind != "context":
@@ -353,7 +354,11 @@ def _plan(module: nn.Module, tracer: Tracer, out: Any, inputs: tuple[Tensor, Ten
     query, key = scores.inputs
     for number in learned:
         key = Node("scaled", key.axes, key.shape, (key,), factor=number)
-    pixels = _layers(tracer, query, "feats")
+    pooled = query.shape[2] != z.shape[2]
+    if pooled != (y.kind == "resized") or (pooled and y.shape[2] != z.shape[2]):
+        raise Unmatched("resizes its contexts otherwise than to the size of its pixels")
+    pixels = _layers(tracer, query, "pooled" if pooled else "feats")
+    resizing = _resizing(query, y) if pooled else None
     if not all(isinstance(layer, Layer) for layer in pixels) or not 1 <= len(pixels) <= 2:
         raise Unmatched(f"puts the pixels through {len(pixels)} layers before it attends, instead of one or two")
     regions = tuple(_layers(tracer, key, "regions")), tuple(_layers(tracer, value, "regions"))
@@ -375,6 +380,7 @@ def _plan(module: nn.Module, tracer: Tracer, out: Any, inputs: tuple[Tensor, Ten
         context=halves[y],
         fusing=fuse,
         scale=factor,
+        resizing=resizing,
         channels=feats.shape[1],
         dims=feats.dim(),
         region_dims=inputs[1].dim(),
@@ -384,6 +390,16 @@ def _plan(module: nn.Module, tracer: Tracer, out: Any, inputs: tuple[Tensor, Ten
             (path, type(part).__qualname__, present(part), _settings(part)) for path, part in module.named_modules()
         ),
     )
+
+
+def _resizing(query: Node, y: Node) -> Resizing:
+    pooled = query
+    while pooled.kind != "pooled":
+        pooled = next(iter(pooled.inputs or pooled.terms))
+    if pooled.inputs[0].kind != "feats" or pooled.call is None or y.call is None:
+        raise Unmatched(_stray(pooled.inputs[0]))
+    sizes = pooled.call.args[:2]  # of windows, and their steps
+    return Resizing(pooled.call, y.call, max(itertools.chain(*sizes)))
 
 
 def _settings(part: nn.Module) -> tuple[tuple[str, Any], ...]:

@@ -127,7 +127,8 @@ class Node:
     """A map `[B, channels, pixels]` ("bcn"), `[B, channels, regions]` ("bck") or `[B, regions, pixels]` ("bkn").
 
     kind: feats, regions; linear (sum of matrices times `terms`, plus `bias`); activation (of `slope`); scaled (by
-    `factor`); function (`call` of a map of regions); scores, weights, context; other, which `reason` describes.
+    `factor`); function (`call` of a map of regions); pooled and resized (by `call`, to another number of pixels);
+    scores, weights, context; other, which `reason` describes.
     """
 
     kind: str
@@ -328,17 +329,30 @@ class Tracer(TorchDispatchMode):
         if name in MOVES and isinstance(x, Map):
             moved = func(x.index, *rest, **kwargs)
             return [Map(x.node, index) for index in pytree.tree_leaves(moved)]
-        resizes = "pool" in name or "upsample" in name
-        if resizes and outputs[0].shape == args[0].shape and torch.equal(outputs[0], args[0]):
-            return [x]  # by a factor of 1
+        if "pool" in name or "upsample" in name:
+            same = outputs[0].shape == args[0].shape and torch.equal(outputs[0], args[0])
+            return [x if same else self._resized(x, name, rest, outputs[0])]
         handler = getattr(self, f"_on_{name}", None)
         if handler is not None:
             return [handler(x, *rest, **kwargs)]
         if name in FUNCTIONS:
             return [self._function(x, func, rest, kwargs, name)]
-        if resizes:
-            raise Unmatched("attends at a lower resolution (scale > 1)")
         raise Unmatched(f"computes {name}")
+
+    def _resized(self, x: Any, name: str, rest: list[Any], out: Tensor) -> Map:
+        """Pixels pooled, or contexts resized to the size of the pixels, which is not among the call's arguments."""
+        index = torch.arange(out.numel()).view(out.shape)
+        if not isinstance(x, Map) or x.node.axes != "bcn" or not _is_laid_out(x):
+            raise Unmatched("pools or resizes something else than a map of pixels")
+        if "adaptive" in name:
+            raise Unmatched("pools its pixels to a fixed size")
+        kind, function = "pooled", getattr(aten, name.removesuffix("_with_indices")).default
+        if "upsample" in name:
+            kind, (_, *rest) = "resized", rest
+            if any(isinstance(factor, float) for factor in rest):
+                raise Unmatched("resizes its contexts by a factor, not to the size of its pixels")
+        node = Node(kind, "bcn", out.flatten(2).shape, (x.node,), call=Call(function, tuple(rest)))
+        return Map(node, index)
 
     # Layers
 
@@ -666,6 +680,11 @@ class Tracer(TorchDispatchMode):
 def channel_norm(x: Tensor, shape: list[int], weight: Any, bias: Any, eps: float) -> Tensor:
     """LayerNorm of the channels of `[B, C, K]`."""
     return F.layer_norm(x.mT, shape, weight, bias, eps).mT
+
+
+def _is_laid_out(x: Map) -> bool:
+    """Whether a tensor has the channels of a map in dimension 1, and its pixels, in order, after it."""
+    return x.index.dim() > 2 and torch.equal(x.index.flatten(), torch.arange(math.prod(x.node.shape)))
 
 
 def _unscaled(node: Node) -> tuple[Node, list[Own | float]]:

@@ -11,8 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ocr_kernels.head.functional import HeadWeights, Slopes, ocr_head
-from ocr_kernels.head.reference import activate_
+from ocr_kernels.attention import pixel_region_attention
+from ocr_kernels.core.layout import in_format
+from ocr_kernels.head.functional import IMPLEMENTED, HeadWeights, Slopes, ocr_head
+from ocr_kernels.head.reference import activate_, convolved
 from ocr_kernels.models.block_trace import Call, Program, Ref
 
 
@@ -24,6 +26,31 @@ class Layer(NamedTuple):
     slope: float
 
 
+class Resizing(NamedTuple):
+    """How pixels attend at a lower resolution."""
+
+    pool: Call
+    resize: Call  # contexts, to the size that follows
+    factor: int  # by which sides get shorter, rounded up
+
+    def run(self, feats: Tensor, key: Tensor, value: Tensor, head: HeadWeights) -> Tensor:
+        """z of `ocr_head`, with y made of pooled feats. Resizing commutes with the half of g that takes y."""
+        device, dtype, slopes = feats.device, feats.dtype, head.slopes
+        query = self.pool.run((), device, feats)
+        phi = [(head.pixel_in, head.pixel_in_bias, slopes.pixel_in)]
+        if head.pixel_out is not None and head.pixel_out_bias is not None:
+            phi.append((head.pixel_out, head.pixel_out_bias, slopes.pixel_out))
+        for weight, bias, slope in phi:
+            query = activate_(convolved(query, weight, bias), slope).to(dtype)
+        context_regions = value if head.up is None else torch.matmul(head.up, value)  # u, [B, Y, K]
+        context = pixel_region_attention(query, key, context_regions, head.scale)
+        context = context + head.up_bias.view(-1, *(1,) * (feats.dim() - 2))
+        context = convolved(activate_(context, slopes.up).to(dtype), head.context)
+        context = self.resize.run((), device, context, feats.shape[2:])
+        out = activate_(convolved(feats, head.pixels, head.bias).add_(context), slopes.fusing)
+        return in_format(out.to(dtype), feats)
+
+
 class Folded(NamedTuple):
     """What a call takes: the head's weights, and what makes keys and values of regions, with tensors in it."""
 
@@ -31,6 +58,7 @@ class Folded(NamedTuple):
     key: tuple[Any, ...]
     value: tuple[Any, ...]
     transposed: bool  # whether regions come as [B, K, C]
+    resizing: Resizing | None
 
     def compute(self, feats: Tensor, regions: Tensor, backend: str | None = None) -> Tensor:
         """z in the dtype of the weights, in the memory format of feats."""
@@ -39,6 +67,8 @@ class Folded(NamedTuple):
             columns = regions.to(dtype).flatten(2)
             columns = columns if self.transposed else columns.transpose(1, 2)  # [B, K, C]
             key, value = _chain(columns, self.key), _chain(columns, self.value)
+            if self.resizing is not None:
+                return self.resizing.run(feats.to(dtype), key, value, self.head)
             return ocr_head(feats.to(dtype), (key, value), self.head, backend=backend)
 
 
@@ -54,6 +84,7 @@ class BlockPlan:
     context: Ref  # the half of g that takes y
     fusing: Layer  # the half of g that takes x
     scale: float
+    resizing: Resizing | None
     channels: int
     dims: int  # of feats
     region_dims: int
@@ -61,6 +92,11 @@ class BlockPlan:
     first: str  # the path of a weight, whose dtype and device are the module's
     layers: tuple[tuple[str, str, tuple[str, ...], tuple[tuple[str, Any], ...]], ...]
     """The path, the class, the names of tensors and the settings of each."""
+
+    @property
+    def implemented(self) -> tuple[str, ...]:
+        """The backends of what it runs; none means all."""
+        return IMPLEMENTED if self.resizing is None else ()
 
     def weights(self, module: nn.Module, dtype: torch.dtype) -> Folded:
         """The folded weights of `module`, made of its present parameters and buffers in float32."""
@@ -105,7 +141,9 @@ class BlockPlan:
                 slopes=slopes._replace(up=self.up.slope, fusing=self.fusing.slope),
                 scale=self.scale,
             )
-            return Folded(head, tuple(map(part, self.key)), tuple(map(part, self.value)), self.transposed)
+            return Folded(
+                head, tuple(map(part, self.key)), tuple(map(part, self.value)), self.transposed, self.resizing
+            )
 
     def run(self, module: nn.Module, feats: Tensor, regions: Tensor) -> Tensor:
         """z of `module`, in the shape and memory format that its own forward gives it."""
@@ -135,7 +173,9 @@ class BlockPlan:
         """Pixels and regions of the right channels and dimensions, in float32."""
         generator = torch.Generator().manual_seed(seed)
         shape = (batch, regions, self.channels) if self.transposed else (batch, self.channels, regions)
-        feats = torch.randn((batch, self.channels, *sides[: self.dims - 2]), generator=generator)
+        factor = self.resizing.factor if self.resizing is not None else 1
+        sides = tuple(side * factor + (factor > 1 and side % 2) for side in sides[: self.dims - 2])
+        feats = torch.randn((batch, self.channels, *sides), generator=generator)
         return feats, torch.randn((*shape, *[1] * (self.region_dims - 3)), generator=generator)
 
     def fits(self, module: nn.Module) -> bool:

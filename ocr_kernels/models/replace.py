@@ -16,7 +16,6 @@ from torch.nn.parameter import is_lazy
 
 from ocr_kernels import modules
 from ocr_kernels.core.backends import resolve_backend
-from ocr_kernels.head.functional import IMPLEMENTED
 from ocr_kernels.models.block_cache import BlockCache
 from ocr_kernels.models.block_plan import plan_block, verify
 from ocr_kernels.models.block_weights import BlockPlan
@@ -240,7 +239,7 @@ def _as_a_block(
             replacement.block.watch(module)
             before = row.computations if isinstance(row, Swapped) else ()
             found = row if isinstance(row, Swapped) else Swapped(name, type(module).__qualname__)
-            backends = dict.fromkeys([found.backend, _backend(module, module, *IMPLEMENTED)])
+            backends = dict.fromkeys([found.backend, _backend(module, module, *plan.implemented)])
             error, eager_error, relative = errors
             return dataclasses.replace(
                 found,
