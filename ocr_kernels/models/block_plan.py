@@ -22,6 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ocr_kernels.head.functional import DTYPES
 from ocr_kernels.models.block_trace import Call, Map, Node, Own, Ref, Tracer, Unmatched, tensor_at
 from ocr_kernels.models.block_weights import BlockPlan, Layer, Resizing, functions_of, globals_of, own_classes, present
+from ocr_kernels.models.classifier import matrix_of
 from ocr_kernels.models.recognition import has_own_forward
 
 VERIFICATION_BOUND = 1e-4
@@ -45,17 +46,24 @@ Forward = Callable[..., Any]
 
 
 def verify(
-    module: nn.Module, plan: BlockPlan, example: tuple[Tensor, Tensor] | None = None, *, forward: Forward | None = None
+    module: nn.Module,
+    plan: BlockPlan,
+    example: tuple[Tensor, Tensor] | None = None,
+    *,
+    forward: Forward | None = None,
+    classifier: nn.Module | None = None,
 ) -> tuple[float, float, float] | str:
     """The plan's error against the module's own forward in float64, eager's own in its dtype, and the relative one.
 
     Or why the plan is wrong: with random weights in float32 it is off, or with the real ones by more than 4 times what
-    eager is off, plus 4 eps of the largest value. Without `example` pixels and regions are random.
+    eager is off, plus 4 eps of the largest value. Without `example` pixels and regions are random. With a classifier,
+    whose op is that of the plan, logits are compared.
     """
     own = forward or type(module).forward
     try:
         with quiet([*module.parameters(), *module.buffers()]):
-            return _off_at_random(module, plan, own) or _errors(module, plan, own, example)
+            off = "" if classifier is not None else _off_at_random(module, plan, own)
+            return off or _errors(module, plan, own, example, classifier)
     except Exception as error:
         return f"it fails on pixels and regions: {error}"
 
@@ -91,7 +99,11 @@ def _off_at_random(module: nn.Module, plan: BlockPlan, forward: Forward) -> str:
 
 
 def _errors(
-    module: nn.Module, plan: BlockPlan, forward: Forward, example: tuple[Tensor, Tensor] | None
+    module: nn.Module,
+    plan: BlockPlan,
+    forward: Forward,
+    example: tuple[Tensor, Tensor] | None,
+    classifier: nn.Module | None,
 ) -> tuple[float, float, float] | str:
     first = tensor_at(module, plan.first)
     trial = _copied(module, keep=True)
@@ -99,9 +111,17 @@ def _errors(
     if not plan.takes(feats, regions, first):
         feats, regions = (tensor.to(first) for tensor in plan.random_inputs(2))
     with torch.device(first.device):
-        found = plan.weights(trial, first.dtype).compute(feats, regions).double()
-        eager = forward(trial, feats.clone(), regions.clone()).double()
-        exact = forward(trial.double(), feats.double(), regions.double())
+        weights = plan.weights(trial, first.dtype)
+        after = nn.Identity() if classifier is None else _copied(classifier, keep=True)
+        if classifier is not None:
+            layer = matrix_of(after)
+            joined = None if layer is None else weights.with_classifier(*layer)
+            if joined is None:
+                return "its result does not go to a 1x1 convolution that is part of the op"
+            weights = joined
+        found = weights.compute(feats, regions).double()
+        eager = after(forward(trial, feats.clone(), regions.clone())).double()
+        exact = after.double()(forward(trial.double(), feats.double(), regions.double()))
     error, eager_error = _largest(found, exact), _largest(eager, exact)
     largest = exact.abs().max().item()
     bound = 4 * eager_error + 4 * torch.finfo(first.dtype).eps * largest

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ocr_kernels.attention import pixel_region_attention
 from ocr_kernels.core.layout import in_format
-from ocr_kernels.head.functional import IMPLEMENTED, HeadWeights, Slopes, ocr_head
+from ocr_kernels.head.functional import IMPLEMENTED, HeadWeights, Output, Slopes, ocr_head
 from ocr_kernels.head.reference import activate_, convolved
 from ocr_kernels.models.block_trace import Call, Program, Ref
 
@@ -60,8 +60,22 @@ class Folded(NamedTuple):
     transposed: bool  # whether regions come as [B, K, C]
     resizing: Resizing | None
 
+    def with_classifier(self, weight: Tensor, bias: Tensor | None) -> Folded | None:
+        """With logits for z, made by a matrix `[L, O]`; None where that is no part of the op."""
+        z, device = self.head.bias, self.head.bias.device
+        casts = torch.is_autocast_enabled(device.type)
+        wants_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (weight, bias))
+        if self.resizing is not None or wants_grad or weight.shape[1] != len(z) or weight.device != device:
+            return None
+        dtype = self.head.pixels.dtype
+        if not casts and weight.dtype != dtype:
+            return None
+        bias = z.new_zeros(len(weight)) if bias is None else bias.detach().to(z.dtype)
+        classes = weight.detach().to(dtype).contiguous()
+        return self._replace(head=self.head._replace(classes=classes, classes_bias=bias))
+
     def compute(self, feats: Tensor, regions: Tensor, backend: str | None = None) -> Tensor:
-        """z in the dtype of the weights, in the memory format of feats."""
+        """z, or logits, in the dtype of the weights, in the memory format of feats."""
         with torch.autocast(feats.device.type, enabled=False):
             dtype = self.head.pixels.dtype
             columns = regions.to(dtype).flatten(2)
@@ -69,7 +83,8 @@ class Folded(NamedTuple):
             key, value = _chain(columns, self.key), _chain(columns, self.value)
             if self.resizing is not None:
                 return self.resizing.run(feats.to(dtype), key, value, self.head)
-            return ocr_head(feats.to(dtype), (key, value), self.head, backend=backend)
+            output: Output = "features" if self.head.classes is None else "logits"
+            return ocr_head(feats.to(dtype), (key, value), self.head, output, backend=backend)
 
 
 @dataclasses.dataclass(frozen=True)

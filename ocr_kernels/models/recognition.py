@@ -241,6 +241,15 @@ class Recognition:
                 return self.call(getattr(above[0], name), this, *args, **kwargs)
         return self.call(getattr(super(owner, this), name), *args, **kwargs)
 
+    def classify(self, classifier: nn.Module, block: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
+        """`classifier(block(*args, **kwargs))`"""
+        stand_in = vars(block).get("forward")
+        if isinstance(stand_in, StandIn) and is_plain_call(block):
+            logits = stand_in.logits(classifier, args, kwargs)
+            if logits is not None:
+                return logits
+        return classifier(block(*args, **kwargs))
+
     def mul(self, left: Any, right: Any) -> Any:
         """`left * right`"""
         return self._operate(_multiply, operator.mul, left, right)
@@ -442,6 +451,10 @@ def has_own_forward(module: nn.Module) -> bool:
 
 class StandIn:
     """What gives the same results as the forward of a module's class."""
+
+    def logits(self, classifier: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+        """What a classifier makes of the result; None where it has to be called with that."""
+        return None
 
 
 def computed(x: Any) -> Any:

@@ -16,9 +16,11 @@ from torch.nn.parameter import is_lazy
 
 from ocr_kernels import modules
 from ocr_kernels.core.backends import resolve_backend
+from ocr_kernels.head.functional import IMPLEMENTED
 from ocr_kernels.models.block_cache import BlockCache
 from ocr_kernels.models.block_plan import plan_block, verify
 from ocr_kernels.models.block_weights import BlockPlan
+from ocr_kernels.models.classifier import joined, joins_of
 from ocr_kernels.models.recognition import NO_PRODUCT, has_own_forward
 from ocr_kernels.models.replacement import Replacement, replacement_of
 from ocr_kernels.models.report import LeftAlone, ReplacementReport, Swapped
@@ -83,6 +85,11 @@ def replace_ocr_modules(
             started = Swapped(names[module], type(module).__qualname__, backend=_backend(module, model))
             row = _completed(started, finding, failure) if tried else started
         rows[module] = _as_a_block(row, names[module], replacement, finding) if blocks else row
+    for module, name in names.items() if blocks else ():
+        joining = _joining(module, replacements) if rows.get(module) is None else None
+        if joining is not None and (filter is None or filter(module, name)):
+            replacements[module], row = joining
+            rows[module] = dataclasses.replace(row, name=name)
     for module, replacement in replacements.items():
         if isinstance(rows[module], Swapped):
             replacement.install()
@@ -144,9 +151,9 @@ def _replacement(module: nn.Module, rewriter: Rewriter, blocks: bool) -> Replace
     reason = _why_not(module, bool(parts), rewriter)
     if reason is None:
         classes = tuple(dict.fromkeys([kind, *map(type, parts)]))
-        return Replacement(module, classes, rewriter.copies(classes), None)
+        return Replacement(module, classes, rewriter.copies(classes))
     if blocks and reason == "" and _may_be_a_block(module, rewriter):
-        return Replacement(module, (), {}, None)
+        return Replacement(module, (), {})
     return LeftAlone("", kind.__qualname__, reason) if reason else None
 
 
@@ -255,3 +262,21 @@ def _as_a_block(
     if row is not None:
         return row
     return LeftAlone(name, type(module).__qualname__, f"no block: {plan}", is_intended=True) if plan else None
+
+
+def _joining(module: nn.Module, replacements: dict[nn.Module, Replacement]) -> tuple[Replacement, Swapped] | None:
+    """What lets a module call a block of its children and a classifier as one, if it does; and its row."""
+    found = {child: replacements[child].block for child in module.children() if child in replacements}
+    plans = {child: block.plan for child, block in found.items() if block is not None and block.plan is not None}
+    joins, worst = [], (0.0, 0.0, 0.0)
+    for join in () if has_own_forward(module) else joins_of(module, plans):
+        block, classifier = module.get_submodule(join.block), module.get_submodule(join.classifier)
+        errors = verify(block, plans[block], classifier=classifier)
+        if not isinstance(errors, str):
+            joins.append(join)
+            worst = max(worst, errors)
+    copies = joined(type(module), tuple(joins)) if joins else {}
+    if not copies:
+        return None
+    row = Swapped("", type(module).__qualname__, ("logits",), _backend(module, module, *IMPLEMENTED), *worst)
+    return Replacement(module, (type(module),), copies, joins=tuple(joins)), row

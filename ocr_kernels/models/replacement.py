@@ -11,9 +11,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ocr_kernels.models.block_cache import BlockCache
+from ocr_kernels.models.block_weights import Folded
+from ocr_kernels.models.classifier import Join, joined, matrix_of
 from ocr_kernels.models.recognition import Copies, Log, Recognition, StandIn
 from ocr_kernels.models.rewriting import Rewriter
 
@@ -24,21 +26,40 @@ class Replacement(StandIn):
     """Calls a module's own forward, a rewritten copy of it, or in eval mode the block that it computes."""
 
     def __init__(
-        self, module: nn.Module, classes: tuple[type[nn.Module], ...], copies: Copies, block: BlockCache | None
+        self,
+        module: nn.Module,
+        classes: tuple[type[nn.Module], ...],
+        copies: Copies,
+        block: BlockCache | None = None,
+        joins: tuple[Join, ...] = (),
     ) -> None:
         self.module = module
         self.classes = classes  # whose forwards may be followed: the module's own, and its children's
         self.copies = copies
         self.block = block
+        self.joins = joins  # of its children's calls
         self.is_active = True
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.block is not None and self.is_active:
-            inputs = self._pixels_and_regions(args, kwargs)
-            weights = None if inputs is None else self.block.weights_for(self.module, *inputs)
-            if inputs is not None and weights is not None:
-                return weights.compute(*inputs)
-        return self.follow(args, kwargs)
+        folded = self._folded(args, kwargs)
+        return self.follow(args, kwargs) if folded is None else folded[0].compute(*folded[1])
+
+    def _folded(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Folded, tuple[Any, Any]] | None:
+        """The block's weights for a call, and its pixels and regions."""
+        if self.block is None or not self.is_active:
+            return None
+        inputs = self._pixels_and_regions(args, kwargs)
+        weights = None if inputs is None else self.block.weights_for(self.module, *inputs)
+        return None if weights is None or inputs is None else (weights, inputs)
+
+    def logits(self, classifier: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+        layer = matrix_of(classifier)
+        folded = None if layer is None else self._folded(args, kwargs)
+        if layer is None or folded is None:
+            return None
+        weights, inputs = folded
+        joined = weights.with_classifier(*layer)
+        return None if joined is None else joined.compute(*inputs)
 
     def _pixels_and_regions(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
         """The only arguments of a call, if there are two."""
@@ -82,7 +103,7 @@ class Replacement(StandIn):
     def replicate(self) -> nn.Module:
         """For `nn.DataParallel`, whose replicas have a copy of the module's attributes."""
         replica: nn.Module = type(self.module)._replicate_for_data_parallel(self.module)
-        Replacement(replica, self.classes, self.copies, copy.copy(self.block)).install()
+        Replacement(replica, self.classes, self.copies, copy.copy(self.block), self.joins).install()
         return replica
 
     def refuse_scripting(self) -> nn.Module:
@@ -107,7 +128,8 @@ class Replacement(StandIn):
         return {name: value for name, value in vars(self).items() if name != "copies"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, copies=Rewriter().copies(state["classes"]))
+        vars(self).update(state)
+        self.copies = joined(state["classes"][0], self.joins) if self.joins else Rewriter().copies(state["classes"])
 
 
 _OF_A_METHOD = {"__name__", "__qualname__", "__doc__", "__func__", "__self__", "__code__", "__defaults__"}

@@ -13,7 +13,7 @@ import dis
 import functools
 import inspect
 import linecache
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import CellType, CodeType, FunctionType
 from typing import Any
 
@@ -24,6 +24,8 @@ from ocr_kernels.models.recognition import Deferred
 
 PRODUCTS = frozenset({"matmul", "bmm", "baddbmm", "einsum", "@", "scaled_dot_product_attention"})
 THIS = "_ocr_kernels"
+Rewrite = Callable[[ast.FunctionDef, CodeType], None]
+"""Changes a definition, whose code is given, in place."""
 _OPERATORS: dict[type[ast.operator], str] = {ast.Mult: "mul", ast.Div: "div", ast.MatMult: "matmul"}
 _VIEWS = frozenset(
     "size dim numel view reshape flatten unflatten permute transpose contiguous unsqueeze expand format".split()  # noqa: SIM905 (shorter)
@@ -52,6 +54,16 @@ class Rewriter:
         reached = [function for owner in classes for function in self.reached(owner)]
         made = {function: self._copy(function) for function in reached}
         return {function: copy for function, copy in made.items() if isinstance(copy, FunctionType)}
+
+    def rewritten(self, function: Any, rewrite: Rewrite) -> FunctionType | str:
+        """A copy of a function whose definition went through `rewrite`, or why there is none."""
+        if not isinstance(function, FunctionType):
+            return f"its forward is a {type(function).__name__}, not a function"
+        try:
+            found = self._found(function)
+            return found if isinstance(found, str) else _compiled(*found, function, rewrite)
+        except (OSError, SyntaxError, ValueError, RecursionError) as error:
+            return f"its source cannot be read: {error}"
 
     def why_not(self, module_class: type[nn.Module]) -> str | None:
         """Why the forward of a class has no copy."""
@@ -94,19 +106,16 @@ class Rewriter:
     def _copy(self, function: FunctionType) -> FunctionType | str:
         """The copy of `function`, or why there is none."""
         if function not in self._copies:
-            try:
-                self._copies[function] = self._rewritten(function)
-            except (OSError, SyntaxError, ValueError, RecursionError) as error:
-                self._copies[function] = f"its source cannot be read: {error}"
+            inner = _inner(function)
+            if inner is function:
+                self._copies[function] = self.rewritten(function, _follow_calls)
+            else:
+                copy = self._copy(inner)
+                self._copies[function] = _rebound(function, inner, copy) if isinstance(copy, FunctionType) else copy
         return self._copies[function]
 
-    def _rewritten(self, function: FunctionType) -> FunctionType | str:
-        if not isinstance(function, FunctionType):
-            return f"its forward is a {type(function).__name__}, not a function"
-        inner = _inner(function)
-        if inner is not function:
-            copy = self._copy(inner)
-            return _rebound(function, inner, copy) if isinstance(copy, FunctionType) else copy
+    def _found(self, function: FunctionType) -> tuple[ast.Module, ast.FunctionDef] | str:
+        """The tree of a function's file, and what defines it there; or why it cannot be followed."""
         code = function.__code__
         if hasattr(function, "__wrapped__"):
             return f"its forward is wrapped by a decorator of {code.co_filename}"
@@ -125,7 +134,7 @@ class Rewriter:
         reason = _unseen(found[0])
         if reason is not None or not (code.co_argcount or code.co_posonlyargcount):
             return reason or "it takes no arguments by position"
-        return _compiled(tree, found[0], function)
+        return tree, found[0]
 
     def _file(self, name: str, globals: dict[str, Any]) -> tuple[ast.Module, list[CodeType]] | None:
         """The tree of a file, and the codes that it is compiled to."""
@@ -231,15 +240,16 @@ def _consumed(definition: ast.FunctionDef) -> set[ast.expr]:
     return {node for node in found if isinstance(node, ast.GeneratorExp)}
 
 
-def _compiled(tree: ast.Module, definition: ast.FunctionDef, function: FunctionType) -> FunctionType | str:
-    """The copy of `function`, whose definition is in its file's tree."""
+def _compiled(
+    tree: ast.Module, definition: ast.FunctionDef, function: FunctionType, rewrite: Rewrite
+) -> FunctionType | str:
+    """The rewritten copy of `function`, whose definition is in its file's tree."""
     code = function.__code__
     before = dict(vars(definition))
     vars(definition).update(vars(copy.deepcopy(definition)))
     try:
-        is_in_modes = bool(definition.decorator_list) or any(isinstance(n, ast.With) for n in ast.walk(definition))
+        rewrite(definition, code)
         definition.decorator_list = []
-        _Calls(code, _consumed(definition), is_in_modes, _stored(definition)).rewrite(definition)
         (definition.args.posonlyargs or definition.args.args).insert(0, ast.arg(THIS))
         ast.fix_missing_locations(definition)
         compiled = compile(tree, code.co_filename, "exec", dont_inherit=True)
@@ -254,6 +264,16 @@ def _compiled(tree: ast.Module, definition: ast.FunctionDef, function: FunctionT
     functools.update_wrapper(result, function)
     result.__kwdefaults__ = function.__kwdefaults__
     return result
+
+
+def _follow_calls(definition: ast.FunctionDef, code: CodeType) -> None:
+    is_in_modes = bool(definition.decorator_list) or any(isinstance(n, ast.With) for n in ast.walk(definition))
+    _Calls(code, _consumed(definition), is_in_modes, _stored(definition)).rewrite(definition)
+
+
+def ask(name: str, *arguments: ast.expr, keywords: list[ast.keyword] | None = None) -> ast.Call:
+    """A call of the recognition."""
+    return ast.Call(ast.Attribute(ast.Name(THIS, ast.Load()), name, ast.Load()), list(arguments), keywords or [])
 
 
 class _Calls(ast.NodeTransformer):
@@ -283,9 +303,6 @@ class _Calls(ast.NodeTransformer):
         body = [self.visit(statement) for statement in definition.body]
         definition.body = [node for nodes in body for node in (nodes if isinstance(nodes, list) else [nodes])]
 
-    def _recognition(self, name: str, *arguments: ast.expr, keywords: list[ast.keyword] | None = None) -> ast.Call:
-        return ast.Call(ast.Attribute(ast.Name(THIS, ast.Load()), name, ast.Load()), list(arguments), keywords or [])
-
     def _left_alone(self, node: Any) -> Any:
         return node
 
@@ -305,14 +322,14 @@ class _Calls(ast.NodeTransformer):
             owner = function.value
             if isinstance(owner, ast.Call) and isinstance(owner.func, ast.Name) and owner.func.id == "super":
                 arguments = *owner.args, ast.Constant(function.attr), *node.args
-                return ast.copy_location(self._recognition("above", *arguments, keywords=node.keywords), node)
+                return ast.copy_location(ask("above", *arguments, keywords=node.keywords), node)
             if function.attr in _VIEWS and not node.keywords and all(map(self._is_size, node.args)):
                 return node
             global_or_self = isinstance(owner, ast.Name) and (owner.id == "self" or owner.id not in self.locals)
             if not global_or_self and not function.attr.startswith("__"):  # which a class may give another name
                 arguments = owner, ast.Constant(function.attr), *node.args
-                return ast.copy_location(self._recognition("method", *arguments, keywords=node.keywords), node)
-        return ast.copy_location(self._recognition("call", function, *node.args, keywords=node.keywords), node)
+                return ast.copy_location(ask("method", *arguments, keywords=node.keywords), node)
+        return ast.copy_location(ask("call", function, *node.args, keywords=node.keywords), node)
 
     def _is_size(self, node: ast.expr) -> bool:
         """Whether an argument is surely no tensor: made of numbers, shapes, and variables that are such."""
@@ -330,7 +347,7 @@ class _Calls(ast.NodeTransformer):
     def visit_BinOp(self, node: ast.BinOp) -> ast.AST:
         self.generic_visit(node)
         name = _OPERATORS.get(type(node.op))
-        return node if name is None else ast.copy_location(self._recognition(name, node.left, node.right), node)
+        return node if name is None else ast.copy_location(ask(name, node.left, node.right), node)
 
     def visit_With(self, node: ast.With) -> Any:
         modes = [item.context_expr for item in node.items]
@@ -338,18 +355,18 @@ class _Calls(ast.NodeTransformer):
         for item, mode in zip(node.items, modes, strict=True):
             if isinstance(mode, ast.Call) and all(map(self._is_size, mode.args)) and not mode.keywords:
                 item.context_expr = mode  # is given no tensor
-        node.body = [*node.body, ast.copy_location(ast.Expr(self._recognition("compute_all")), node)]
-        return [ast.copy_location(ast.Expr(self._recognition("compute_all")), node), node]
+        node.body = [*node.body, ast.copy_location(ast.Expr(ask("compute_all")), node)]
+        return [ast.copy_location(ast.Expr(ask("compute_all")), node), node]
 
     def _leaving(self, node: Any) -> Any:
-        return [ast.copy_location(ast.Expr(self._recognition("compute_all")), node), node] if self.is_in_modes else node
+        return [ast.copy_location(ast.Expr(ask("compute_all")), node), node] if self.is_in_modes else node
 
     visit_Break = visit_Continue = _leaving
 
     def visit_Return(self, node: ast.Return) -> Any:
         self.generic_visit(node)
         if node.value is not None and self.is_in_modes:
-            node.value = self._recognition("settle", node.value)
+            node.value = ask("settle", node.value)
         return node
 
     def visit_Assign(self, node: ast.Assign) -> Any:
@@ -358,26 +375,26 @@ class _Calls(ast.NodeTransformer):
         kept = any(isinstance(t, (ast.Attribute, ast.Subscript)) for target in node.targets for t in ast.walk(target))
         self.generic_visit(node)
         if kept:  # outside of this function's own variables
-            node.value = self._recognition("settle", node.value)
+            node.value = ask("settle", node.value)
         return [*before, node]
 
     def visit_Attribute(self, node: ast.Attribute) -> Any:
         self.generic_visit(node)
         asks = not isinstance(node.ctx, ast.Load) or node.attr in _ASKED
         if asks and not (isinstance(node.value, ast.Name) and node.value.id == "self"):
-            node.value = ast.copy_location(self._recognition("settle", node.value), node.value)
+            node.value = ast.copy_location(ask("settle", node.value), node.value)
         return node
 
     def visit_AnnAssign(self, node: ast.AnnAssign) -> Any:
         self.generic_visit(node)
         if node.value is not None and not isinstance(node.target, ast.Name):
-            node.value = self._recognition("settle", node.value)
+            node.value = ask("settle", node.value)
         return node
 
     def visit_AugAssign(self, node: ast.AugAssign) -> Any:
         before = self._change(node.target)
         self.generic_visit(node)
-        node.value = self._recognition("settle", node.value)
+        node.value = ask("settle", node.value)
         return [before, node]
 
     def _change(self, target: ast.expr) -> ast.stmt:
@@ -386,9 +403,9 @@ class _Calls(ast.NodeTransformer):
         if isinstance(owner, ast.Name) and owner.id == "self" and isinstance(target, ast.Attribute):
             return ast.copy_location(ast.Pass(), target)
         if isinstance(owner, ast.Name):
-            change = self._recognition("before_change", ast.Name(owner.id, ast.Load()))
+            change = ask("before_change", ast.Name(owner.id, ast.Load()))
         else:  # is evaluated once, by what changes it
-            change = self._recognition("compute_all")
+            change = ask("compute_all")
         return ast.copy_location(ast.Expr(change), target)
 
 
