@@ -149,13 +149,13 @@ class ByFactor(Pooled):
 class PooledTwice(Pooled):
     def __init__(self) -> None:
         super().__init__()
-        self.pool = nn.Sequential(nn.MaxPool2d(2), nn.MaxPool2d(2))
+        self.pool = nn.Sequential(nn.MaxPool2d(2, 1), nn.MaxPool2d(2, 1))
 
 
 class FixedSize(Pooled):
     def __init__(self) -> None:
         super().__init__()
-        self.pool = nn.AdaptiveAvgPool2d(2)
+        self.pool = nn.AdaptiveAvgPool2d(3)
 
 
 class RegionNorms(RegionColumns):
@@ -305,7 +305,7 @@ HEADS: dict[str, Callable[[], nn.Module]] = {
     "learned temperature": Temperature,
     "resized by 1": Resized,
     "scale": functools.partial(ours, scale=2),
-    "large scale": functools.partial(ours, reference, scale=4),
+    "scale, reference": functools.partial(ours, reference, scale=2),
     "pooled": Pooled,
     "pooled sideways": PooledSideways,
     "pooled volume": PooledVolume,

@@ -391,7 +391,8 @@ class Family:
 
     `eval_attentions` is how often the attention runs in eval mode, if that differs. `blocks` is how often step
     4 runs as one op, in eval mode without gradients, and `why_no_block` what the report says of a module that may be
-    step 4 and is not one that runs so.
+    step 4 and is not one that runs so. Where pixels attend at a lower resolution, `attends_apart`, the block
+    runs the attention as an op of its own.
     """
 
     name: str
@@ -403,6 +404,7 @@ class Family:
     eval_attentions: int | None = None
     blocks: int = 0
     why_no_block: str = ""
+    attends_apart: bool = False
 
 
 IMAGE, LABEL = (2, 3, 6, 4), (2, 6, 4)
@@ -454,7 +456,15 @@ def shapes(head: nn.Module) -> tuple[tuple[int, ...], ...]:
 
 
 FAMILIES += [
-    Family(f"step 4: {name}", make, 0, int(name != "learned temperature"), inputs=shapes(make()), blocks=1)
+    Family(
+        f"step 4: {name}",
+        make,
+        0,
+        int(name != "learned temperature"),
+        inputs=shapes(make()),
+        blocks=1,
+        attends_apart="scale," in f"{name}," or "pooled" in name,
+    )
     for name, make in blocks.HEADS.items()
 ]
 NO_ATTENTIONS = {

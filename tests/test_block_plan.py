@@ -100,6 +100,15 @@ def test_example_says_what_the_inputs_are() -> None:
     assert "it fails on pixels and regions" in plan_block(module, (torch.randn(1, 3, 2), torch.randn(1, 3, 4)))
 
 
+@pytest.mark.parametrize("scale", [3, 4, 8])
+@torch.no_grad()
+def test_scale(scale: int) -> None:
+    module = trained(ours(reference, scale=scale))
+    plan = planned(module)
+    args = torch.randn(2, C, 2 * scale + 1, 3 * scale), torch.randn(2, C, 19, 1)
+    agree(plan.run(module, *args), module, args)
+
+
 def test_it_leaves_no_trace() -> None:
     module = Head().train()
     calls: list[Any] = []

@@ -57,8 +57,9 @@ def test_family_in_eval_mode(family: Family) -> None:
         found = module(*(t.clone() for t in inputs))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     attentions = family.attentions if family.eval_attentions is None else family.eval_attentions
-    attentions *= not family.blocks  # which run no other op
-    assert (ops.gather, ops.attention, ops.head) == (family.gathers, attentions, family.blocks)
+    attentions *= family.attends_apart or not family.blocks
+    heads = family.blocks * (not family.attends_apart)
+    assert (ops.gather, ops.attention, ops.head) == (family.gathers, attentions, heads)
     assert sum("block" in row.computations for row in report.swapped) == family.blocks
     assert family.why_no_block in str(report)
 
