@@ -42,7 +42,8 @@ def replace_ocr_modules(
 
     A module that computes the whole of step 4, from pixels and regions to z, runs as one op, `ocr_head`, in eval mode
     where no gradient is wanted. It is found by what it computes, too: its layers are traced, and checked on random
-    weights. Where the module around it hands z to a 1x1 convolution alone, both are one op, to logits. What a trained weight, another layer, a hook or an attribute changes is seen at the next call.
+    weights. Where the module around it hands z to a 1x1 convolution alone, both are one op, to logits. What a trained
+    weight, another layer, a hook or an attribute changes is seen at the next call.
 
     Args:
         model: changed in place; repeating the call changes nothing more. `restore_ocr_modules` undoes it.
