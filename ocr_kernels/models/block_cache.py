@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
+import inspect
 import operator
 from collections.abc import Callable, Iterable
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -168,7 +171,25 @@ Reads = list[tuple[Callable[[Any], Any], list[dict[str, Any]]]]
 
 
 def _settings_of(layer: nn.Module) -> tuple[str, ...]:
-    return ("training", *(name for name in vars(layer) if name not in _BASE))
+    """The names of a layer's attributes that its code may read."""
+    names = "training", *(name for name in vars(layer) if name not in _BASE)
+    if own_classes(layer):
+        return names
+    read = _read_by_forward(type(layer))
+    return tuple(name for name in names if name in read)
+
+
+@functools.cache
+def _read_by_forward(kind: Any) -> frozenset[str]:
+    """The names in the forward of a class of PyTorch's and in the methods that it calls."""
+    read: set[str] = set()
+    todo = {"forward"}
+    while todo:
+        read |= todo
+        functions = (inspect.getattr_static(kind, name, None) for name in todo)
+        names = (function.__code__.co_names for function in functions if isinstance(function, FunctionType))
+        todo = set().union(*names) - read
+    return frozenset(read)
 
 
 def _reads(owners: Iterable[tuple[dict[str, Any], tuple[str, ...]]]) -> Reads:
