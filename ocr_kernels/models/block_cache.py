@@ -175,12 +175,12 @@ def _settings_of(layer: nn.Module) -> tuple[str, ...]:
     names = "training", *(name for name in vars(layer) if name not in _BASE)
     if own_classes(layer):
         return names
-    read = _read_by_forward(type(layer))
+    read = _read_by_forward(type(layer))  # type: ignore[arg-type]  # classes can be hashed
     return tuple(name for name in names if name in read)
 
 
 @functools.cache
-def _read_by_forward(kind: Any) -> frozenset[str]:
+def _read_by_forward(kind: type) -> frozenset[str]:
     """The names in the forward of a class of PyTorch's and in the methods that it calls."""
     read: set[str] = set()
     todo = {"forward"}
