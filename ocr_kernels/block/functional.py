@@ -1,0 +1,197 @@
+"""The public call: `ocr_block`, and the layers that it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ocr_kernels.block.registration import IMPLEMENTED, ocr_block_op
+from ocr_kernels.core.arguments import check_device, check_dtype, check_same_dtype, check_shape, check_tensors
+from ocr_kernels.core.backends import resolve_backend
+from ocr_kernels.core.layout import pixels, statistics_dtype
+
+
+class Norm(NamedTuple):
+    """BatchNorm, with what `torch.nn.functional.batch_norm` takes; statistics that run are updated as it does."""
+
+    weight: Tensor | None = None  # [channels]
+    bias: Tensor | None = None
+    running_mean: Tensor | None = None
+    running_var: Tensor | None = None
+    training: bool = True  # whether statistics are the batch's
+    momentum: float = 0.1
+    eps: float = 1e-5
+
+
+class Layer(NamedTuple):
+    """A 1x1 convolution, a norm or none, and an activation: x where it is positive, slope * x elsewhere."""
+
+    weight: Tensor  # [outputs, inputs]
+    bias: Tensor | None = None
+    norm: Norm | None = None
+    slope: float = 0.0  # 0 is ReLU, 1 no activation
+
+
+def ocr_block(
+    feats: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pixel: Sequence[Layer],
+    up: Layer,
+    fusing: Layer,
+    *,
+    scale: float | None = None,
+    context_first: bool = True,
+    mask: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    r"""Step 4 in training: augmented representations z of every pixel (Eqs. 3, 5 and 6), as one op with a derivative.
+
+    .. math:: z_i = \rho(G [y_i, x_i]), \qquad y_i = \rho(W_{up} \sum_k w_{ik} v_k), \qquad
+              w_{ik} = \mathrm{softmax}_k(s \, \phi(x_i)^T key_k)
+
+    The softmax runs **over regions**; :math:`\rho` is a norm and an activation. Saved for backward are feats, the
+    products of the layers of phi, the weights w `[B, K, *S]` and one map of z's channels; neither y nor anything that a
+    norm or an activation made.
+
+    Args:
+        feats: pixel representations x, `[B, C, *S]`, any number of spatial dimensions.
+        key: transformed regions psi(f), `[B, D, K]`, any K >= 1.
+        value: transformed regions delta(f), `[B, V, K]`.
+        pixel: phi, one layer or two, `[D, C]` and `[D, D]`.
+        up: rho, `[Y, V]`.
+        fusing: g, `[O, Y + C]`.
+        scale: factor on the scores; `None` means `D ** -0.5`.
+        context_first: whether g takes `[y, x]`, or `[x, y]`.
+        mask: what z is multiplied by, `[B, O]`, as Dropout2d does; float32, or float64 for float64.
+        backend: `"reference"`; `None` chooses (see `ocr_kernels.use_backend`).
+
+    Returns:
+        z, `[B, O, *S]`, in the dtype and the memory format (contiguous or channels last) of `feats`. Sums and statistics
+        are float32, or float64 for float64.
+
+    Under autocast feats, key, value and the matrices are cast to the autocast dtype. Forward and backward are bitwise
+    reproducible.
+
+    Raises:
+        TypeError: an argument is no tensor, or the dtypes differ or are others.
+        ValueError: shapes or devices do not match, a size other than B and S is 0, there is one pixel where a norm
+            takes the statistics of the batch, or `backend` is unknown.
+        RuntimeError: the backend asked for cannot run here; the message says why.
+    """
+    _check(feats, key, value, pixel, up, fusing, mask)
+    layers = [*pixel, up, fusing]
+    count = feats.shape[0] * pixels(feats.shape)
+    exact = statistics_dtype(feats)
+    vectors, eps = [], []
+    for name, layer in zip(_names(pixel), layers, strict=True):
+        if layer.norm is not None and _is_batch(layer.norm) and count == 1:
+            raise ValueError(f"{name}.norm takes the statistics of a batch that has one pixel; call it in eval mode")
+        vectors += [vector.to(exact) for vector in _gain_and_shift(layer)]
+        eps.append(layer.norm.eps if layer.norm is not None and _is_batch(layer.norm) else -1.0)
+    slopes = [float(layer.slope) for layer in layers]
+    second = pixel[1].weight if len(pixel) == 2 else feats.new_empty(0)
+    if len(pixel) == 1:
+        empty = feats.new_empty(0, dtype=exact)
+        vectors[2:2], eps[1:1], slopes[1:1] = [empty, empty], [-1.0], [1.0]
+    contexts = torch.matmul(up.weight, value)  # u, [B, Y, K]
+    none = feats.new_empty(0, dtype=exact)
+    scale = key.shape[1] ** -0.5 if scale is None else float(scale)
+    chosen = resolve_backend(feats.device, backend, IMPLEMENTED)
+    z, *_, statistics = ocr_block_op(
+        feats, key, contexts, pixel[0].weight, second, fusing.weight, *vectors, none if mask is None else mask,
+        scale, slopes, eps, context_first, chosen,
+    )  # fmt: skip
+    _update([*pixel, up, fusing], statistics, count)
+    out: Tensor = z
+    return out
+
+
+def _is_batch(norm: Norm) -> bool:
+    return norm.training or norm.running_mean is None
+
+
+def _gain_and_shift(layer: Layer) -> tuple[Tensor, Tensor]:
+    """What a layer multiplies its normalised product by, and adds: all of a norm whose statistics are known."""
+    ones = torch.ones(len(layer.weight), device=layer.weight.device)
+    bias = torch.zeros_like(ones) if layer.bias is None else layer.bias
+    norm = layer.norm
+    if norm is None:
+        return ones, bias
+    gain = ones if norm.weight is None else norm.weight
+    shift = torch.zeros_like(ones) if norm.bias is None else norm.bias
+    if norm.training or norm.running_mean is None or norm.running_var is None:
+        return gain, shift if layer.bias is None else shift + 0 * layer.bias  # which the mean takes out
+    exact = torch.promote_types(norm.running_var.dtype, torch.float32)
+    gain = gain.to(exact) * (norm.running_var.to(exact) + norm.eps).rsqrt()
+    return gain, shift + gain * (bias - norm.running_mean)
+
+
+@torch.no_grad()
+def _update(layers: Sequence[Layer], statistics: Tensor, count: int) -> None:
+    """Let statistics run."""
+    sizes = [len(layer.weight) for layer in layers for _ in range(2)]
+    known = statistics.detach().split(sizes)
+    for layer, mean, var in zip(layers, known[::2], known[1::2], strict=True):
+        norm = layer.norm
+        if norm is None or not norm.training or norm.running_mean is None or norm.running_var is None:
+            continue
+        mean = mean if layer.bias is None else mean + layer.bias
+        for running, now in ((norm.running_mean, mean), (norm.running_var, var * (count / (count - 1)))):
+            running.lerp_(now.to(running.dtype), norm.momentum)
+
+
+def _names(pixel: Sequence[Layer]) -> list[str]:
+    return [*(f"pixel[{i}]" for i in range(len(pixel))), "up", "fusing"]
+
+
+def _check(
+    feats: Tensor, key: Tensor, value: Tensor, pixel: Sequence[Layer], up: Layer, fusing: Layer, mask: Tensor | None
+) -> None:
+    check_tensors(feats=feats, key=key, value=value)
+    check_dtype("feats", feats)
+    check_shape("feats", feats, "[B, C, *S] with C >= 1", feats.dim() >= 3 and feats.shape[1] >= 1)
+    beside = f"K >= 1 beside feats {tuple(feats.shape)}"
+    batched = key.dim() == 3 and key.shape[0] == feats.shape[0]
+    check_shape("key", key, f"[B, D, K] with {beside}", batched and 0 not in key.shape[1:])
+    batched = value.dim() == 3 and value.shape[::2] == key.shape[::2]
+    check_shape("value", value, f"[B, V, K] with {beside}", batched and value.shape[1] >= 1)
+    if not isinstance(pixel, (list, tuple)) or isinstance(pixel, Layer) or len(pixel) not in (1, 2):
+        raise ValueError("pixel must be one layer or two, in a sequence")
+    casts = torch.is_autocast_enabled(feats.device.type)
+    for name, tensor in (("key", key), ("value", value)):
+        check_device(name, tensor, "feats", feats)
+        if not casts:
+            check_same_dtype(name, tensor, "feats", feats)
+    depth, contexts = key.shape[1], up.weight.shape[0] if isinstance(up.weight, Tensor) and up.weight.dim() else 0
+    shapes: list[tuple[Any, ...]] = [(depth, feats.shape[1]), *[(depth, depth)] * (len(pixel) - 1)]
+    shapes += [(None, value.shape[1]), (None, contexts + feats.shape[1])]
+    for name, layer, shape in zip(_names(pixel), [*pixel, up, fusing], shapes, strict=True):
+        check_tensors(**{f"{name}.weight": layer.weight})
+        right = layer.weight.dim() == 2 and all(
+            size == wanted or (wanted is None and size >= 1)
+            for size, wanted in zip(layer.weight.shape, shape, strict=True)
+        )
+        wanted = ", ".join("any" if size is None else str(size) for size in shape)
+        check_shape(f"{name}.weight", layer.weight, f"[{wanted}]", right)
+        check_device(f"{name}.weight", layer.weight, "feats", feats)
+        if not casts:
+            check_same_dtype(f"{name}.weight", layer.weight, "feats", feats)
+        norm = layer.norm or Norm()
+        vectors = {"bias": layer.bias, "norm.weight": norm.weight, "norm.bias": norm.bias}
+        vectors |= {"norm.running_mean": norm.running_mean, "norm.running_var": norm.running_var}
+        for kind, vector in vectors.items():
+            if vector is not None:
+                check_tensors(**{f"{name}.{kind}": vector})
+                outputs = layer.weight.shape[0]
+                check_shape(f"{name}.{kind}", vector, f"[{outputs}]", tuple(vector.shape) == (outputs,))
+                check_device(f"{name}.{kind}", vector, "feats", feats)
+    if mask is not None:
+        check_tensors(mask=mask)
+        expected = feats.shape[0], fusing.weight.shape[0]
+        check_shape("mask", mask, f"[B, O] {expected}", tuple(mask.shape) == expected)
+        check_dtype("mask", mask, statistics_dtype(feats))
+        check_device("mask", mask, "feats", feats)

@@ -1,0 +1,170 @@
+"""`ocr_kernels::ocr_block` and its backward, as PyTorch ops."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ocr_kernels.block import reference
+from ocr_kernels.block.reference import Settings
+from ocr_kernels.core.backends import implementation
+from ocr_kernels.core.layout import empty_in_format, pixels, statistics_dtype
+from ocr_kernels.core.registration import differentiate, differentiate_twice, register_op
+
+IMPLEMENTED = ("reference",)
+TENSORS = 14  # that have a derivative: feats, key, contexts, three matrices and eight vectors; the mask is the next
+_ARGUMENTS = (
+    "Tensor feats, Tensor key, Tensor contexts, Tensor pixel_in, Tensor pixel_out, Tensor fusing, "
+    "Tensor gain_in, Tensor shift_in, Tensor gain_out, Tensor shift_out, Tensor gain_up, Tensor shift_up, "
+    "Tensor gain_z, Tensor shift_z, Tensor mask"
+)
+_SETTINGS = "float scale, float[] slopes, float[] eps, bool context_first"
+
+# Arguments have been checked by the public call. contexts are u, [B, Y, K]; pixel_out has no elements where phi has one
+# layer, nor have its vectors; mask is [B, O], what z is multiplied by, or has no elements.
+
+
+def _split(args: Sequence[Any]) -> tuple[list[Tensor], Settings, str]:
+    """Of the arguments of the op: its tensors, its settings and its backend."""
+    return list(args[: TENSORS + 1]), Settings(*args[TENSORS + 1 : -1]), args[-1]
+
+
+def _allocate(*args: Any) -> tuple[Tensor, ...]:
+    """z, and what the backward pass reads: h of both layers of phi, w, G [y, x], the statistics."""
+    feats, key, contexts, pixel_in, pixel_out, fusing = args[:6]
+    maps = [empty_in_format(feats, len(each)) for each in (fusing, pixel_in, pixel_out)]
+    channels = 2 * (len(pixel_in) + len(pixel_out) + contexts.shape[1] + len(fusing))
+    statistics = feats.new_empty(channels, dtype=statistics_dtype(feats))
+    return *maps, empty_in_format(feats, key.shape[2]), empty_in_format(feats, len(fusing)), statistics
+
+
+def _forward(*args: Any) -> tuple[Tensor, ...]:
+    tensors, settings, backend = _split(args)
+    kernels = implementation("block", backend, tensors[0].device.type, IMPLEMENTED)
+    out: tuple[Tensor, ...] = kernels.forward(*_grouped(tensors), settings)
+    return out
+
+
+def _grouped(tensors: Sequence[Any]) -> tuple[Any, ...]:
+    """feats, key, contexts and the matrices; the vectors; the mask."""
+    return *tensors[:6], tensors[6:TENSORS], tensors[TENSORS]
+
+
+def _allocate_gradients(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    """Gradients in their inputs' dtypes, that of feats in its memory format; those not needed have no elements."""
+    tensors, needs = args[:TENSORS], args[-2]
+    dfeats = empty_in_format(tensors[0], tensors[0].shape[1])
+    gradients = [dfeats, *(tensor.new_empty(tensor.shape) for tensor in tensors[1:])]
+    return tuple(g if need else g.new_empty(0) for g, need in zip(gradients, needs, strict=True))
+
+
+def _backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    tensors, saved = args[: TENSORS + 1], args[TENSORS + 1 : TENSORS + 6]
+    *settings, needs, backend = args[TENSORS + 6 :]
+    kernels = implementation("block", backend, grad.device.type, IMPLEMENTED)
+    gradients = kernels.backward(grad, *_grouped(tensors), saved, Settings(*settings), needs)
+    pairs = zip(gradients, tensors, needs, strict=False)
+    return tuple(g.to(t.dtype) if need else t.new_empty(0) for g, t, need in pairs)
+
+
+def _define(*args: Any) -> tuple[Tensor, ...]:
+    tensors, settings, _ = _split(args)
+    exact = statistics_dtype(tensors[0])
+    z, statistics = reference.ocr_block(*_grouped([t.to(exact) for t in tensors]), settings)
+    return z.to(tensors[0].dtype), *(z.new_empty(0) for _ in range(4)), statistics
+
+
+def _definition(mask: Tensor, settings: Settings) -> Any:
+    def z(*tensors: Tensor) -> Tensor:
+        out: Tensor = reference.ocr_block(*_grouped([*tensors, mask]), settings)[0]
+        return out
+
+    return z
+
+
+def _define_backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    *settings, needs, _ = args[TENSORS + 6 :]
+    return differentiate(_definition(args[TENSORS], Settings(*settings)), args[:TENSORS], grad, needs)
+
+
+def _flops(
+    feats: Sequence[int], key: Sequence[int], contexts: Sequence[int], *rest: Any, **_: Any
+) -> int:
+    matrices = sum(map(math.prod, rest[:3]))
+    return 2 * pixels(feats) * (feats[0] * matrices + math.prod(key) + math.prod(contexts))
+
+
+def _flops_backward(grad: Any, *args: Any, **_: Any) -> int:
+    feats, _, contexts = args[:3]
+    return 2 * _flops(*args) + 2 * pixels(feats) * math.prod(contexts)  # y is made again
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.settings, ctx.backend = inputs[TENSORS + 1 : -1], inputs[-1]
+    ctx.save_for_backward(*inputs[: TENSORS + 1], *output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    others = (None,) * (2 + len(ctx.settings))
+    if grad is None:
+        return *(None,) * TENSORS, *others
+    needs = list(ctx.needs_input_grad[:TENSORS])
+    gradients = ocr_block_backward_op(grad, *ctx.saved_tensors, *ctx.settings, needs, ctx.backend)
+    return *(g if need else None for g, need in zip(gradients, needs, strict=True)), *others
+
+
+def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    grad, *args = inputs
+    ctx.settings = Settings(*args[TENSORS + 6 : -2])
+    ctx.save_for_backward(grad, *args[: TENSORS + 1])
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate_backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+    grad, *tensors, mask = ctx.saved_tensors
+    derivatives = differentiate_twice(_definition(mask, ctx.settings), tensors, grad, cotangents)
+    return *derivatives, *(None,) * (6 + len(ctx.settings) + 2)
+
+
+def _one_by_one(op: Any) -> Any:
+    """A batching rule: the statistics of a call are those of its own pixels, so there is a call for each."""
+
+    def vmap(info: Any, in_dims: Sequence[Any], *args: Any) -> Any:
+        dims = [dim if isinstance(arg, Tensor) else None for arg, dim in zip(args, in_dims, strict=True)]
+        outputs = [
+            op(*(arg if dim is None else arg.select(dim, i) for arg, dim in zip(args, dims, strict=True)))
+            for i in range(info.batch_size)
+        ]
+        return tuple(map(torch.stack, zip(*outputs, strict=True))), (0,) * len(outputs[0])
+
+    return vmap
+
+
+ocr_block_op = register_op(
+    f"ocr_block({_ARGUMENTS}, {_SETTINGS}, str backend) -> ({', '.join(['Tensor'] * 6)})",
+    kernel=_forward,
+    fake=_allocate,
+    definition=_define,
+    flops=_flops,
+    setup_context=_save,
+    backward=_differentiate,
+    vmap=lambda *args: _one_by_one(ocr_block_op)(*args),
+    autocast=6,
+)
+ocr_block_backward_op = register_op(
+    f"ocr_block_backward(Tensor grad, {_ARGUMENTS}, Tensor hidden_in, Tensor hidden_out, Tensor weights, Tensor fused, "
+    f"Tensor statistics, {_SETTINGS}, bool[] needs, str backend) -> ({', '.join(['Tensor'] * TENSORS)})",
+    kernel=_backward,
+    fake=_allocate_gradients,
+    definition=_define_backward,
+    flops=_flops_backward,
+    setup_context=_save_backward,
+    backward=_differentiate_backward,
+    vmap=lambda *args: _one_by_one(ocr_block_backward_op)(*args),
+)
