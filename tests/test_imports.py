@@ -103,7 +103,7 @@ except RuntimeError as error:
     assert out.startswith("backend 'triton' cannot run on a cpu tensor: it needs a GPU tensor")
 
 
-OPS = ("gather", "attention", "head")
+OPS = ("gather", "attention", "block", "head")
 
 
 def levels() -> list[set[str]]:
@@ -155,5 +155,6 @@ def test_design_lists_files_that_exist() -> None:
 @pytest.mark.parametrize("op", OPS)
 def test_each_op_is_the_same_files(op: str) -> None:
     files = {path.name for path in (PACKAGE / op).glob("*.py")}
-    kernels = {"triton.py", "tiles.py"} if op == "head" else {"native.py", "triton.py", "tiles.py"}
+    kernels = {"native.py", "triton.py", "tiles.py"}
+    kernels = {"head": {"triton.py", "tiles.py"}, "block": {"layers.py"}}.get(op, kernels)
     assert files == {"__init__.py", "functional.py", "registration.py", "reference.py"} | kernels

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -70,8 +71,8 @@ def ocr_block(
         backend: `"reference"`; `None` chooses (see `ocr_kernels.use_backend`).
 
     Returns:
-        z, `[B, O, *S]`, in the dtype and the memory format (contiguous or channels last) of `feats`. Sums and statistics
-        are float32, or float64 for float64.
+        z, `[B, O, *S]`, in the dtype and the memory format (contiguous or channels last) of `feats`. Sums and
+        statistics are float32, or float64 for float64.
 
     Under autocast feats, key, value and the matrices are cast to the autocast dtype. Forward and backward are bitwise
     reproducible.
@@ -82,7 +83,7 @@ def ocr_block(
             takes the statistics of the batch, or `backend` is unknown.
         RuntimeError: the backend asked for cannot run here; the message says why.
     """
-    _check(feats, key, value, pixel, up, fusing, mask)
+    _check(feats, key, value, pixel, up, fusing, scale, mask)
     layers = [*pixel, up, fusing]
     count = feats.shape[0] * pixels(feats.shape)
     exact = statistics_dtype(feats)
@@ -97,15 +98,17 @@ def ocr_block(
     if len(pixel) == 1:
         empty = feats.new_empty(0, dtype=exact)
         vectors[2:2], eps[1:1], slopes[1:1] = [empty, empty], [-1.0], [1.0]
-    contexts = torch.matmul(up.weight, value)  # u, [B, Y, K]
+    with torch.autocast(feats.device.type, enabled=False):  # few numbers, of which all of y is made
+        contexts = torch.matmul(up.weight.to(exact), value.to(exact))  # u, [B, Y, K]
     none = feats.new_empty(0, dtype=exact)
     scale = key.shape[1] ** -0.5 if scale is None else float(scale)
     chosen = resolve_backend(feats.device, backend, IMPLEMENTED)
     z, *_, statistics = ocr_block_op(
-        feats, key, contexts, pixel[0].weight, second, fusing.weight, *vectors, none if mask is None else mask,
+        feats, key, pixel[0].weight, second, fusing.weight, contexts, *vectors, none if mask is None else mask,
         scale, slopes, eps, context_first, chosen,
     )  # fmt: skip
-    _update([*pixel, up, fusing], statistics, count)
+    if count:
+        _update([*pixel, up, fusing], statistics, count)
     out: Tensor = z
     return out
 
@@ -149,7 +152,14 @@ def _names(pixel: Sequence[Layer]) -> list[str]:
 
 
 def _check(
-    feats: Tensor, key: Tensor, value: Tensor, pixel: Sequence[Layer], up: Layer, fusing: Layer, mask: Tensor | None
+    feats: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pixel: Sequence[Layer],
+    up: Layer,
+    fusing: Layer,
+    scale: Any,
+    mask: Tensor | None,
 ) -> None:
     check_tensors(feats=feats, key=key, value=value)
     check_dtype("feats", feats)
@@ -180,6 +190,8 @@ def _check(
         check_device(f"{name}.weight", layer.weight, "feats", feats)
         if not casts:
             check_same_dtype(f"{name}.weight", layer.weight, "feats", feats)
+        if not isinstance(layer.slope, Real) or not layer.slope >= 0:
+            raise ValueError(f"{name}.slope must be a number >= 0, but is {layer.slope!r}")
         norm = layer.norm or Norm()
         vectors = {"bias": layer.bias, "norm.weight": norm.weight, "norm.bias": norm.bias}
         vectors |= {"norm.running_mean": norm.running_mean, "norm.running_var": norm.running_var}
@@ -189,6 +201,8 @@ def _check(
                 outputs = layer.weight.shape[0]
                 check_shape(f"{name}.{kind}", vector, f"[{outputs}]", tuple(vector.shape) == (outputs,))
                 check_device(f"{name}.{kind}", vector, "feats", feats)
+    if scale is not None and not isinstance(scale, Real):
+        raise TypeError(f"scale must be a number or None, but is {type(scale).__name__}")
     if mask is not None:
         check_tensors(mask=mask)
         expected = feats.shape[0], fusing.weight.shape[0]

@@ -53,7 +53,7 @@ class Settings(NamedTuple):
 
 
 def ocr_block(
-    feats: Tensor, key: Tensor, contexts: Tensor, pixel_in: Tensor, pixel_out: Tensor, fusing: Tensor,
+    feats: Tensor, key: Tensor, pixel_in: Tensor, pixel_out: Tensor, fusing: Tensor, contexts: Tensor,
     vectors: Sequence[Tensor], mask: Tensor, settings: Settings,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """z `[B, O, *S]`, and the mean and variance of each layer in one vector (Eqs. 3, 5, 6).
@@ -62,7 +62,7 @@ def ocr_block(
     """
     x = feats.flatten(2)
     first, second, up, last = settings.layers(vectors)
-    statistics = []
+    statistics: list[Tensor] = []
 
     def applied(layer: Layer, h: Tensor) -> Tensor:
         mean, var = h.new_zeros(h.shape[1]), h.new_ones(h.shape[1])
@@ -236,7 +236,7 @@ def activation_backward_(grad: Tensor, activated: Tensor, slope: float) -> Tenso
 
 
 def forward(
-    feats: Tensor, key: Tensor, contexts: Tensor, pixel_in: Tensor, pixel_out: Tensor, fusing: Tensor,
+    feats: Tensor, key: Tensor, pixel_in: Tensor, pixel_out: Tensor, fusing: Tensor, contexts: Tensor,
     vectors: Sequence[Tensor], mask: Tensor, settings: Settings,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """z `[B, O, *S]`, what the backward pass reads (h of both layers of phi, w, G [y, x]), and the statistics."""
@@ -288,18 +288,18 @@ def _joined(
     """What the fusing product takes of a tile, `[Y + C, T]`, and its part that is y."""
     contexts, channels = y.u.shape[1], x.shape[1]
     both = tiles.empty("both", contexts + channels, part)
-    first = 0 if settings.context_first else channels
-    both[contexts - first : contexts - first + channels].copy_(x[image][:, part])
-    inside = both[first : first + contexts]
+    sizes = [contexts, channels] if settings.context_first else [channels, contexts]
+    inside, pixels = both.split(sizes)[:: 1 if settings.context_first else -1]
+    pixels.copy_(x[image][:, part])
     inside.copy_(activate_(y.before(up, image, weights[image][:, part]), up.layer.slope))
     return both, inside
 
 
 def backward(
-    grad: Tensor, feats: Tensor, key: Tensor, contexts: Tensor, pixel_in: Tensor, pixel_out: Tensor, fusing: Tensor,
+    grad: Tensor, feats: Tensor, key: Tensor, pixel_in: Tensor, pixel_out: Tensor, fusing: Tensor, contexts: Tensor,
     vectors: Sequence[Tensor], mask: Tensor, saved: Sequence[Tensor], settings: Settings, needs: Sequence[bool],
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """The gradients of feats, in its dtype, and of key, contexts, the three matrices and the vectors.
+    """The gradients of feats, in its dtype, and of key, the three matrices, contexts and the vectors.
 
     Products that only gradients take part in which are not needed are left out; such gradients are anything.
     """
@@ -314,7 +314,7 @@ def backward(
     count = x.shape[0] * x.shape[2]
     depth, outputs, channels = len(pixel_in), len(fusing), x.shape[1]
     need_feats = needs[0]
-    need_phi = any((needs[0], needs[1], *needs[3:5], *needs[6:10]))
+    need_phi = any((*needs[:4], *needs[6:10]))
     y = Contexts(contexts, weights, tiles, exact)
     dx = empty_maps(x, channels if need_feats else 0)
 
@@ -328,8 +328,9 @@ def backward(
     for image, part in tiles:
         d = of_z(image, part)
         dlast.add(d, fused[image][:, part], tiles.empty("outputs", outputs, part, exact))
-    halves = fusing.split([up.gain.shape[0], channels] if settings.context_first else [channels, up.gain.shape[0]], 1)
-    on_context, on_pixels = (half.t().contiguous() for half in (halves if settings.context_first else halves[::-1]))
+    contexts_of_y = len(up.gain)
+    halves = fusing.split([contexts_of_y, channels] if settings.context_first else [channels, contexts_of_y], 1)
+    on_context, on_pixels = (half.t().contiguous() for half in halves[:: 1 if settings.context_first else -1])
     dfusing = torch.zeros_like(fusing, dtype=exact)
     dweights = empty_maps(x, key.shape[2], exact)
     outer = torch.zeros_like(y.u)  # sum_i dy_i w_i', [B, Y, K]
@@ -338,7 +339,7 @@ def backward(
         d = of_z(image, part)
         d = dlast.through(d, fused[image][:, part], d).to(dtype)
         both, inside = _joined(y, up, image, part, x, weights, settings, tiles)
-        if needs[5]:
+        if needs[4]:
             dfusing += d @ both.t()
         if need_feats:
             torch.mm(on_pixels, d, out=dx[image][:, part])
@@ -391,9 +392,9 @@ def backward(
     for image, part in tiles if need_phi else ():
         spare = tiles.empty("grad of depth", depth, part, exact)
         d = dphi[0].through(dquery[image][:, part], hidden_in[image][:, part], spare).to(dtype)
-        if needs[3]:
+        if needs[2]:
             dpixel_in += d @ x[image][:, part].t()
         if need_feats:
             dx[image][:, part].addmm_(turned, d)
     sums = [each.flatten() for layer in (*dphi, dup, dlast) for each in (layer.gain, layer.shift)]
-    return dx.unflatten(2, feats.shape[2:]), dkey, dcontexts, dpixel_in, dpixel_out, dfusing, *sums
+    return dx.unflatten(2, feats.shape[2:]), dkey, dpixel_in, dpixel_out, dfusing, dcontexts, *sums

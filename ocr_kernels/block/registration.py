@@ -12,20 +12,22 @@ from torch import Tensor
 from ocr_kernels.block import reference
 from ocr_kernels.block.reference import Settings
 from ocr_kernels.core.backends import implementation
+from ocr_kernels.core.derivatives import Op
 from ocr_kernels.core.layout import empty_in_format, pixels, statistics_dtype
 from ocr_kernels.core.registration import differentiate, differentiate_twice, register_op
 
 IMPLEMENTED = ("reference",)
-TENSORS = 14  # that have a derivative: feats, key, contexts, three matrices and eight vectors; the mask is the next
+TENSORS = 14  # that have a derivative: feats, key, three matrices, contexts and eight vectors; the mask is the next
 _ARGUMENTS = (
-    "Tensor feats, Tensor key, Tensor contexts, Tensor pixel_in, Tensor pixel_out, Tensor fusing, "
+    "Tensor feats, Tensor key, Tensor pixel_in, Tensor pixel_out, Tensor fusing, Tensor contexts, "
     "Tensor gain_in, Tensor shift_in, Tensor gain_out, Tensor shift_out, Tensor gain_up, Tensor shift_up, "
     "Tensor gain_z, Tensor shift_z, Tensor mask"
 )
 _SETTINGS = "float scale, float[] slopes, float[] eps, bool context_first"
 
-# Arguments have been checked by the public call. contexts are u, [B, Y, K]; pixel_out has no elements where phi has one
-# layer, nor have its vectors; mask is [B, O], what z is multiplied by, or has no elements.
+# Arguments have been checked by the public call. contexts are u, [B, Y, K], in the dtype of statistics, as the vectors
+# are; pixel_out has no elements where phi has one layer, nor have its vectors; mask is [B, O], what z is multiplied by,
+# or has no elements.
 
 
 def _split(args: Sequence[Any]) -> tuple[list[Tensor], Settings, str]:
@@ -35,7 +37,7 @@ def _split(args: Sequence[Any]) -> tuple[list[Tensor], Settings, str]:
 
 def _allocate(*args: Any) -> tuple[Tensor, ...]:
     """z, and what the backward pass reads: h of both layers of phi, w, G [y, x], the statistics."""
-    feats, key, contexts, pixel_in, pixel_out, fusing = args[:6]
+    feats, key, pixel_in, pixel_out, fusing, contexts = args[:6]
     maps = [empty_in_format(feats, len(each)) for each in (fusing, pixel_in, pixel_out)]
     channels = 2 * (len(pixel_in) + len(pixel_out) + contexts.shape[1] + len(fusing))
     statistics = feats.new_empty(channels, dtype=statistics_dtype(feats))
@@ -44,14 +46,19 @@ def _allocate(*args: Any) -> tuple[Tensor, ...]:
 
 def _forward(*args: Any) -> tuple[Tensor, ...]:
     tensors, settings, backend = _split(args)
+    if not tensors[0].numel():
+        return tuple(out.zero_() for out in _allocate(*args))
     kernels = implementation("block", backend, tensors[0].device.type, IMPLEMENTED)
     out: tuple[Tensor, ...] = kernels.forward(*_grouped(tensors), settings)
     return out
 
 
-def _grouped(tensors: Sequence[Any]) -> tuple[Any, ...]:
-    """feats, key, contexts and the matrices; the vectors; the mask."""
-    return *tensors[:6], tensors[6:TENSORS], tensors[TENSORS]
+def _grouped(
+    tensors: Sequence[Any],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Sequence[Tensor], Tensor]:
+    """feats, key, the matrices and contexts; the vectors; the mask."""
+    feats, key, pixel_in, pixel_out, fusing, contexts = tensors[:6]
+    return feats, key, pixel_in, pixel_out, fusing, contexts, tensors[6:TENSORS], tensors[TENSORS]
 
 
 def _allocate_gradients(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
@@ -65,6 +72,8 @@ def _allocate_gradients(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
 def _backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
     tensors, saved = args[: TENSORS + 1], args[TENSORS + 1 : TENSORS + 6]
     *settings, needs, backend = args[TENSORS + 6 :]
+    if not grad.numel():  # sums over no pixels
+        return tuple(gradient.zero_() for gradient in _allocate_gradients(grad, *args))
     kernels = implementation("block", backend, grad.device.type, IMPLEMENTED)
     gradients = kernels.backward(grad, *_grouped(tensors), saved, Settings(*settings), needs)
     pairs = zip(gradients, tensors, needs, strict=False)
@@ -80,8 +89,9 @@ def _define(*args: Any) -> tuple[Tensor, ...]:
 
 def _definition(mask: Tensor, settings: Settings) -> Any:
     def z(*tensors: Tensor) -> Tensor:
-        out: Tensor = reference.ocr_block(*_grouped([*tensors, mask]), settings)[0]
-        return out
+        exact = statistics_dtype(tensors[0])
+        grouped = _grouped([tensor.to(exact) for tensor in (*tensors, mask)])
+        return reference.ocr_block(*grouped, settings)[0].to(tensors[0].dtype)
 
     return z
 
@@ -91,16 +101,14 @@ def _define_backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
     return differentiate(_definition(args[TENSORS], Settings(*settings)), args[:TENSORS], grad, needs)
 
 
-def _flops(
-    feats: Sequence[int], key: Sequence[int], contexts: Sequence[int], *rest: Any, **_: Any
-) -> int:
-    matrices = sum(map(math.prod, rest[:3]))
-    return 2 * pixels(feats) * (feats[0] * matrices + math.prod(key) + math.prod(contexts))
+def _flops(feats: Sequence[int], key: Sequence[int], *rest: Any, **_: Any) -> int:
+    *matrices, contexts = (math.prod(map(int, shape)) for shape in rest[:4])
+    total: int = 2 * pixels(feats) * (feats[0] * sum(matrices) + math.prod(key) + contexts)
+    return total
 
 
 def _flops_backward(grad: Any, *args: Any, **_: Any) -> int:
-    feats, _, contexts = args[:3]
-    return 2 * _flops(*args) + 2 * pixels(feats) * math.prod(contexts)  # y is made again
+    return 2 * _flops(*args) + 2 * pixels(args[0]) * math.prod(args[5])  # y is made again
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -132,18 +140,22 @@ def _differentiate_backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tenso
     return *derivatives, *(None,) * (6 + len(ctx.settings) + 2)
 
 
-def _one_by_one(op: Any) -> Any:
-    """A batching rule: the statistics of a call are those of its own pixels, so there is a call for each."""
+def _vmap(info: Any, in_dims: Sequence[Any], *args: Any) -> Any:
+    return _one_by_one(ocr_block_op, info.batch_size, in_dims, args)
 
-    def vmap(info: Any, in_dims: Sequence[Any], *args: Any) -> Any:
-        dims = [dim if isinstance(arg, Tensor) else None for arg, dim in zip(args, in_dims, strict=True)]
-        outputs = [
-            op(*(arg if dim is None else arg.select(dim, i) for arg, dim in zip(args, dims, strict=True)))
-            for i in range(info.batch_size)
-        ]
-        return tuple(map(torch.stack, zip(*outputs, strict=True))), (0,) * len(outputs[0])
 
-    return vmap
+def _vmap_backward(info: Any, in_dims: Sequence[Any], *args: Any) -> Any:
+    return _one_by_one(ocr_block_backward_op, info.batch_size, in_dims, args)
+
+
+def _one_by_one(op: Op, size: int, in_dims: Sequence[Any], args: Sequence[Any]) -> Any:
+    """The statistics of a call are those of its own pixels, so there is a call for each."""
+    dims = [dim if isinstance(arg, Tensor) else None for arg, dim in zip(args, in_dims, strict=True)]
+    outputs = [
+        op(*(arg if dim is None else arg.select(dim, i) for arg, dim in zip(args, dims, strict=True)))
+        for i in range(size)
+    ]
+    return tuple(map(torch.stack, zip(*outputs, strict=True))), (0,) * len(outputs[0])
 
 
 ocr_block_op = register_op(
@@ -154,8 +166,8 @@ ocr_block_op = register_op(
     flops=_flops,
     setup_context=_save,
     backward=_differentiate,
-    vmap=lambda *args: _one_by_one(ocr_block_op)(*args),
-    autocast=6,
+    vmap=_vmap,
+    autocast=5,
 )
 ocr_block_backward_op = register_op(
     f"ocr_block_backward(Tensor grad, {_ARGUMENTS}, Tensor hidden_in, Tensor hidden_out, Tensor weights, Tensor fused, "
@@ -166,5 +178,5 @@ ocr_block_backward_op = register_op(
     flops=_flops_backward,
     setup_context=_save_backward,
     backward=_differentiate_backward,
-    vmap=lambda *args: _one_by_one(ocr_block_backward_op)(*args),
+    vmap=_vmap_backward,
 )

@@ -16,12 +16,12 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
+from ocr_kernels.core.calls import has_own_forward
 from ocr_kernels.head.functional import DTYPES
 from ocr_kernels.models.block_plan import plan_block
 from ocr_kernels.models.block_trace import tensor_at
 from ocr_kernels.models.block_weights import BlockPlan, Folded, globals_of, own_classes
 from ocr_kernels.models.maps import Recorder
-from ocr_kernels.models.recognition import has_own_forward
 
 _version_of = operator.attrgetter("_version")
 

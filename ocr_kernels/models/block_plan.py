@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ocr_kernels.core.calls import has_own_forward
 from ocr_kernels.head.functional import DTYPES
 from ocr_kernels.models.block_trace import Call, Map, Node, Own, Ref, Tracer, Unmatched, tensor_at
 from ocr_kernels.models.block_weights import BlockPlan, Layer, Resizing, functions_of, globals_of, own_classes, present
 from ocr_kernels.models.classifier import matrix_of
-from ocr_kernels.models.recognition import has_own_forward
 
 VERIFICATION_BOUND = 1e-4
 """Largest relative difference at which two float32 forwards with random weights count as equal."""

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from ocr_kernels.models.recognition import is_plain_call
+from ocr_kernels.block.layers import is_pointwise
+from ocr_kernels.core.calls import is_plain_call
 from ocr_kernels.models.rewriting import Rewriter, ask
 
 
@@ -64,15 +65,10 @@ def matrix_of(classifier: nn.Module | None) -> tuple[Tensor, Tensor | None] | No
     if type(classifier) is nn.Sequential:
         layers = [layer for layer in classifier if not (_does_nothing(layer) and is_plain_call(layer))]
         return matrix_of(layers[0]) if len(layers) == 1 else None
-    if not isinstance(classifier, _CONVOLUTIONS) or type(classifier) not in _CONVOLUTIONS:
-        return None
-    ones = {*classifier.kernel_size, *classifier.stride, classifier.groups}
-    is_padded = not isinstance(classifier.padding, str) and any(classifier.padding)
-    return None if ones != {1} or is_padded else (classifier.weight.flatten(1), classifier.bias)
+    return (classifier.weight.flatten(1), classifier.bias) if is_pointwise(classifier) else None  # type: ignore[operator, return-value]
 
 
-_CONVOLUTIONS = nn.Conv1d, nn.Conv2d, nn.Conv3d
-_CLASSIFIERS = *_CONVOLUTIONS, nn.Sequential
+_CLASSIFIERS = nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Sequential
 
 
 def _does_nothing(layer: nn.Module) -> bool:

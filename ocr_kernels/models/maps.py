@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ocr_kernels.attention.registration import check_query_and_key, pixel_region_attention_op
+from ocr_kernels.block.registration import ocr_block_op
 from ocr_kernels.core.arguments import check_dtype, check_shape, check_tensors
 from ocr_kernels.core.layout import statistics_dtype
 from ocr_kernels.gather.registration import spatial_gather_op
@@ -109,6 +110,9 @@ class Recorder(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         if func is spatial_gather_op and _is_real(args[1]):
             self.maps.regions.append(region_maps(args[1].detach(), args[2]))
+        elif func is ocr_block_op and _is_real(args[0]):
+            weights = out[3]
+            self.maps.attention.append(weights.to(statistics_dtype(weights)))
         elif func is pixel_region_attention_op and _is_real(args[0]):
             self.maps.attention.append(attention_maps(args[0].detach(), args[1].detach(), args[3]))
         return out

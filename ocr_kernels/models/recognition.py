@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from ocr_kernels.attention import pixel_region_attention
 from ocr_kernels.core.backends import assume_constant_result, left_to_compiler
+from ocr_kernels.core.calls import StandIn, is_plain_call
 from ocr_kernels.core.layout import DTYPES
 from ocr_kernels.gather import spatial_gather
 
@@ -426,34 +427,6 @@ def _handler_of(function: Any) -> Handler | None:
     try:
         return HANDLERS.get(function)
     except TypeError:  # something callable that cannot be hashed
-        return None
-
-
-def is_plain_call(module: nn.Module) -> bool:
-    """Whether calling `module` runs its class's forward, or what stands in for it, and nothing else."""
-    return not (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or has_own_forward(module)
-        or type(module).__call__ is not nn.Module.__call__
-        or module._compiled_call_impl is not None
-        or torch.nn.modules.module._has_any_global_hook()
-    )
-
-
-def has_own_forward(module: nn.Module) -> bool:
-    """Whether a module's forward is the instance's own, not its class's, nor what stands in for that."""
-    forward = vars(module).get("forward")
-    return not (forward is None or isinstance(forward, StandIn)) or isinstance(module, torch.fx.GraphModule)
-
-
-class StandIn:
-    """What gives the same results as the forward of a module's class."""
-
-    def logits(self, classifier: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-        """What a classifier makes of the result; None where it has to be called with that."""
         return None
 
 

@@ -16,12 +16,13 @@ from torch.nn.parameter import is_lazy
 
 from ocr_kernels import modules
 from ocr_kernels.core.backends import resolve_backend
+from ocr_kernels.core.calls import has_own_forward
 from ocr_kernels.head.functional import IMPLEMENTED
 from ocr_kernels.models.block_cache import BlockCache
 from ocr_kernels.models.block_plan import plan_block, verify
 from ocr_kernels.models.block_weights import BlockPlan
 from ocr_kernels.models.classifier import joined, joins_of
-from ocr_kernels.models.recognition import NO_PRODUCT, has_own_forward
+from ocr_kernels.models.recognition import NO_PRODUCT
 from ocr_kernels.models.replacement import Replacement, replacement_of
 from ocr_kernels.models.report import LeftAlone, ReplacementReport, Swapped
 from ocr_kernels.models.rewriting import PRODUCTS, Rewriter

@@ -10,13 +10,13 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from ocr_kernels.core.calls import StandIn, is_recorded
 from ocr_kernels.models.block_cache import BlockCache
 from ocr_kernels.models.block_weights import Folded
 from ocr_kernels.models.classifier import Join, joined, matrix_of
-from ocr_kernels.models.recognition import Copies, Log, Recognition, StandIn
+from ocr_kernels.models.recognition import Copies, Log, Recognition
 from ocr_kernels.models.rewriting import Rewriter
 
 RESTORE_FIRST = "call ocr_kernels.restore_ocr_modules(model) first, and replace_ocr_modules(model) again after it"
@@ -74,7 +74,7 @@ class Replacement(StandIn):
         module = self.module
         function = type(module).forward
         rewritten = self.copies.get(function) if self.is_active else None  # type: ignore[call-overload]
-        if rewritten is None or _is_recorded():
+        if rewritten is None or is_recorded():
             return function(module, *args, **kwargs)
         recognition = Recognition(self.copies, log)
         try:
@@ -140,11 +140,3 @@ def replacement_of(module: nn.Module) -> Replacement | None:
     """What stands in for a module's forward, also where another library has wrapped it since."""
     values = (getattr(value, "__self__", value) for value in vars(module).values())
     return next((v for v in values if isinstance(v, Replacement) and v.is_active), None)
-
-
-def _is_recorded() -> bool:
-    """Whether the call becomes part of a program that is to run elsewhere."""
-    return (
-        torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-        or torch.compiler._is_exporting_flag  # is_exporting() is true under any torch.compile of PyTorch 2.11
-    )

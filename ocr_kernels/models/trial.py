@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
-from ocr_kernels.models.recognition import Log, StandIn
+from ocr_kernels.core.calls import StandIn
+from ocr_kernels.models.recognition import Log
 from ocr_kernels.models.replacement import Replacement
 
 _running = threading.Lock()  # PyTorch's random state is one for all threads

@@ -1,0 +1,44 @@
+"""What calling a module runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class StandIn:
+    """What gives the same results as the forward of a module's class."""
+
+    def logits(self, classifier: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+        """What a classifier makes of the result; None where it has to be called with that."""
+        return None
+
+
+def is_plain_call(module: nn.Module) -> bool:
+    """Whether calling `module` runs its class's forward, or what stands in for it, and nothing else."""
+    return not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or has_own_forward(module)
+        or type(module).__call__ is not nn.Module.__call__
+        or module._compiled_call_impl is not None
+        or torch.nn.modules.module._has_any_global_hook()
+    )
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether a module's forward is the instance's own, not its class's, nor what stands in for that."""
+    forward = vars(module).get("forward")
+    return not (forward is None or isinstance(forward, StandIn)) or isinstance(module, torch.fx.GraphModule)
+
+
+def is_recorded() -> bool:
+    """Whether the call becomes part of a program that is to run elsewhere."""
+    return (
+        torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+        or torch.compiler._is_exporting_flag  # is_exporting() is true under any torch.compile of PyTorch 2.11
+    )

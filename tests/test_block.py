@@ -1,0 +1,474 @@
+"""Step 4 in training as one op: what it computes, saves and refuses, and the module that is built on it."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from module_results import CountOps
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ocr_kernels import modules, record_maps, reference, use_backend
+from ocr_kernels.block import Layer, Norm, ocr_block
+from ocr_kernels.block import reference as kernels
+from ocr_kernels.testing import assert_parity, lay_out
+
+B, C, D, V, Y, OUT, K = 2, 5, 4, 3, 6, 7, 3
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> Iterator[None]:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that there are several, and one that is not full."""
+    monkeypatch.setattr(kernels, "TILE", 11)
+
+
+def tensors(dtype: torch.dtype = torch.float64, size: tuple[int, ...] = (3, 5)) -> list[Tensor]:
+    """feats, key, value, four matrices and eight vectors."""
+    shapes = [(B, C, *size), (B, D, K), (B, V, K), (D, C), (D, D), (Y, V), (OUT, Y + C)]
+    shapes += [(n,) for n in (D, D, D, D, Y, Y, OUT, OUT)]
+    return [torch.randn(shape, dtype=dtype).requires_grad_() for shape in shapes]
+
+
+def block(*args: Tensor, training: bool = True, layers: int = 2, slope: float = 0.1, **options: Any) -> Tensor:
+    feats, key, value, first, second, up, fusing, *vectors = args
+
+    def norm(i: int) -> Norm:
+        mean = torch.full_like(vectors[i], 0.2, requires_grad=False)
+        return Norm(vectors[i], vectors[i + 1], mean, mean + 1, training=training)
+
+    pixel = [Layer(first, None, norm(0)), Layer(second, None, norm(2), slope)][:layers]
+    return ocr_block(feats, key, value, pixel, Layer(up, None, norm(4)), Layer(fusing, None, norm(6)), **options)
+
+
+# The op
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
+@pytest.mark.parametrize("training", [True, False])
+def test_gradients(training: bool, layout: Any) -> None:
+    feats, *rest = tensors()
+    feats = lay_out(feats.detach(), layout).requires_grad_()
+    function = functools.partial(block, training=training, mask=torch.rand(B, OUT, dtype=torch.float64))
+    assert torch.autograd.gradcheck(function, (feats, *rest))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_second_derivatives(training: bool) -> None:
+    function = functools.partial(block, training=training, slope=1.0)
+    assert torch.autograd.gradgradcheck(function, tuple(tensors(size=(2, 2))))
+
+
+@pytest.mark.parametrize("options", [{"layers": 1}, {"context_first": False}, {"scale": 0.3}, {"slope": 1.0}])
+@pytest.mark.parametrize("size", [(3, 5), (15,), (3, 2, 2)])
+def test_variants(options: dict[str, Any], size: tuple[int, ...]) -> None:
+    args = tensors(size=size)
+    used = args if options.get("layers", 2) == 2 else [a for i, a in enumerate(args) if i not in (4, 9, 10)]
+    function = functools.partial(block, **options)
+    found = function(*args)
+    assert found.shape == (B, OUT, *size)
+    grad = torch.randn_like(found)
+    gradients = torch.autograd.grad(found, used, grad)
+    with _by_definition():
+        expected = function(*args)
+        wanted = torch.autograd.grad(expected, used, grad)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(gradients, wanted, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("regions", [1, 2, 150, 1203])
+def test_any_number_of_regions(regions: int) -> None:
+    args = tensors()
+    args[1], args[2] = (torch.randn(B, n, regions, dtype=torch.float64, requires_grad=True) for n in (D, V))
+    found = block(*args)
+    gradients = torch.autograd.grad(found.square().sum(), args[:3])
+    with _by_definition():
+        expected = block(*args)
+        wanted = torch.autograd.grad(expected.square().sum(), args[:3])
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(gradients, wanted, rtol=1e-8, atol=1e-8)
+
+
+def _by_definition() -> Any:
+    """In here the op is computed as it is defined, and differentiated by PyTorch."""
+    from ocr_kernels.block import functional, registration
+
+    patch = pytest.MonkeyPatch.context()
+
+    class Patched:
+        def __enter__(self) -> None:
+            self.patch = patch.__enter__()
+            self.patch.setattr(functional, "ocr_block_op", registration._define)
+
+        def __exit__(self, *args: Any) -> None:
+            patch.__exit__(*args)
+
+    return Patched()
+
+
+def test_what_is_needed() -> None:
+    """Gradients that are not needed are not there, and the others are the same."""
+    args = tensors()
+    grad = torch.randn(B, OUT, 3, 5, dtype=torch.float64)
+    every = torch.autograd.grad(block(*args), args, grad)
+    for wanted in ([0], [1], [2], [3], [4], [5], [6], [7, 8], [11], [13, 14], [1, 2, 6]):
+        given = [arg.detach().requires_grad_(i in wanted) for i, arg in enumerate(args)]
+        some = torch.autograd.grad(block(*given), [given[i] for i in wanted], grad)
+        torch.testing.assert_close(some, tuple(every[i] for i in wanted), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_same_bits_and_same_format(layout: Any) -> None:
+    args = tensors(torch.float32)
+    args[0] = lay_out(args[0].detach(), layout).requires_grad_()
+    runs = []
+    for _ in range(2):
+        out = block(*args)
+        runs.append([out, *torch.autograd.grad(out.sum(), args)])  # a gradient of stride 0
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+    assert runs[0][0].is_contiguous(
+        memory_format=torch.channels_last if layout == "channels_last" else torch.contiguous_format
+    )
+    assert runs[0][1].stride() == args[0].stride()
+
+
+def test_statistics_run() -> None:
+    args = tensors(torch.float32)
+    plain = nn.BatchNorm2d(OUT, momentum=0.3)
+    mean, var = torch.zeros(OUT), torch.ones(OUT)
+    bias = torch.randn(OUT)
+    none = [Layer(weight) for weight in args[3:6]]
+    norm = Norm(plain.weight, plain.bias, mean, var, momentum=0.3)
+    found = ocr_block(*args[:3], none[:2], none[2], Layer(args[6], bias, norm))
+    raw = ocr_block(*args[:3], none[:2], none[2], Layer(args[6], bias, slope=1.0))
+    torch.testing.assert_close(found, plain(raw).relu(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(mean, plain.running_mean)
+    torch.testing.assert_close(var, plain.running_var)
+
+
+def test_a_bias_before_a_batch_norm_has_a_gradient_of_zero() -> None:
+    args = tensors(torch.float32)
+    bias = torch.randn(OUT, requires_grad=True)
+    none = [Layer(weight) for weight in args[3:6]]
+    out = ocr_block(*args[:3], none[:2], none[2], Layer(args[6], bias, Norm()))
+    (grad,) = torch.autograd.grad(out.sum(), bias)
+    assert torch.equal(grad, torch.zeros(OUT))
+
+
+def test_transforms() -> None:
+    args = [tensor.detach() for tensor in tensors()]
+    each = [torch.stack([tensor, tensor + 0.1]) for tensor in args[:3]]
+    found = torch.func.vmap(lambda *maps: block(*maps, *args[3:], training=False))(*each)
+    expected = torch.stack([block(*(e[i] for e in each), *args[3:], training=False) for i in range(2)])
+    torch.testing.assert_close(found, expected)
+    gradient = torch.func.grad(lambda feats: block(feats, *args[1:], training=False).sum())(args[0])
+    leaf = args[0].clone().requires_grad_()
+    block(leaf, *args[1:], training=False).sum().backward()
+    torch.testing.assert_close(gradient, leaf.grad)
+    _, tangent = torch.func.jvp(
+        lambda feats: block(feats, *args[1:], training=False), (args[0],), (torch.ones_like(args[0]),)
+    )
+    assert tangent.isfinite().all()
+
+
+@pytest.mark.parametrize("size", [(0, 4), (3, 0)])
+def test_no_pixels(size: tuple[int, int]) -> None:
+    args = tensors(size=size)
+    out = block(*args)
+    assert out.shape == (B, OUT, *size)
+    gradients = torch.autograd.grad(out.sum(), args)
+    assert all(not gradient.any() for gradient in gradients)
+
+
+def test_opcheck() -> None:
+    from ocr_kernels.block.registration import ocr_block_op
+
+    captured: list[Any] = []
+
+    class Capture(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is ocr_block_op:
+                captured.append(args)
+            return func(*args, **(kwargs or {}))
+
+    with torch.no_grad(), Capture():
+        block(*tensors(torch.float32))
+    (args,) = captured
+    args = [a.requires_grad_(i < 14) if isinstance(a, Tensor) else a for i, a in enumerate(args)]
+    torch.library.opcheck(ocr_block_op, tuple(args))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"feats": torch.randn(B, C)}, ValueError, "feats must have shape"),
+        ({"feats": torch.randn(B, C, 3, 5).int()}, TypeError, "feats must be float64"),
+        ({"key": torch.randn(B, D, 0)}, ValueError, "key must have shape"),
+        ({"key": torch.randn(B, D, K).double()}, TypeError, "key must have the dtype of feats"),
+        ({"value": torch.randn(B, V, K + 1)}, ValueError, "value must have shape"),
+        ({"pixel": []}, ValueError, "pixel must be one layer or two"),
+        ({"pixel": [Layer(torch.randn(D, C + 1))]}, ValueError, r"pixel\[0\].weight must have shape \[4, 5\]"),
+        ({"fusing": Layer(torch.randn(OUT, C))}, ValueError, r"fusing.weight must have shape \[any, 11\]"),
+        ({"up": Layer(torch.randn(Y, V), torch.randn(V))}, ValueError, r"up.bias must have shape \[6\]"),
+        ({"up": Layer(torch.randn(Y, V), slope=-1.0)}, ValueError, "up.slope must be"),
+        ({"up": Layer(torch.randn(Y, V), norm=Norm(torch.randn(V)))}, ValueError, "up.norm.weight must have shape"),
+        ({"mask": torch.rand(OUT)}, ValueError, "mask must have shape"),
+        ({"mask": torch.rand(B, OUT).double()}, TypeError, "mask must be torch.float32"),
+        ({"scale": "half"}, TypeError, "scale must be a number"),
+        ({"backend": "triton"}, RuntimeError, "backend 'triton'"),
+        ({"backend": "cudnn"}, ValueError, "backend must be one of"),
+    ],
+)
+def test_bad_arguments(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    good = {
+        "feats": torch.randn(B, C, 3, 5),
+        "key": torch.randn(B, D, K),
+        "value": torch.randn(B, V, K),
+        "pixel": [Layer(torch.randn(D, C))],
+        "up": Layer(torch.randn(Y, V)),
+        "fusing": Layer(torch.randn(OUT, Y + C)),
+    }
+    ocr_block(**good)
+    with pytest.raises(error, match=message):
+        ocr_block(**{**good, **change})
+
+
+def test_one_pixel_has_no_variance() -> None:
+    args = tensors(size=(1,))
+    args = [arg[:1] if i < 3 else arg for i, arg in enumerate(args)]
+    with pytest.raises(ValueError, match=r"pixel\[0\].norm takes the statistics of a batch that has one pixel"):
+        block(*args)
+
+
+# The module
+
+
+CHANNELS, REGIONS = 16, 5
+NORMS: dict[str, Any] = {
+    "BatchNorm": nn.BatchNorm2d,
+    "no norm": nn.Identity,
+    "no affine": lambda channels: nn.BatchNorm2d(channels, affine=False, momentum=None),
+    "nothing tracked": lambda channels: nn.BatchNorm2d(channels, track_running_stats=False),
+    "SyncBatchNorm": nn.SyncBatchNorm,
+    "eps": lambda channels: nn.BatchNorm2d(channels, eps=0.1, momentum=0.5),
+}
+
+
+def pair(dtype: torch.dtype = torch.float32, **options: Any) -> tuple[nn.Module, nn.Module]:
+    """The module in plain PyTorch, and ours with the same parameters."""
+    plain, ours = (library.SpatialOCR(CHANNELS, 8, 12, **options).to(dtype) for library in (reference, modules))
+    for name, tensor in (*plain.named_parameters(), *plain.named_buffers()):
+        if tensor.dim() == 1:
+            tensor.data.uniform_(0.5 if name.endswith("var") else -0.5, 1.5)
+    ours.load_state_dict(plain.state_dict())
+    return plain, ours
+
+
+def inputs(dtype: torch.dtype = torch.float32, layout: Any = "contiguous", size: tuple[int, int] = (9, 7)) -> Any:
+    feats = lay_out(torch.randn(B, CHANNELS, *size, dtype=dtype), layout).requires_grad_()
+    return feats, torch.randn(B, CHANNELS, REGIONS, 1, dtype=dtype, requires_grad=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("training", [True, False])
+def test_half_precision_is_no_worse_than_eager(training: bool, dtype: torch.dtype) -> None:
+    """Of one small module the luck of single activations decides; of five, the arithmetic."""
+    off: dict[str, list[float]] = {"plain": [], "ours": []}
+    for _ in range(5):
+        plain, ours = (module.train(training) for module in pair(dtype, dropout=0.0))
+        args, grad = inputs(dtype, size=(32, 24)), torch.randn(B, 12, 32, 24, dtype=dtype)
+        exact = gradients(copy.deepcopy(plain).double(), [arg.double() for arg in args], grad.double())
+        for name, module in (("plain", plain), ("ours", ours)):
+            found = gradients(module, args, grad)
+            off[name].append(sum(((f - e).norm() / e.norm()).item() for f, e in zip(found, exact, strict=True)))
+    assert sum(off["ours"]) <= 1.05 * sum(off["plain"])
+
+
+def gradients(module: nn.Module, args: Any, grad: Tensor) -> list[Tensor]:
+    """The output, and the gradients of all that pixels go through."""
+    args = [arg.detach().requires_grad_() for arg in args]
+    out = module(*args)
+    wanted = [p for name, p in module.named_parameters() if "f_object" not in name and "f_down" not in name]
+    return [out, *torch.autograd.grad(out, [args[0], *wanted], grad)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("training", [True, False])
+def test_module(training: bool, layout: Any, dtype: torch.dtype) -> None:
+    plain, ours = (module.train(training) for module in pair(dtype, dropout=0.3, act_layer=nn.LeakyReLU))
+    assert_parity(ours, plain, inputs(dtype, layout, (32, 24)))
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("training", [True, False])
+def test_norms(training: bool, norm: str) -> None:
+    plain, ours = (module.train(training) for module in pair(norm_layer=NORMS[norm], dropout=0.3))
+    for step in range(2):  # what a cumulative average is made of, too
+        args = inputs()
+        torch.manual_seed(step)
+        with CountOps() as ops:
+            found = ours(*args)
+        assert ops.block == 1
+        torch.manual_seed(step)
+        torch.testing.assert_close(found, plain(*args), rtol=1e-4, atol=1e-5)
+    assert dict(ours.named_buffers()).keys() == dict(plain.named_buffers()).keys()
+    for name, buffer in plain.named_buffers():
+        torch.testing.assert_close(ours.get_buffer(name), buffer, rtol=1e-4, atol=1e-5)
+
+
+def test_frozen_norms_in_training() -> None:
+    plain, ours = pair(dropout=0.0)
+    for module in (plain, ours):
+        module.train()
+        for part in module.modules():
+            if isinstance(part, nn.BatchNorm2d):
+                part.eval()
+    before = copy.deepcopy(ours.state_dict())
+    assert_parity(ours, plain, inputs(size=(32, 24)))
+    ours(*inputs())
+    torch.testing.assert_close(dict(ours.state_dict()), dict(before), rtol=0, atol=0)
+
+
+def test_what_the_op_does_not_have_runs_as_before() -> None:
+    group, gelu = (functools.partial(nn.GroupNorm, 2), nn.GELU)
+    for options in ({"norm_layer": group}, {"act_layer": gelu}, {"scale": 2}):
+        plain, ours = pair(dropout=0.0, **options)
+        with CountOps() as ops:
+            found = ours(*(args := inputs()))
+        assert (ops.block, ops.attention) == (0, 1)
+        torch.testing.assert_close(found, plain(*args), rtol=1e-4, atol=1e-5)
+
+
+def test_hooks_are_called() -> None:
+    plain, ours = pair(dropout=0.0)
+    seen: list[Any] = []
+    layer = ours.object_context_block.f_pixel[1][0]
+    handle = layer.register_forward_hook(lambda *_: seen.append(1))
+    args = inputs()
+    torch.testing.assert_close(ours(*args), plain(*args), rtol=1e-4, atol=1e-5)
+    assert seen
+    handle.remove()
+    with CountOps() as ops:
+        ours(*args)
+    assert ops.block == 1
+
+
+def test_without_gradients_in_eval_mode_nothing_is_kept() -> None:
+    _, ours = pair()
+    with torch.no_grad(), CountOps() as ops:
+        ours.eval()(*inputs())
+    assert (ops.block, ops.attention) == (0, 1)
+
+
+def test_saved_for_backward() -> None:
+    """At most h of phi's layers, the weights and one map of z's channels, beside the feats, which are alive."""
+    _, ours = pair(dropout=0.1)
+    feats, regions = inputs(size=(32, 32))
+    pixels = B * 32 * 32
+    saved: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        ours(feats, regions)
+    saved.pop(feats.untyped_storage().data_ptr())
+    maps = 4 * pixels * (8 + 8 + REGIONS + 12)
+    assert maps <= sum(saved.values()) <= maps + 64 * 1024
+    assert max(saved.values()) == 4 * pixels * 12
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(dtype: torch.dtype) -> None:
+    plain, ours = pair(dropout=0.0)
+    args = inputs(size=(32, 24))
+
+    def under(module: nn.Module) -> Callable[..., Tensor]:
+        def run(*args: Tensor) -> Tensor:
+            with torch.autocast("cpu", dtype):
+                return module(*args)
+
+        return run
+
+    found, expected = under(ours)(*args), under(plain)(*args)
+    assert found.dtype == expected.dtype == dtype
+    grad = torch.randn_like(found)
+    exact = copy.deepcopy(plain).double()(*(arg.double() for arg in args))
+    assert (found - exact).norm() <= 1.5 * (expected - exact).norm()
+    for module, out in ((ours, found), (plain, expected)):
+        out.backward(grad)
+        assert all(parameter.grad.dtype == torch.float32 for parameter in module.parameters())
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpoint(reentrant: bool) -> None:
+    plain, ours = pair(dropout=0.3)
+    feats, regions = inputs()
+    torch.manual_seed(3)
+    expected = plain(feats, regions)
+    torch.manual_seed(3)
+    found = checkpoint(ours, feats, regions, use_reentrant=reentrant)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    grad = torch.randn_like(found)
+    gradients = [torch.autograd.grad(out, feats, grad)[0] for out in (expected,)]
+    feats.grad = None
+    found.backward(grad)
+    torch.testing.assert_close(feats.grad, gradients[0], rtol=1e-3, atol=1e-5)
+
+
+def test_compiled_whole() -> None:
+    plain, ours = pair(dropout=0.0)
+    torch._dynamo.reset()
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    args = inputs()
+    found, expected = compiled(*args), plain(*args)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    grad = torch.randn_like(found)
+    wanted = list(args)
+    torch.testing.assert_close(
+        torch.autograd.grad(found, wanted, grad), torch.autograd.grad(expected, wanted, grad), rtol=1e-3, atol=1e-5
+    )
+    for name, buffer in plain.named_buffers():
+        torch.testing.assert_close(ours.get_buffer(name), buffer, rtol=1e-4, atol=1e-5)
+
+
+def test_training_reaches_the_same_weights() -> None:
+    plain, ours = pair(torch.float64, dropout=0.0)
+    args = inputs(torch.float64)
+    for module in (plain, ours):
+        optimizer = torch.optim.SGD(module.parameters(), 0.1)
+        for _ in range(5):
+            optimizer.zero_grad()
+            module(*args).square().mean().backward()
+            optimizer.step()
+    for name, tensor in plain.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[name], tensor, rtol=1e-8, atol=1e-10)
+
+
+def test_maps_are_recorded() -> None:
+    _, ours = pair(dropout=0.0)
+    feats, regions = inputs()
+    with record_maps() as maps:
+        ours(feats, regions)
+    (weights,) = maps.attention
+    assert weights.shape == (B, REGIONS, 9, 7)
+    torch.testing.assert_close(weights.sum(1), torch.ones(B, 9, 7))
+
+
+def test_a_named_backend_runs_or_raises() -> None:
+    _, ours = pair()
+    with use_backend("reference"):
+        ours(*inputs())
