@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import statistics
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -283,16 +284,15 @@ def inputs(dtype: torch.dtype = torch.float32, layout: Any = "contiguous", size:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("training", [True, False])
 def test_half_precision_is_no_worse_than_eager(training: bool, dtype: torch.dtype) -> None:
-    """Of one small module the luck of single activations decides; of five, the arithmetic."""
-    off: dict[str, list[float]] = {"plain": [], "ours": []}
+    """Of one gradient the luck of single activations decides; of a hundred, the arithmetic."""
+    ratios: list[float] = []
     for _ in range(5):
         plain, ours = (module.train(training) for module in pair(dtype, dropout=0.0))
         args, grad = inputs(dtype, size=(32, 24)), torch.randn(B, 12, 32, 24, dtype=dtype)
         exact = gradients(copy.deepcopy(plain).double(), [arg.double() for arg in args], grad.double())
-        for name, module in (("plain", plain), ("ours", ours)):
-            found = gradients(module, args, grad)
-            off[name].append(sum(((f - e).norm() / e.norm()).item() for f, e in zip(found, exact, strict=True)))
-    assert sum(off["ours"]) <= 1.05 * sum(off["plain"])
+        found, eager = gradients(ours, args, grad), gradients(plain, args, grad)
+        ratios += [((a - c).norm() / (b - c).norm()).item() for a, b, c in zip(found, eager, exact, strict=True)]
+    assert statistics.median(ratios) <= 1
 
 
 def gradients(module: nn.Module, args: Any, grad: Tensor) -> list[Tensor]:

@@ -152,14 +152,7 @@ def _names(pixel: Sequence[Layer]) -> list[str]:
 
 
 def _check(
-    feats: Tensor,
-    key: Tensor,
-    value: Tensor,
-    pixel: Sequence[Layer],
-    up: Layer,
-    fusing: Layer,
-    scale: Any,
-    mask: Tensor | None,
+    feats: Tensor, key: Tensor, value: Tensor, pixel: Sequence[Layer], up: Layer, fusing: Layer, scale: Any, mask: Any
 ) -> None:
     check_tensors(feats=feats, key=key, value=value)
     check_dtype("feats", feats)
@@ -190,7 +183,7 @@ def _check(
         check_device(f"{name}.weight", layer.weight, "feats", feats)
         if not casts:
             check_same_dtype(f"{name}.weight", layer.weight, "feats", feats)
-        if not isinstance(layer.slope, Real) or not layer.slope >= 0:
+        if not isinstance(layer.slope, (int, float)) or not layer.slope >= 0:
             raise ValueError(f"{name}.slope must be a number >= 0, but is {layer.slope!r}")
         norm = layer.norm or Norm()
         vectors = {"bias": layer.bias, "norm.weight": norm.weight, "norm.bias": norm.bias}

@@ -108,7 +108,8 @@ def _flops(feats: Sequence[int], key: Sequence[int], *rest: Any, **_: Any) -> in
 
 
 def _flops_backward(grad: Any, *args: Any, **_: Any) -> int:
-    return 2 * _flops(*args) + 2 * pixels(args[0]) * math.prod(args[5])  # y is made again
+    again: int = 2 * pixels(args[0]) * math.prod(args[5])  # y
+    return 2 * _flops(*args) + again
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
