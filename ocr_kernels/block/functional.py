@@ -41,7 +41,7 @@ def ocr_block(
     key: Tensor,
     value: Tensor,
     pixel: Sequence[Layer],
-    up: Layer,
+    up: Layer | None,
     fusing: Layer,
     *,
     scale: float | None = None,
@@ -63,7 +63,7 @@ def ocr_block(
         key: transformed regions psi(f), `[B, D, K]`, any K >= 1.
         value: transformed regions delta(f), `[B, V, K]`.
         pixel: phi, one layer or two, `[D, C]` and `[D, D]`.
-        up: rho, `[Y, V]`.
+        up: rho, `[Y, V]`; `None` where contexts are the weighted values themselves, and Y is V.
         fusing: g, `[O, Y + C]`.
         scale: factor on the scores; `None` means `D ** -0.5`.
         context_first: whether g takes `[y, x]`, or `[x, y]`.
@@ -83,24 +83,28 @@ def ocr_block(
             takes the statistics of the batch, or `backend` is unknown.
         RuntimeError: the backend asked for cannot run here; the message says why.
     """
-    _check(feats, key, value, pixel, up, fusing, scale, mask)
-    layers = [*pixel, up, fusing]
+    layers = _named(pixel, up, fusing)
+    _check(feats, key, value, layers, scale, mask)
     count = feats.shape[0] * pixels(feats.shape)
     exact = statistics_dtype(feats)
-    vectors, eps = [], []
-    for name, layer in zip(_names(pixel), layers, strict=True):
-        if layer.norm is not None and _is_batch(layer.norm) and count == 1:
+    vectors, eps, slopes = [], [], []
+    for name, layer in layers.items():
+        takes_statistics = layer is not None and layer.norm is not None and _is_batch(layer.norm)
+        if takes_statistics and count == 1:
             raise ValueError(f"{name}.norm takes the statistics of a batch that has one pixel; call it in eval mode")
-        vectors += [vector.to(exact) for vector in _gain_and_shift(layer)]
-        eps.append(layer.norm.eps if layer.norm is not None and _is_batch(layer.norm) else -1.0)
-    slopes = [float(layer.slope) for layer in layers]
-    second = pixel[1].weight if len(pixel) == 2 else feats.new_empty(0)
-    if len(pixel) == 1:
-        empty = feats.new_empty(0, dtype=exact)
-        vectors[2:2], eps[1:1], slopes[1:1] = [empty, empty], [-1.0], [1.0]
+        if layer is None:  # rho of the values themselves, or no second layer of phi
+            ones = feats.new_ones(value.shape[1] if name == "up" else 0, dtype=exact)
+            gain, shift = ones, 0 * ones
+        else:
+            gain, shift = _gain_and_shift(layer)
+        vectors += [gain.to(exact), shift.to(exact)]
+        eps.append(layer.norm.eps if layer is not None and layer.norm is not None and takes_statistics else -1.0)
+        slopes.append(1.0 if layer is None else float(layer.slope))
     with torch.autocast(feats.device.type, enabled=False):  # few numbers, of which all of y is made
-        contexts = torch.matmul(up.weight.to(exact), value.to(exact))  # u, [B, Y, K]
+        contexts = value.to(exact)  # u, [B, Y, K]
+        contexts = contexts if up is None else torch.matmul(up.weight.to(exact), contexts)
     none = feats.new_empty(0, dtype=exact)
+    second = pixel[1].weight if len(pixel) == 2 else feats.new_empty(0)
     scale = key.shape[1] ** -0.5 if scale is None else float(scale)
     chosen = resolve_backend(feats.device, backend, IMPLEMENTED)
     z, *_, statistics = ocr_block_op(
@@ -108,9 +112,20 @@ def ocr_block(
         scale, slopes, eps, context_first, chosen,
     )  # fmt: skip
     if count:
-        _update([*pixel, up, fusing], statistics, count)
+        known = statistics.detach().split([len(vector) for vector in vectors])
+        for layer, mean, var in zip(layers.values(), known[::2], known[1::2], strict=True):
+            if layer is not None:
+                _update(layer, mean, var, count)
     out: Tensor = z
     return out
+
+
+def _named(pixel: Sequence[Layer], up: Layer | None, fusing: Layer) -> dict[str, Layer | None]:
+    """The layers by what messages call them."""
+    if not isinstance(pixel, (list, tuple)) or isinstance(pixel, Layer) or len(pixel) not in (1, 2):
+        raise ValueError("pixel must be one layer or two, in a sequence")
+    second = pixel[1] if len(pixel) == 2 else None
+    return {"pixel[0]": pixel[0], "pixel[1]": second, "up": up, "fusing": fusing}
 
 
 def _is_batch(norm: Norm) -> bool:
@@ -134,26 +149,17 @@ def _gain_and_shift(layer: Layer) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def _update(layers: Sequence[Layer], statistics: Tensor, count: int) -> None:
+def _update(layer: Layer, mean: Tensor, var: Tensor, count: int) -> None:
     """Let statistics run."""
-    sizes = [len(layer.weight) for layer in layers for _ in range(2)]
-    known = statistics.detach().split(sizes)
-    for layer, mean, var in zip(layers, known[::2], known[1::2], strict=True):
-        norm = layer.norm
-        if norm is None or not norm.training or norm.running_mean is None or norm.running_var is None:
-            continue
-        mean = mean if layer.bias is None else mean + layer.bias
-        for running, now in ((norm.running_mean, mean), (norm.running_var, var * (count / (count - 1)))):
-            running.lerp_(now.to(running.dtype), norm.momentum)
+    norm = layer.norm
+    if norm is None or not norm.training or norm.running_mean is None or norm.running_var is None:
+        return
+    mean = mean if layer.bias is None else mean + layer.bias
+    for running, now in ((norm.running_mean, mean), (norm.running_var, var * (count / (count - 1)))):
+        running.lerp_(now.to(running.dtype), norm.momentum)
 
 
-def _names(pixel: Sequence[Layer]) -> list[str]:
-    return [*(f"pixel[{i}]" for i in range(len(pixel))), "up", "fusing"]
-
-
-def _check(
-    feats: Tensor, key: Tensor, value: Tensor, pixel: Sequence[Layer], up: Layer, fusing: Layer, scale: Any, mask: Any
-) -> None:
+def _check(feats: Tensor, key: Tensor, value: Tensor, layers: dict[str, Layer | None], scale: Any, mask: Any) -> None:
     check_tensors(feats=feats, key=key, value=value)
     check_dtype("feats", feats)
     check_shape("feats", feats, "[B, C, *S] with C >= 1", feats.dim() >= 3 and feats.shape[1] >= 1)
@@ -162,43 +168,47 @@ def _check(
     check_shape("key", key, f"[B, D, K] with {beside}", batched and 0 not in key.shape[1:])
     batched = value.dim() == 3 and value.shape[::2] == key.shape[::2]
     check_shape("value", value, f"[B, V, K] with {beside}", batched and value.shape[1] >= 1)
-    if not isinstance(pixel, (list, tuple)) or isinstance(pixel, Layer) or len(pixel) not in (1, 2):
-        raise ValueError("pixel must be one layer or two, in a sequence")
-    casts = torch.is_autocast_enabled(feats.device.type)
-    for name, tensor in (("key", key), ("value", value)):
-        check_device(name, tensor, "feats", feats)
-        if not casts:
-            check_same_dtype(name, tensor, "feats", feats)
-    depth, contexts = key.shape[1], up.weight.shape[0] if isinstance(up.weight, Tensor) and up.weight.dim() else 0
-    shapes: list[tuple[Any, ...]] = [(depth, feats.shape[1]), *[(depth, depth)] * (len(pixel) - 1)]
-    shapes += [(None, value.shape[1]), (None, contexts + feats.shape[1])]
-    for name, layer, shape in zip(_names(pixel), [*pixel, up, fusing], shapes, strict=True):
-        check_tensors(**{f"{name}.weight": layer.weight})
-        right = layer.weight.dim() == 2 and all(
-            size == wanted or (wanted is None and size >= 1)
-            for size, wanted in zip(layer.weight.shape, shape, strict=True)
-        )
-        wanted = ", ".join("any" if size is None else str(size) for size in shape)
-        check_shape(f"{name}.weight", layer.weight, f"[{wanted}]", right)
-        check_device(f"{name}.weight", layer.weight, "feats", feats)
-        if not casts:
-            check_same_dtype(f"{name}.weight", layer.weight, "feats", feats)
-        if not isinstance(layer.slope, (int, float)) or not layer.slope >= 0:
-            raise ValueError(f"{name}.slope must be a number >= 0, but is {layer.slope!r}")
-        norm = layer.norm or Norm()
-        vectors = {"bias": layer.bias, "norm.weight": norm.weight, "norm.bias": norm.bias}
-        vectors |= {"norm.running_mean": norm.running_mean, "norm.running_var": norm.running_var}
-        for kind, vector in vectors.items():
-            if vector is not None:
-                check_tensors(**{f"{name}.{kind}": vector})
-                outputs = layer.weight.shape[0]
-                check_shape(f"{name}.{kind}", vector, f"[{outputs}]", tuple(vector.shape) == (outputs,))
-                check_device(f"{name}.{kind}", vector, "feats", feats)
+    _check_as("key", key, feats)
+    _check_as("value", value, feats)
+    sizes = {"C": feats.shape[1], "D": key.shape[1], "V": value.shape[1]}
+    for (name, layer), axes in zip(layers.items(), ("DC", "DD", "YV", "OI"), strict=True):
+        if name == "fusing":
+            sizes["I"] = sizes.setdefault("Y", sizes["V"]) + sizes["C"]
+        if layer is not None:
+            _check_layer(name, layer, axes, sizes, feats)
     if scale is not None and not isinstance(scale, Real):
         raise TypeError(f"scale must be a number or None, but is {type(scale).__name__}")
     if mask is not None:
         check_tensors(mask=mask)
-        expected = feats.shape[0], fusing.weight.shape[0]
+        expected = feats.shape[0], sizes["O"]
         check_shape("mask", mask, f"[B, O] {expected}", tuple(mask.shape) == expected)
         check_dtype("mask", mask, statistics_dtype(feats))
         check_device("mask", mask, "feats", feats)
+
+
+def _check_as(name: str, tensor: Tensor, feats: Tensor) -> None:
+    check_device(name, tensor, "feats", feats)
+    if not torch.is_autocast_enabled(feats.device.type):
+        check_same_dtype(name, tensor, "feats", feats)
+
+
+def _check_layer(name: str, layer: Layer, axes: str, sizes: dict[str, int], feats: Tensor) -> None:
+    """`sizes` are those known so far."""
+    check_tensors(**{f"{name}.weight": layer.weight})
+    shape = layer.weight.shape
+    if len(shape) == 2 and shape[0] >= 1:
+        sizes.setdefault(axes[0], shape[0])
+    wanted = "[" + ", ".join(str(sizes.get(axis, axis)) for axis in axes) + "]"
+    right = tuple(shape) == tuple(sizes.get(axis) for axis in axes)
+    check_shape(f"{name}.weight", layer.weight, wanted, right)
+    _check_as(f"{name}.weight", layer.weight, feats)
+    if not isinstance(layer.slope, (int, float)) or not layer.slope >= 0:
+        raise ValueError(f"{name}.slope must be a number >= 0, but is {layer.slope!r}")
+    norm = layer.norm or Norm()
+    vectors = {"bias": layer.bias, "norm.weight": norm.weight, "norm.bias": norm.bias}
+    vectors |= {"norm.running_mean": norm.running_mean, "norm.running_var": norm.running_var}
+    for kind, vector in vectors.items():
+        if vector is not None:
+            check_tensors(**{f"{name}.{kind}": vector})
+            check_shape(f"{name}.{kind}", vector, f"[{shape[0]}]", tuple(vector.shape) == (shape[0],))
+            check_device(f"{name}.{kind}", vector, "feats", feats)

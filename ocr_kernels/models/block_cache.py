@@ -16,10 +16,11 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from ocr_kernels.core.calls import has_own_forward
+from ocr_kernels.core.calls import has_own_forward, is_recorded
 from ocr_kernels.head.functional import DTYPES
 from ocr_kernels.models.block_plan import plan_block
 from ocr_kernels.models.block_trace import tensor_at
+from ocr_kernels.models.block_training import TrainingPlan, plan_training
 from ocr_kernels.models.block_weights import BlockPlan, Folded, globals_of, own_classes
 from ocr_kernels.models.maps import Recorder
 
@@ -27,18 +28,43 @@ _version_of = operator.attrgetter("_version")
 
 
 class BlockCache:
-    """A module's plan, and its folded weights of the last call; a copy starts without them.
+    """A module's plans, and its folded weights of the last call; a copy starts without them.
 
     `forward` is the module's own, by default its class's.
     """
 
-    def __init__(self, plan: BlockPlan, forward: Callable[..., Any] | None = None) -> None:
+    def __init__(
+        self, plan: BlockPlan, forward: Callable[..., Any] | None = None, training: TrainingPlan | None = None
+    ) -> None:
         self.plan: BlockPlan | None = plan
+        self.training = training
         self.forward = forward
         self.snapshot: Snapshot | None = None
 
     def __reduce__(self) -> Any:
-        return BlockCache, (self.plan, self.forward)
+        return BlockCache, (self.plan, self.forward, self.training)
+
+    def plan_training(self, module: nn.Module) -> str:
+        """Find out how the module computes step 4 in training; why it cannot be one op, if it cannot."""
+        assert self.plan is not None
+        found = plan_training(module, self.plan, self.forward or type(module).forward)
+        self.training = None if isinstance(found, str) else found
+        return found if isinstance(found, str) else ""
+
+    def training_for(self, module: nn.Module, feats: Any, regions: Any) -> TrainingPlan | None:
+        """The plan for a call that wants gradients, or is in training; None where the module's own forward is to run.
+
+        That is in traces and exports, and where a layer has a hook.
+        """
+        plan, training = self.plan, self.training
+        if plan is None or training is None or not (torch.is_grad_enabled() or module.training) or is_recorded():
+            return None
+        if not isinstance(feats, Tensor) or not isinstance(regions, Tensor) or not plan.fits(module):
+            return None
+        if self.snapshot is not None and not torch.compiler.is_compiling() and not self.snapshot.has_code():
+            return None
+        takes = plan.takes(feats, regions, tensor_at(module, plan.first)) and training.fits(module)
+        return training if takes else None
 
     def forget(self) -> None:
         """For what PyTorch does not count: changes through `parameter.data` and by fused optimizers."""
@@ -93,7 +119,9 @@ class BlockCache:
         fits = self.plan is not None and self.plan.fits(module)
         if not fits or (same and old is not None and not old.has_structure(module)):
             found = plan_block(module, forward=self.forward)
-            self.plan = found if isinstance(found, BlockPlan) else None
+            self.plan, self.training = (found if isinstance(found, BlockPlan) else None), None
+            if self.plan is not None:
+                self.plan_training(module)
         snapshot = Snapshot(module, self.plan, dtype)
         if not torch._C._len_torch_dispatch_stack():  # a mode's tensors may be no ordinary ones; nothing public tells
             if snapshot.first is not None and snapshot.first.is_cuda:

@@ -70,7 +70,7 @@ def verify(
 
 def _off_at_random(module: nn.Module, plan: BlockPlan, forward: Forward) -> str:
     generator = torch.Generator().manual_seed(0)
-    trial = _copied(module)
+    trial = copied(module)
     for name, tensor in (*trial.named_parameters(), *trial.named_buffers()):
         if tensor.is_floating_point():
             fan = max(tensor[0].numel(), 1) if tensor.dim() > 1 else 1
@@ -106,13 +106,13 @@ def _errors(
     classifier: nn.Module | None,
 ) -> tuple[float, float, float] | str:
     first = tensor_at(module, plan.first)
-    trial = _copied(module, keep=True)
+    trial = copied(module, keep=True)
     feats, regions = (tensor.detach().to(first) for tensor in example or plan.random_inputs(2))
     if not plan.takes(feats, regions, first):
         feats, regions = (tensor.to(first) for tensor in plan.random_inputs(2))
     with torch.device(first.device):
         weights = plan.weights(trial, first.dtype)
-        after = nn.Identity() if classifier is None else _copied(classifier, keep=True)
+        after = nn.Identity() if classifier is None else copied(classifier, keep=True)
         if classifier is not None:
             layer = matrix_of(after)
             joined = None if layer is None else weights.with_classifier(*layer)
@@ -153,7 +153,7 @@ def plan_block(
     failure = ""
     try:
         with quiet([*module.parameters(), *module.buffers()]):
-            trial = _copied(module)
+            trial = copied(module)
             for inputs, transposed in _shapes(module, example):
                 try:
                     tracer, out = _traced(trial, own, inputs, transposed)
@@ -246,7 +246,7 @@ def _shapes(module: nn.Module, example: tuple[Tensor, Tensor] | None) -> Iterato
             yield (x, f), transposed
 
 
-def _copied(module: nn.Module, keep: bool = False) -> nn.Module:
+def copied(module: nn.Module, keep: bool = False) -> nn.Module:
     """A copy in float32 on the CPU, or in its dtypes where it is, in eval mode, without hooks."""
     memo: dict[int, Any] = {}
     for tensor in (*module.parameters(), *module.buffers()):

@@ -26,7 +26,7 @@ from ocr_kernels.models.recognition import NO_PRODUCT
 from ocr_kernels.models.replacement import Replacement, replacement_of
 from ocr_kernels.models.report import LeftAlone, ReplacementReport, Swapped
 from ocr_kernels.models.rewriting import PRODUCTS, Rewriter
-from ocr_kernels.models.trial import Finding, device_of, dry_run
+from ocr_kernels.models.trial import Finding, device_of, dry_run, saved_in_training
 
 Filter = Callable[[nn.Module, str], bool]
 
@@ -42,8 +42,8 @@ def replace_ocr_modules(
     from a module's source is not assumed: it is given computed tensors, or the module is left alone.
 
     A module that computes the whole of step 4, from pixels and regions to z, runs as one op, `ocr_head`, in eval mode
-    where no gradient is wanted. It is found by what it computes, too: its layers are traced, and checked on random
-    weights. Where the module around it hands z to a 1x1 convolution alone, both are one op, to logits. What a trained
+    where no gradient is wanted, and as another one, `ocr_block`, in training, which keeps a third of what PyTorch does
+    for its backward pass. It is found by what it computes, too: its layers are traced, and checked on random weights. Where the module around it hands z to a 1x1 convolution alone, both are one op, to logits. What a trained
     weight, another layer, a hook or an attribute changes is seen at the next call.
 
     Args:
@@ -246,13 +246,18 @@ def _as_a_block(
         if not isinstance(errors, str):
             replacement.block = BlockCache(plan)
             replacement.block.watch(module)
+            not_in_training = replacement.block.plan_training(module)
             before = row.computations if isinstance(row, Swapped) else ()
             found = row if isinstance(row, Swapped) else Swapped(name, type(module).__qualname__)
             backends = dict.fromkeys([found.backend, _backend(module, module, *plan.implemented)])
             error, eager_error, relative = errors
+            if not_in_training:
+                found = dataclasses.replace(found, notes=(*found.notes, f"no block in training: {not_in_training}"))
+            elif finding is not None and finding.own_bytes is not None:
+                found = dataclasses.replace(found, saved_bytes=saved_in_training(replacement, finding))
             return dataclasses.replace(
                 found,
-                computations=("block", *(before or ())),
+                computations=("block", *([] if not_in_training else ["training"]), *(before or ())),
                 backend=", ".join(filter(None, backends)),
                 max_error=max(error, found.max_error or 0.0),
                 eager_error=max(eager_error, found.eager_error or 0.0),

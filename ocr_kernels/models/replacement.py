@@ -42,7 +42,13 @@ class Replacement(StandIn):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         folded = self._folded(args, kwargs)
-        return self.follow(args, kwargs) if folded is None else folded[0].compute(*folded[1])
+        if folded is not None:
+            return folded[0].compute(*folded[1])
+        inputs = self._pixels_and_regions(args, kwargs) if self.block is not None and self.is_active else None
+        training = None if self.block is None or inputs is None else self.block.training_for(self.module, *inputs)
+        if training is not None and inputs is not None:
+            return training.compute(self.module, *inputs)
+        return self.follow(args, kwargs)
 
     def _folded(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Folded, tuple[Any, Any]] | None:
         """The block's weights for a call, and its pixels and regions."""

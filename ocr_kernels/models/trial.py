@@ -47,6 +47,7 @@ class Finding:
     kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     errors: Errors | None = None
     saved_bytes: int | None = None
+    own_bytes: int | None = None  # that the module's own forward keeps for a backward pass
     failure: str | None = None
 
 
@@ -102,10 +103,19 @@ def _compare(replacement: Replacement, finding: Finding) -> None:
         found, saved = _run(module, lambda a, k: replacement.follow(a, k, finding.log), args, kwargs, grad)
         expected, saved_before = _run(module, lambda a, k: type(module).forward(module, *a, **k), args, kwargs, grad)
         finding.saved_bytes = saved_before - saved if grad else None
+        finding.own_bytes = saved_before if grad else None
         finding.errors = errors(found, expected, lambda: _exact(module, args, kwargs))
     finally:
         for part, observer in observers:
             vars(part)["forward"] = observer
+
+
+def saved_in_training(replacement: Replacement, finding: Finding) -> int | None:
+    """How many bytes less than the module's own forward a replacement with a plan for training keeps."""
+    if finding.own_bytes is None:
+        return None
+    module = replacement.module
+    return finding.own_bytes - _run(module, lambda a, k: replacement(*a, **k), finding.args, finding.kwargs, True)[1]
 
 
 def _is_observed(module: nn.Module) -> bool:

@@ -1,0 +1,164 @@
+"""A module's step 4 in training: which of its layers the pixels go through, for `ocr_block`."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ocr_kernels.block import ocr_block
+from ocr_kernels.block.layers import is_norm, is_pointwise, layer_of, mask_of
+from ocr_kernels.core.calls import is_plain_call
+from ocr_kernels.models.block_plan import copied, quiet
+from ocr_kernels.models.block_trace import Call
+from ocr_kernels.models.block_weights import BlockPlan, Layer
+
+BOUND = 1e-8
+"""Largest relative difference at which two forwards in float64 count as equal."""
+
+
+class Pair(NamedTuple):
+    """The paths of a convolution, or a Linear, and of the norm after it; the slope of the activation."""
+
+    convolution: str
+    norm: str | None
+    slope: float
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingPlan:
+    """How a module computes step 4 where gradients are wanted, or norms take the statistics of the batch."""
+
+    pixels: tuple[Pair, ...]  # phi
+    key: tuple[Pair, ...]  # psi
+    value: tuple[Pair, ...]  # delta
+    up: Pair | None
+    fusing: Pair
+    context_first: bool
+    scale: float
+    transposed: bool  # whether regions come as [B, K, C]
+    dropout: str | None  # the path of what is done to z
+
+    def compute(self, module: nn.Module, feats: Tensor, regions: Tensor) -> Tensor:
+        """z of `module`, in the memory format of feats; statistics run as in its own forward."""
+        columns = regions.flatten(2)
+        columns = columns.transpose(1, 2) if self.transposed else columns  # [B, C, K]
+        key, value = (_through(module, pairs, columns) for pairs in (self.key, self.value))
+        *pixel, fusing = (_layer(module, pair) for pair in (*self.pixels, self.fusing))
+        up = None if self.up is None else _layer(module, self.up)
+        dropout = None if self.dropout is None else module.get_submodule(self.dropout)
+        mask = mask_of(dropout, feats, len(fusing.weight)) if isinstance(dropout, nn.Dropout2d) else None
+        options: Any = {"scale": self.scale, "context_first": self.context_first, "mask": mask}
+        z = ocr_block(feats, key, value, pixel, up, fusing, **options)
+        return F.dropout(z, dropout.p, dropout.training) if isinstance(dropout, nn.Dropout) else z
+
+    def fits(self, module: nn.Module) -> bool:
+        """Whether the layers are what the op takes, and calling them runs nothing else."""
+        every = (*self.pixels, *self.key, *self.value, *([] if self.up is None else [self.up]), self.fusing)
+        norms = [module.get_submodule(pair.norm) for pair in every if pair.norm is not None]
+        return all(map(is_norm, norms)) and all(is_plain_call(part) for part in list(module.modules())[1:])
+
+
+def _layer(module: nn.Module, pair: Pair) -> Any:
+    norm = None if pair.norm is None else module.get_submodule(pair.norm)
+    return layer_of(module.get_submodule(pair.convolution), norm, pair.slope)
+
+
+def _through(module: nn.Module, pairs: tuple[Pair, ...], columns: Tensor) -> Tensor:
+    """`[B, channels, K]` of regions `[B, C, K]`; norms are called, as they are by the module itself."""
+    for pair in pairs:
+        layer: Any = module.get_submodule(pair.convolution)
+        columns = F.linear(columns.transpose(1, 2), layer.weight.flatten(1), layer.bias).transpose(1, 2)
+        if pair.norm is not None:
+            norm = module.get_submodule(pair.norm)
+            ones = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, type(norm)).index(type(norm)) % 3
+            columns = norm(columns[(..., *[None] * ones)]).flatten(2)
+        columns = F.leaky_relu(columns, pair.slope) if pair.slope != 1 else columns
+    return columns
+
+
+# Finding it
+
+
+def plan_training(module: nn.Module, plan: BlockPlan, forward: Callable[..., Any]) -> TrainingPlan | str:
+    """How `module`, whose plan for inference is known, computes step 4 in training; or why the op cannot."""
+    if plan.resizing is not None:
+        return "pixels attend at a lower resolution"
+    if any(isinstance(part, Call) for part in (*plan.key, *plan.value)):
+        return "its regions go through more than layers, norms and slopes"
+    dropouts = [
+        (path, part) for path, part in module.named_modules() if isinstance(part, nn.modules.dropout._DropoutNd)
+    ]
+    dropouts = [(path, part) for path, part in dropouts if part.p > 0]
+    if len(dropouts) > 1 or any(type(part) not in (nn.Dropout, nn.Dropout2d) for _, part in dropouts):
+        return "it drops more than z"
+    try:
+        found = TrainingPlan(
+            pixels=tuple(_pair(module, plan, layer) for layer in plan.pixels),
+            key=tuple(_pair(module, plan, layer) for layer in plan.key if isinstance(layer, Layer)),
+            value=tuple(_pair(module, plan, layer) for layer in plan.value if isinstance(layer, Layer)),
+            up=None if plan.up.weight is None else _pair(module, plan, plan.up),
+            fusing=_pair(module, plan, plan.fusing),
+            context_first=True,
+            scale=plan.scale,
+            transposed=plan.transposed,
+            dropout=dropouts[0][0] if dropouts else None,
+        )
+        if not found.fits(module):
+            return "a layer has a hook, or is none that the op has"
+        reason = ""
+        for candidate in (found, dataclasses.replace(found, context_first=False)):
+            reason = _off(module, plan, candidate, forward)
+            if not reason:
+                return candidate
+        return reason
+    except Exception as error:
+        return str(error)
+
+
+def _pair(module: nn.Module, plan: BlockPlan, layer: Layer) -> Pair:
+    """The modules whose tensors a layer was folded of."""
+    program = plan.program.pruned(tuple(ref for ref in (layer.weight, layer.bias) if ref is not None))
+    owners = {path.rpartition(".")[0]: None for _, path in program.sources}
+    norms = [path for path in owners if isinstance(module.get_submodule(path), nn.modules.batchnorm._NormBase)]
+    others = [path for path in owners if path not in norms]
+    if len(others) != 1 or len(norms) > 1:
+        raise ValueError("a layer is made of more than one convolution and one norm")
+    convolution = module.get_submodule(others[0])
+    if not is_pointwise(convolution) and type(convolution) is not nn.Linear:
+        raise ValueError(f"{others[0]} is a {type(convolution).__qualname__}")
+    if layer.slope < 0:
+        raise ValueError("an activation has a negative slope")
+    return Pair(others[0], norms[0] if norms else None, layer.slope)
+
+
+def _off(module: nn.Module, plan: BlockPlan, candidate: TrainingPlan, forward: Callable[..., Any]) -> str:
+    """Why a plan is wrong: in training, with random weights in float64, it gives something else."""
+    with quiet([*module.parameters(), *module.buffers()]):
+        trial = copied(module).double().train()
+        for tensor in (*trial.parameters(), *trial.buffers()):
+            if tensor.is_floating_point():
+                tensor.copy_(torch.rand_like(tensor) + 0.5 if tensor.dim() < 2 else torch.randn_like(tensor))
+        twin = copy.deepcopy(trial)
+        for seed in range(2):
+            feats, regions = (tensor.double() for tensor in plan.random_inputs(seed, 2, (7, 5, 3), 4 + seed))
+            results = []
+            for run, part in ((forward, trial), (candidate.compute, twin)):
+                torch.manual_seed(seed)
+                with torch.enable_grad():
+                    x, f = feats.clone().requires_grad_(), regions.clone().requires_grad_()
+                    out = run(part, x, f)
+                    gradients = torch.autograd.grad(out.square().sum(), [x, f])
+                results.append([out, *gradients, *part.buffers()])
+            for found, expected in zip(*results, strict=True):
+                largest = expected.abs().max().item() if expected.numel() else 0.0
+                error = (found - expected).abs().max().item() / (largest or 1.0) if expected.numel() else 0.0
+                if found.shape != expected.shape or not error <= BOUND or math.isnan(error):
+                    return f"its forward computes something else in training (off by {error:.1e})"
+    return ""
