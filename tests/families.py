@@ -455,12 +455,13 @@ def shapes(head: nn.Module) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(t.shape) for t in blocks.inputs(head))
 
 
+OURS = "ours", "LeakyReLU", "no activation"  # which train as one op of their own
 FAMILIES += [
     Family(
         f"step 4: {name}",
         make,
         0,
-        int(name != "learned temperature"),
+        int(name not in ("learned temperature", *OURS)),
         inputs=shapes(make()),
         blocks=1,
         attends_apart="scale," in f"{name}," or "pooled" in name,

@@ -50,6 +50,13 @@ class AtOnce(Network):
         return self.classifier(self.block(feats, self.gather(feats, aux)))
 
 
+class InAList(Network):
+    def forward(self, feats: Tensor) -> Any:
+        aux = self.aux(feats)
+        context = self.gather(feats, aux)
+        return [aux, self.classifier(self.block(feats, context))]
+
+
 class SameName(Network):
     def forward(self, x: Tensor) -> Any:
         x = self.block(x, self.gather(x, self.aux(x)))
@@ -123,6 +130,7 @@ JOINED: dict[str, Callable[[], Network]] = {
     "HRNet": Network,
     "other layers": lambda: Network(Head),
     "at once": AtOnce,
+    "in a list": InAList,
     "one name": SameName,
     "keyword": ByKeyword,
     "no bias": lambda: Network(classifier=nn.Conv2d(OUT, L, 1, bias=False)),

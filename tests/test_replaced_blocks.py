@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from blocks import C, D, Head, K, Label, Mmseg, inputs, ours
+from blocks import HEADS, C, D, Head, K, Label, Mmseg, inputs, ours
 from module_results import CountOps
 from torch import Tensor, nn
 
-from ocr_kernels import record_maps, reference, replace_ocr_modules, restore_ocr_modules, use_backend
+from ocr_kernels import modules, record_maps, reference, replace_ocr_modules, restore_ocr_modules, use_backend
 from ocr_kernels.testing import assert_parity
 
 
@@ -52,12 +52,14 @@ def test_the_report_of_a_head() -> None:
     assert torch.equal(torch.get_rng_state(), random)
     assert model.training
     assert [(row.name, row.computations) for row in report.swapped] == [
+        ("", ("logits",)),
         ("ocr_gather_head", ("gather",)),
-        ("ocr_distri_head", ("block",)),
+        ("ocr_distri_head", ("block", "training")),
         ("ocr_distri_head.object_context_block", ("attention",)),
     ]
-    row = report.swapped[1]
+    row = report.swapped[2]
     assert row.backend == "reference"
+    assert row.saved_bytes > report.swapped[1].saved_bytes
     assert 0 < row.max_error < 1e-5
     assert 0 < row.eager_error < 1e-5
     restore_ocr_modules(model)
@@ -262,3 +264,81 @@ def test_compiled_programs_fold_each_time(build: Callable[[], nn.Module], backen
             next(changed.parameters()).mul_(2)
         torch.testing.assert_close(compiled(*args), plain(*args), rtol=1e-4, atol=1e-5)
     assert len(graphs) == 1
+
+
+# Training
+
+NOT_IN_TRAINING = {
+    "no activation": "more than one convolution and one norm",
+    "linear layers": "more than layers, norms and slopes",
+    "norms on regions": "more than layers, norms and slopes",
+    "sum": "more than one convolution and one norm",
+    "residual": "off by",
+    "learned temperature": "is a Temperature",
+    "no up": "off by",
+    "ABN": "more than one convolution and one norm",
+    "frozen": "more than one convolution and one norm",
+    "parametrized": "is a ParametrizationList",
+    **dict.fromkeys(
+        ("scale", "scale, reference", "pooled", "pooled sideways", "pooled volume"), "attend at a lower resolution"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_training(name: str) -> None:
+    plain = HEADS[name]().train()
+    module = copy.deepcopy(plain)
+    report = replace_ocr_modules(module)
+    (row,) = (row for row in report.swapped if "block" in (row.computations or ()))
+    assert ("training" in row.computations) == (name not in NOT_IN_TRAINING), report
+    assert NOT_IN_TRAINING.get(name, "") in str(row.notes)
+    args = inputs(plain)
+    found, expected = (step(each, args, name not in NOT_IN_TRAINING) for each in (module, plain))
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+    for buffer, other in zip(module.buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(buffer, other, rtol=1e-4, atol=1e-5)
+
+
+def step(module: nn.Module, args: tuple[Tensor, Tensor], is_one_op: bool) -> list[Tensor]:
+    """The output, and gradients, of one step with dropout."""
+    args = tuple(arg.clone().requires_grad_() for arg in args)
+    torch.manual_seed(1)
+    with CountOps() as ops:
+        out = module(*args)
+    assert ops.block in (0, is_one_op or isinstance(module, modules.SpatialOCR))
+    wanted = [*args, *module.parameters()]
+    return [out, *torch.autograd.grad(out.square().sum(), wanted, allow_unused=True, materialize_grads=True)]
+
+
+def test_what_changes_in_training_is_seen() -> None:
+    plain = Head().train()
+    module = replaced(copy.deepcopy(plain))
+    args = inputs(plain)
+
+    def is_one_op() -> bool:
+        with CountOps() as ops:
+            torch.manual_seed(0)
+            found = module(*args)
+        torch.manual_seed(0)
+        torch.testing.assert_close(found, plain(*args), rtol=1e-4, atol=1e-4)
+        return bool(ops.block)
+
+    assert is_one_op()
+    calls: list[Any] = []
+    handle = module.theta[0].conv.register_forward_hook(lambda *_: calls.append(1))
+    assert not is_one_op()
+    assert calls
+    handle.remove()
+    assert is_one_op()
+    for each in (module, plain):
+        each.theta[0].bn.eps = 0.5
+    assert not is_one_op()  # until it is planned anew
+    for each in (module, plain):
+        each.theta[0].bn.eps = 1e-5
+        each.theta[0].bn.eval()
+        each.fuse[1].p = 0.9
+    is_one_op()
+    restore_ocr_modules(module)
+    assert not is_one_op()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import functools
 import itertools
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from types import CodeType, FunctionType
 from typing import Any, NamedTuple
 
@@ -53,7 +53,7 @@ def _join(joins: tuple[Join, ...], definition: ast.FunctionDef, _: CodeType) -> 
             both = ask(
                 "classify", site.classifier.func, site.block.func, *site.block.args, keywords=site.block.keywords
             )
-            site.second.value = ast.copy_location(both, site.classifier)
+            site.put(ast.copy_location(both, site.classifier))
             if site.first is not None:
                 site.body.remove(site.first)
 
@@ -85,7 +85,7 @@ class _Site(NamedTuple):
 
     body: Any  # a list of statements
     first: ast.stmt | None
-    second: ast.Assign | ast.Return
+    put: Callable[[ast.expr], None]  # in place of the call of the classifier
     block: Any
     classifier: Any
 
@@ -100,20 +100,31 @@ def _sites(definition: ast.FunctionDef) -> Iterator[_Site]:
     bodies = [getattr(node, name, None) for node in ast.walk(definition) for name in ("body", "orelse")]
     for body in filter(None, bodies):
         for first, second in itertools.pairwise([None, *body] if isinstance(body, list) else []):
-            classifier = _call_of_child(getattr(second, "value", None), this)
-            if not isinstance(second, (ast.Assign, ast.Return)) or classifier is None:
+            if not isinstance(second, (ast.Assign, ast.Return)):
                 continue
-            if len(classifier.args) != 1 or classifier.keywords:
-                continue
-            (z,) = classifier.args
-            block = _call_of_child(z, this)
-            if block is not None:
-                yield _Site(body, None, second, block, classifier)
-            elif isinstance(z, ast.Name) and isinstance(first, ast.Assign):
-                block = _call_of_child(first.value, this)
-                is_given = [getattr(target, "id", None) for target in first.targets] == [z.id]
-                if block is not None and is_given and not _is_read_elsewhere(definition, z, second):
-                    yield _Site(body, first, second, block, classifier)
+            for put, value in _values(second):
+                classifier = _call_of_child(value, this)
+                if classifier is None or len(classifier.args) != 1 or classifier.keywords:
+                    continue
+                (z,) = classifier.args
+                block = _call_of_child(z, this)
+                if block is not None:
+                    yield _Site(body, None, put, block, classifier)
+                elif isinstance(z, ast.Name) and isinstance(first, ast.Assign):
+                    block = _call_of_child(first.value, this)
+                    is_given = [getattr(target, "id", None) for target in first.targets] == [z.id]
+                    if block is not None and is_given and not _is_read_elsewhere(definition, z, second):
+                        yield _Site(body, first, put, block, classifier)
+
+
+def _values(statement: ast.Assign | ast.Return) -> Iterator[tuple[Callable[[ast.expr], None], ast.expr | None]]:
+    """What a statement computes, with a way to put something else there: its value, or one beside variables alone."""
+    value = statement.value
+    yield functools.partial(setattr, statement, "value"), value
+    if isinstance(value, (ast.List, ast.Tuple)):
+        for i, element in enumerate(value.elts):
+            if all(isinstance(other, ast.Name) for other in value.elts if other is not element):
+                yield functools.partial(value.elts.__setitem__, i), element
 
 
 def _call_of_child(node: Any, this: str) -> ast.Call | None:

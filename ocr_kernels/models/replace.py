@@ -43,8 +43,9 @@ def replace_ocr_modules(
 
     A module that computes the whole of step 4, from pixels and regions to z, runs as one op, `ocr_head`, in eval mode
     where no gradient is wanted, and as another one, `ocr_block`, in training, which keeps a third of what PyTorch does
-    for its backward pass. It is found by what it computes, too: its layers are traced, and checked on random weights. Where the module around it hands z to a 1x1 convolution alone, both are one op, to logits. What a trained
-    weight, another layer, a hook or an attribute changes is seen at the next call.
+    for its backward pass. It is found by what it computes, too: its layers are traced, and checked on random weights.
+    Where the module around it hands z to a 1x1 convolution alone, both are one op, to logits. What a trained weight,
+    another layer, a hook or an attribute changes is seen at the next call.
 
     Args:
         model: changed in place; repeating the call changes nothing more. `restore_ocr_modules` undoes it.
@@ -53,7 +54,7 @@ def replace_ocr_modules(
             dry run then finds out what really ran fused, and its error; modules in which nothing did, or whose outputs
             would be off, are left as they were. Parameters, buffers, attributes, the training flags and PyTorch's
             random state stay.
-        blocks: whether step 4 may run as one op.
+        blocks: whether step 4 may run as one op, in inference and in training.
 
     Returns:
         What was replaced, what looked like OCR and was left alone, and why.

@@ -13,8 +13,8 @@ class Swapped:
     name: str
     module_class: str
     computations: tuple[str, ...] | None = None
-    """`"gather"`, `"attention"`; `"block"` and `"training"`, step 4 as one op in inference and in training; `"logits"`, a
-    block and a classifier as one. None if it was not run, empty if `example_inputs` did not reach it."""
+    """`"gather"`, `"attention"`; `"block"` and `"training"`, step 4 as one op in inference and in training; `"logits"`,
+    a block and a classifier as one. None if it was not run, empty if `example_inputs` did not reach it."""
     backend: str = ""
     """That of the device its parameters are on."""
     max_error: float | None = None
