@@ -4,6 +4,7 @@ The gather's softmax runs over pixels, once per region; the attention's runs ove
 """
 
 from ocr_kernels.attention import pixel_region_attention
+from ocr_kernels.block import Layer, Norm, ocr_block
 from ocr_kernels.core.backends import available_backends, use_backend
 from ocr_kernels.core.registration import decompositions, flop_formulas
 from ocr_kernels.gather import spatial_gather
@@ -16,11 +17,14 @@ __version__ = "0.1.0"
 
 __all__ = [
     "HeadWeights",
+    "Layer",
+    "Norm",
     "ReplacementReport",
     "attention_maps",
     "available_backends",
     "decompositions",
     "flop_formulas",
+    "ocr_block",
     "ocr_head",
     "pixel_region_attention",
     "record_maps",

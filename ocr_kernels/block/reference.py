@@ -371,6 +371,7 @@ def backward(
     for image, part in tiles if need_phi else ():
         w, dw = weights[image][:, part].to(exact), dweights[image][:, part]
         dw = dw.sub_(matrix[image] @ w).sub_(column[image])
+        dw -= dw.gather(0, w.argmax(0, keepdim=True))  # a peak's gradient is then what is left, not rounding
         dscores = w * (dw - (w * dw).sum(0, keepdim=True))
         q = query(hidden[image][:, part], tiles.empty("depth", depth, part, exact))
         d = torch.mm(keys[image], dscores, out=tiles.empty("grad of depth", depth, part, exact))
