@@ -587,6 +587,24 @@ def test_operands_modified_in_place_between(compiled: bool, which: str) -> None:
         torch.testing.assert_close(found(*inputs()), expected, rtol=1e-12, atol=1e-12)
 
 
+class Halving(nn.Conv1d):
+    def forward(self, x):
+        return super().forward(x.mul_(0.5))
+
+
+def attention_beside_a_child(self, query, key, value):
+    scores = rows(query) @ key
+    seen = self.child(key)
+    return torch.matmul(scores.softmax(dim=-1), value.mT) + seen.sum()
+
+
+def test_a_child_whose_class_may_do_more_than_its_base() -> None:
+    module = of(attention_beside_a_child, child=Halving(5, 6, 1).double())
+    expected = module(*inputs())
+    replace_ocr_modules(module)
+    torch.testing.assert_close(module(*inputs()), expected, rtol=1e-12, atol=1e-12)
+
+
 def test_a_script_is_a_row() -> None:
     model = nn.Sequential(torch.jit.script(reference.SpatialGather()), torch.jit.script(nn.Conv2d(3, 3, 1)))
     report = replace_ocr_modules(model)

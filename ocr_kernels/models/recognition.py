@@ -579,7 +579,8 @@ def _may_modify(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     while type(function) is nn.Sequential and len(function) and is_plain_call(function):
         function = function[0]
     if isinstance(function, nn.Module):
-        return not (isinstance(function, _ALLOCATING) and is_plain_call(function))
+        is_of_torch = type(function).__module__.startswith("torch.nn.modules.")  # a class of its own may do more
+        return not (is_of_torch and isinstance(function, _ALLOCATING) and is_plain_call(function))
     asked = kwargs.get("out") is not None or kwargs.get("inplace") or any(arg is True for arg in args)
     return bool(asked) or not isinstance(function, (FunctionType, BuiltinFunctionType, type)) or not _is_pure(function)
 
