@@ -838,7 +838,7 @@ def test_parameters_that_the_first_call_makes() -> None:
         "call it once before"
     }
     model(feats)
-    assert len(replace_ocr_modules(model, example_inputs=feats).swapped) == 3
+    assert len(replace_ocr_modules(model, example_inputs=feats).swapped) == 4
 
 
 # Files and processes
