@@ -12,6 +12,7 @@ import pytest
 import torch
 from blocks import HEADS, C, D, Head, K, Label, Mmseg, inputs, ours
 from module_results import CountOps
+from ops import native_on
 from torch import Tensor, nn
 
 from ocr_kernels import modules, record_maps, reference, replace_ocr_modules, restore_ocr_modules, use_backend
@@ -310,6 +311,19 @@ def step(module: nn.Module, args: tuple[Tensor, Tensor], is_one_op: bool) -> lis
     assert ops.block in (0, is_one_op or isinstance(module, modules.SpatialOCR))
     wanted = [*args, *module.parameters()]
     return [out, *torch.autograd.grad(out.square().sum(), wanted, allow_unused=True, materialize_grads=True)]
+
+
+@native_on("cpu")
+def test_a_backend_that_has_no_blocks() -> None:
+    """The module's own forward runs on it."""
+    plain = Head().train()
+    module = replaced(copy.deepcopy(plain))
+    args = inputs(plain)
+    for mode in ("train", "eval"):
+        getattr(module, mode)()
+        with use_backend("native"), torch.set_grad_enabled(mode == "train"), CountOps() as ops:
+            module(*args)
+        assert (ops.attention, ops.block, ops.head) == (1, 0, 0)
 
 
 def test_what_changes_in_training_is_seen() -> None:

@@ -95,6 +95,11 @@ def resolve_backend(device: torch.device, backend: str | None = None, implemente
     return name
 
 
+def is_offered(implemented: Sequence[str]) -> bool:
+    """Whether the backend that somebody selected, if any, is one of these: a module has another way where it is not."""
+    return _selected is None or _selected in implemented
+
+
 @functools.cache
 def implementation(op: str, backend: str, device_type: str, implemented: Sequence[str] = BACKENDS) -> Any:
     """The module that has an op's kernels for one backend, once it is known to run on that type of device."""

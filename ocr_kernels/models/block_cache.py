@@ -16,6 +16,8 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
+from ocr_kernels.block.registration import IMPLEMENTED as TRAINS
+from ocr_kernels.core.backends import is_offered
 from ocr_kernels.core.calls import has_own_forward, is_recorded
 from ocr_kernels.head.functional import DTYPES
 from ocr_kernels.models.block_plan import plan_block
@@ -54,10 +56,12 @@ class BlockCache:
     def training_for(self, module: nn.Module, feats: Any, regions: Any) -> TrainingPlan | None:
         """The plan for a call that wants gradients, or is in training; None where the module's own forward is to run.
 
-        That is in traces and exports, and where a layer has a hook.
+        That is in traces and exports, where a layer has a hook, and where a backend is selected that has no such op.
         """
         plan, training = self.plan, self.training
         if plan is None or training is None or not (torch.is_grad_enabled() or module.training) or is_recorded():
+            return None
+        if not is_offered(TRAINS):
             return None
         if not isinstance(feats, Tensor) or not isinstance(regions, Tensor) or not plan.fits(module):
             return None
@@ -83,6 +87,8 @@ class BlockCache:
         `torch.func` transforms, inside `record_maps`, and where a layer has a hook.
         """
         if type(feats) is not Tensor or type(regions) is not Tensor or not _may_fold():
+            return None
+        if self.plan is not None and not is_offered(self.plan.implemented):
             return None
         wants_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (feats, regions, *module.parameters()))
         if module.training or wants_grad:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ocr_kernels.attention import pixel_region_attention
+from ocr_kernels.core.backends import BACKENDS
 from ocr_kernels.core.layout import in_format
 from ocr_kernels.head.functional import IMPLEMENTED, HeadWeights, Output, Slopes, ocr_head
 from ocr_kernels.head.reference import activate_, convolved
@@ -110,8 +111,8 @@ class BlockPlan:
 
     @property
     def implemented(self) -> tuple[str, ...]:
-        """The backends of what it runs; none means all."""
-        return IMPLEMENTED if self.resizing is None else ()
+        """The backends of what it runs."""
+        return IMPLEMENTED if self.resizing is None else BACKENDS
 
     def weights(self, module: nn.Module, dtype: torch.dtype) -> Folded:
         """The folded weights of `module`, made of its present parameters and buffers in float32."""
