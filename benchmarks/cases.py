@@ -329,7 +329,8 @@ _LAYERS = (
         _block_work,
         lambda c: 2 * _products(_block_work(c)),
         lambda c: Block(reference, c),
-        lambda c, backend: Block(modules, c, backend),
+        lambda c, _: Block(modules, c),
+        automatic=True,
     ),
     Subject(
         "head",
@@ -338,7 +339,8 @@ _LAYERS = (
         _head_work,
         lambda c: 2 * _products(_head_work(c)),
         lambda c: Head(reference, c),
-        lambda c, backend: Head(modules, c, backend),
+        lambda c, _: Head(modules, c),
+        automatic=True,
     ),
 )
 NETWORKS = ("hrnet_w18", "hrnet_w48")  # of timm, with a folded head

@@ -15,8 +15,8 @@ from ocr_kernels import reference
 from ocr_kernels.attention import pixel_region_attention
 from ocr_kernels.block import ocr_block
 from ocr_kernels.block.layers import is_norm, is_pointwise, layer_of, mask_of, slope_of
-from ocr_kernels.block.registration import IMPLEMENTED
-from ocr_kernels.core.backends import is_offered, left_to_compiler
+from ocr_kernels.block.registration import is_used_on
+from ocr_kernels.core.backends import left_to_compiler
 from ocr_kernels.core.calls import is_plain_call, is_recorded
 from ocr_kernels.gather import spatial_gather
 
@@ -68,7 +68,7 @@ class SpatialOCR(_NoScript, reference.SpatialOCR):
 
         Where gradients are wanted or a norm takes the statistics of the batch, all that pixels go through is one op.
         """
-        is_wanted = (torch.is_grad_enabled() or self.training) and is_offered(IMPLEMENTED)
+        is_wanted = (torch.is_grad_enabled() or self.training) and is_used_on(feats.device)
         slopes = self._slopes() if is_wanted else None
         if slopes is None or feats.dim() != 4 or not feats.is_floating_point() or is_recorded():
             return super().forward(feats, proxy_feats)

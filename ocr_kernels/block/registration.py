@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ocr_kernels.block import reference
 from ocr_kernels.block.reference import Settings
-from ocr_kernels.core.backends import implementation
+from ocr_kernels.core.backends import implementation, is_offered
 from ocr_kernels.core.derivatives import Op
 from ocr_kernels.core.layout import empty_in_format, pixels, statistics_dtype
 from ocr_kernels.core.registration import differentiate, differentiate_twice, register_op
@@ -24,6 +24,12 @@ _ARGUMENTS = (
     "Tensor gain_z, Tensor shift_z, Tensor mask"
 )
 _SETTINGS = "float scale, float[] slopes, float[] eps, bool context_first"
+
+
+def is_used_on(device: torch.device) -> bool:
+    """Whether modules train with the op: in plain PyTorch it pays on a CPU; a GPU has no kernels for it yet."""
+    return is_offered(IMPLEMENTED, by_default=device.type == "cpu")
+
 
 # Arguments have been checked by the public call. contexts are u, [B, Y, K], in the dtype of statistics, as the vectors
 # are; pixel_out has no elements where phi has one layer, nor have its vectors; mask is [B, O], what z is multiplied by,

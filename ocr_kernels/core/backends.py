@@ -95,9 +95,9 @@ def resolve_backend(device: torch.device, backend: str | None = None, implemente
     return name
 
 
-def is_offered(implemented: Sequence[str]) -> bool:
-    """Whether the backend that somebody selected, if any, is one of these: a module has another way where it is not."""
-    return _selected is None or _selected in implemented
+def is_offered(implemented: Sequence[str], by_default: bool = True) -> bool:
+    """Whether a module that has another way, too, is to use an op with these backends: a selected one is among them."""
+    return by_default if _selected is None else _selected in implemented
 
 
 @functools.cache

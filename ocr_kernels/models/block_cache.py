@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from ocr_kernels.block.registration import IMPLEMENTED as TRAINS
+from ocr_kernels.block.registration import is_used_on
 from ocr_kernels.core.backends import is_offered
 from ocr_kernels.core.calls import has_own_forward, is_recorded
 from ocr_kernels.head.functional import DTYPES
@@ -61,9 +61,9 @@ class BlockCache:
         plan, training = self.plan, self.training
         if plan is None or training is None or not (torch.is_grad_enabled() or module.training) or is_recorded():
             return None
-        if not is_offered(TRAINS):
+        if not isinstance(feats, Tensor) or not isinstance(regions, Tensor):
             return None
-        if not isinstance(feats, Tensor) or not isinstance(regions, Tensor) or not plan.fits(module):
+        if not is_used_on(feats.device) or not plan.fits(module):
             return None
         if self.snapshot is not None and not torch.compiler.is_compiling() and not self.snapshot.has_code():
             return None

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ocr_kernels import modules
+from ocr_kernels.block.registration import is_used_on
 from ocr_kernels.core.backends import resolve_backend
 from ocr_kernels.core.calls import has_own_forward
 from ocr_kernels.head.functional import IMPLEMENTED
@@ -248,6 +249,8 @@ def _as_a_block(
             replacement.block = BlockCache(plan)
             replacement.block.watch(module)
             not_in_training = replacement.block.plan_training(module)
+            if not is_used_on(device_of(module)):
+                not_in_training = not_in_training or f"it has no kernels for {device_of(module).type}"
             before = row.computations if isinstance(row, Swapped) else ()
             found = row if isinstance(row, Swapped) else Swapped(name, type(module).__qualname__)
             backends = dict.fromkeys([found.backend, _backend(module, module, *plan.implemented)])
