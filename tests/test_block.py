@@ -445,6 +445,15 @@ def test_compiled_whole() -> None:
         torch.testing.assert_close(ours.get_buffer(name), buffer, rtol=1e-4, atol=1e-5)
 
 
+def test_compiled_for_any_size() -> None:
+    plain, ours = pair(dropout=0.0)
+    torch._dynamo.reset()
+    compiled = torch.compile(ours, fullgraph=True, dynamic=True, backend="aot_eager")
+    for size in ((9, 7), (5, 11)):
+        args = inputs(size=size)
+        torch.testing.assert_close(compiled(*args), plain(*args), rtol=1e-4, atol=1e-5)
+
+
 def test_training_reaches_the_same_weights() -> None:
     plain, ours = pair(torch.float64, dropout=0.0)
     args = inputs(torch.float64)

@@ -163,11 +163,10 @@ def _check(feats: Tensor, key: Tensor, value: Tensor, layers: dict[str, Layer | 
     check_tensors(feats=feats, key=key, value=value)
     check_dtype("feats", feats)
     check_shape("feats", feats, "[B, C, *S] with C >= 1", feats.dim() >= 3 and feats.shape[1] >= 1)
-    beside = f"K >= 1 beside feats {tuple(feats.shape)}"
     batched = key.dim() == 3 and key.shape[0] == feats.shape[0]
-    check_shape("key", key, f"[B, D, K] with {beside}", batched and 0 not in key.shape[1:])
+    check_shape("key", key, "[B, D, K] with the B of feats and K >= 1", batched and 0 not in key.shape[1:])
     batched = value.dim() == 3 and value.shape[::2] == key.shape[::2]
-    check_shape("value", value, f"[B, V, K] with {beside}", batched and value.shape[1] >= 1)
+    check_shape("value", value, "[B, V, K] with the B and the K of key", batched and value.shape[1] >= 1)
     _check_as("key", key, feats)
     _check_as("value", value, feats)
     sizes = {"C": feats.shape[1], "D": key.shape[1], "V": value.shape[1]}
@@ -180,8 +179,7 @@ def _check(feats: Tensor, key: Tensor, value: Tensor, layers: dict[str, Layer | 
         raise TypeError(f"scale must be a number or None, but is {type(scale).__name__}")
     if mask is not None:
         check_tensors(mask=mask)
-        expected = feats.shape[0], sizes["O"]
-        check_shape("mask", mask, f"[B, O] {expected}", tuple(mask.shape) == expected)
+        check_shape("mask", mask, "[B, O]", tuple(mask.shape) == (feats.shape[0], sizes["O"]))
         check_dtype("mask", mask, statistics_dtype(feats))
         check_device("mask", mask, "feats", feats)
 
@@ -198,9 +196,9 @@ def _check_layer(name: str, layer: Layer, axes: str, sizes: dict[str, int], feat
     shape = layer.weight.shape
     if len(shape) == 2 and shape[0] >= 1:
         sizes.setdefault(axes[0], shape[0])
-    wanted = "[" + ", ".join(str(sizes.get(axis, axis)) for axis in axes) + "]"
-    right = tuple(shape) == tuple(sizes.get(axis) for axis in axes)
-    check_shape(f"{name}.weight", layer.weight, wanted, right)
+    if tuple(shape) != tuple(sizes.get(axis) for axis in axes):
+        wanted = ", ".join(str(sizes.get(axis, axis)) for axis in axes)
+        check_shape(f"{name}.weight", layer.weight, f"[{wanted}]", False)
     _check_as(f"{name}.weight", layer.weight, feats)
     if not isinstance(layer.slope, (int, float)) or not layer.slope >= 0:
         raise ValueError(f"{name}.slope must be a number >= 0, but is {layer.slope!r}")
@@ -210,5 +208,6 @@ def _check_layer(name: str, layer: Layer, axes: str, sizes: dict[str, int], feat
     for kind, vector in vectors.items():
         if vector is not None:
             check_tensors(**{f"{name}.{kind}": vector})
-            check_shape(f"{name}.{kind}", vector, f"[{shape[0]}]", tuple(vector.shape) == (shape[0],))
+            if tuple(vector.shape) != (shape[0],):
+                check_shape(f"{name}.{kind}", vector, f"[{shape[0]}]", False)
             check_device(f"{name}.{kind}", vector, "feats", feats)
