@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ocr_kernels.core.activations import activate_
 from ocr_kernels.core.layout import is_channels_last, statistics_dtype
 
 aten = torch.ops.aten
@@ -214,13 +215,6 @@ class Contexts:
     def before(self, norm: Norm, image: int, weights: Tensor) -> Tensor:
         """What the activation is taken of, `[Y, T]`."""
         return torch.addmm(norm.offset, norm.factor * self.u[image], weights.to(self.u.dtype))
-
-
-def activate_(x: Tensor, slope: float) -> Tensor:
-    """x where it is positive, slope * x elsewhere, in place. NaN stays."""
-    if slope == 1:
-        return x
-    return F.leaky_relu_(x, slope) if slope else x.relu_()
 
 
 def activation_backward_(grad: Tensor, activated: Tensor, slope: float) -> Tensor:

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ocr_kernels.core.activations import activate_
 from ocr_kernels.core.arguments import check_device, check_shape, check_tensors
 from ocr_kernels.core.backends import left_to_compiler, resolve_backend
 from ocr_kernels.head import reference
-from ocr_kernels.head.reference import activate_
 from ocr_kernels.head.registration import ocr_head_op
 
 Output = Literal["features", "logits", "classes"]

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ocr_kernels.core.activations import activate_
 from ocr_kernels.core.layout import in_format
 
 
@@ -45,13 +46,6 @@ def split_weights(weights: Sequence[Tensor]) -> tuple[list[tuple[Tensor, Tensor]
     """The layers of phi, one or two, and the rest: both kinds of bias are vectors, so the third weight tells."""
     layers = 1 if weights[2].dim() == 1 else 2
     return [(weights[2 * i], weights[2 * i + 1]) for i in range(layers)], weights[2 * layers :]
-
-
-def activate_(x: Tensor, slope: float) -> Tensor:
-    """x where it is positive, slope * x elsewhere, in place. NaN stays."""
-    if slope == 1:
-        return x
-    return F.leaky_relu_(x, slope) if slope else x.relu_()
 
 
 def _linear(pixels: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

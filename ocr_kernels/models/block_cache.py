@@ -88,12 +88,12 @@ class BlockCache:
         """
         if type(feats) is not Tensor or type(regions) is not Tensor or not _may_fold():
             return None
-        if self.plan is not None and not is_offered(self.plan.implemented):
-            return None
         wants_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (feats, regions, *module.parameters()))
         if module.training or wants_grad:
             if not torch.compiler.is_compiling():
                 self.forget()  # an optimizer's step may follow, and PyTorch does not count what fused ones change
+            return None
+        if self.plan is not None and not is_offered(self.plan.implemented):
             return None
         device = feats.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else feats.dtype

@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ocr_kernels.attention import pixel_region_attention
+from ocr_kernels.core.activations import activate_
 from ocr_kernels.core.backends import BACKENDS
 from ocr_kernels.core.layout import in_format
 from ocr_kernels.head.functional import IMPLEMENTED, HeadWeights, Output, Slopes, ocr_head
-from ocr_kernels.head.reference import activate_, convolved
+from ocr_kernels.head.reference import convolved
 from ocr_kernels.models.block_trace import Call, Program, Ref
 
 
