@@ -18,7 +18,7 @@ if str(ROOT) not in os.environ.get("PYTHONPATH", "").split(os.pathsep):
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from ops import native_on
 
 import ocr_kernels
@@ -95,6 +95,13 @@ def head_target(request: pytest.FixtureRequest) -> tuple[str, str]:
     return request.param
 
 
-settings.register_profile("default", deadline=None, max_examples=150, derandomize=True)
-settings.register_profile("thorough", deadline=None, max_examples=2_000)
+settings.register_profile(  # however slow the machine
+    "default",
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+    print_blob=True,
+    max_examples=150,
+    derandomize=True,
+)
+settings.register_profile("thorough", settings.get_profile("default"), max_examples=2_000, derandomize=False)
 settings.load_profile("default")

@@ -44,10 +44,10 @@ def slope_of(activation: nn.Module) -> float | None:
 
 
 def is_norm(norm: nn.Module) -> bool:
-    """Whether a norm is one that `layer_of` takes: statistics are those of this process."""
-    if type(norm) is nn.SyncBatchNorm:
+    """Whether a norm computes what `layer_of` takes it for: statistics are those of this process."""
+    if type(norm).forward is nn.SyncBatchNorm.forward:
         return not (torch.distributed.is_available() and torch.distributed.is_initialized())
-    return type(norm) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+    return type(norm).forward is _BatchNorm.forward
 
 
 def mask_of(dropout: nn.Dropout2d, feats: Tensor, channels: int) -> Tensor | None:

@@ -81,9 +81,9 @@ def _backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
     if not grad.numel():  # sums over no pixels
         return tuple(gradient.zero_() for gradient in _allocate_gradients(grad, *args))
     kernels = implementation("block", backend, grad.device.type, IMPLEMENTED)
-    gradients = kernels.backward(grad, *_grouped(tensors), saved, Settings(*settings), needs)
-    pairs = zip(gradients, tensors, needs, strict=False)
-    return tuple(g.to(t.dtype) if need else t.new_empty(0) for g, t, need in pairs)
+    dfeats, *others = kernels.backward(grad, *_grouped(tensors), saved, Settings(*settings), needs)
+    gradients = [dfeats, *(g.to(t.dtype).contiguous() for g, t in zip(others, tensors[1:], strict=False))]
+    return tuple(g if need else g.new_empty(0) for g, need in zip(gradients, needs, strict=True))
 
 
 def _define(*args: Any) -> tuple[Tensor, ...]:

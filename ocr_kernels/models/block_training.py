@@ -74,10 +74,10 @@ def _through(module: nn.Module, pairs: tuple[Pair, ...], columns: Tensor) -> Ten
     """`[B, channels, K]` of regions `[B, C, K]`; norms are called, as they are by the module itself."""
     for pair in pairs:
         layer: Any = module.get_submodule(pair.convolution)
-        columns = F.linear(columns.transpose(1, 2), layer.weight.flatten(1), layer.bias).transpose(1, 2)
+        columns = F.conv1d(columns, layer.weight.flatten(1)[..., None], layer.bias)
         if pair.norm is not None:
             norm = module.get_submodule(pair.norm)
-            ones = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, type(norm)).index(type(norm)) % 3
+            ones = isinstance(norm, nn.BatchNorm2d) + 2 * isinstance(norm, nn.BatchNorm3d)
             columns = norm(columns[(..., *[None] * ones)]).flatten(2)
         columns = F.leaky_relu(columns, pair.slope) if pair.slope != 1 else columns
     return columns
