@@ -36,9 +36,9 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 import ocr_kernels.attention.triton
+import ocr_kernels.block.triton
 import ocr_kernels.core.triton_host
 import ocr_kernels.gather.triton
-import ocr_kernels.head.triton
 from benchmarks.cases import CASES, Case
 from ocr_kernels.core.layout import statistics_dtype
 from ocr_kernels.core.triton_host import DeviceFacts
@@ -58,7 +58,7 @@ MATRIX = {"mma": r"\bmma\.sync", "wgmma": r"\bwgmma\.mma_async", "tcgen05": r"\b
 COPIES = {"cp.async": r"\bcp\.async\.c[ag]\b", "TMA": r"\bcp\.async\.bulk\."}
 
 
-OPS = ocr_kernels.gather.triton, ocr_kernels.attention.triton, ocr_kernels.head.triton
+OPS = ocr_kernels.gather.triton, ocr_kernels.attention.triton, ocr_kernels.block.triton
 REGISTERS = 2048  # of a multiprocessor, for each lane of a warp
 
 
@@ -128,8 +128,8 @@ class Shape:
         attention.backward(query, key, key, query, query, key, key, 1.0)
 
 
-class HeadShape(Shape):
-    """A case in which the inference head is launched, from feats to class logits, with as many classes as regions."""
+class BlockShape(Shape):
+    """A case of inference by the block, from feats to class logits, with as many classes as regions."""
 
     def launch(self) -> None:
         case = self.case
@@ -155,8 +155,8 @@ class HeadShape(Shape):
         ]
         feats = empty(batch, channels, *spatial, memory_format=self.memory_format)
         logits = empty(batch, classes, *spatial, memory_format=self.memory_format)
-        key, context_regions = empty(batch, key_channels, classes), empty(batch, channels, classes)
-        ocr_kernels.head.triton.forward(logits, feats, key, context_regions, weights, 1.0, (0.0,) * 4, "logits")
+        key, contexts = empty(batch, key_channels, classes), empty(batch, channels, classes)
+        ocr_kernels.block.triton.infer(logits, feats, key, contexts, weights, 1.0, (0.0,) * 4, "logits")
 
 
 def shapes(quick: bool) -> list[Shape]:
@@ -171,17 +171,17 @@ def shapes(quick: bool) -> list[Shape]:
     if not quick:
         dtypes = torch.bfloat16, torch.float16, torch.float32
         every = list(itertools.product([*CASES.values(), even], dtypes, FORMATS))
-        return [*(Shape(*shape) for shape in every), *rarer, *(HeadShape(*shape) for shape in every)]
+        return [*(Shape(*shape) for shape in every), *rarer, *(BlockShape(*shape) for shape in every)]
     return [
         *(Shape(case, dtype) for dtype in (torch.bfloat16, torch.float32) for case in rows),
         Shape(even, torch.float16),
         *(Shape(case, torch.bfloat16, torch.channels_last) for case in (cityscapes, coco)),
         *(Shape(case, torch.bfloat16) for case in (CASES["lip"], CASES["pascal-context"], coco)),
         *rarer,
-        *(HeadShape(case, torch.bfloat16) for case in [*rows, CASES["regions-256"], CASES["lip"]]),
-        *(HeadShape(case, torch.bfloat16, torch.channels_last) for case in (cityscapes, even)),
-        *(HeadShape(case, dtype) for case, dtype in ((even, torch.float16), (coco, torch.bfloat16))),
-        *(HeadShape(case, torch.float32) for case in (cityscapes, even)),
+        *(BlockShape(case, torch.bfloat16) for case in [*rows, CASES["regions-256"], CASES["lip"]]),
+        *(BlockShape(case, torch.bfloat16, torch.channels_last) for case in (cityscapes, even)),
+        *(BlockShape(case, dtype) for case, dtype in ((even, torch.float16), (coco, torch.bfloat16))),
+        *(BlockShape(case, torch.float32) for case in (cityscapes, even)),
     ]
 
 
@@ -193,7 +193,7 @@ def random_shapes(count: int = 200) -> list[Shape]:
         replace(case, batch=draw.randint(1, 8), height=draw.randint(16, 256), width=draw.randint(16, 256))
         for _ in range(count)
     ]
-    return [kind(case, torch.bfloat16) for kind in (Shape, HeadShape) for case in cases]
+    return [kind(case, torch.bfloat16) for kind in (Shape, BlockShape) for case in cases]
 
 
 Position = tuple[int, ...]  # an argument's position, and an element's in it where it is a tuple

@@ -8,7 +8,6 @@ from ocr_kernels.block import Layer, Norm, ocr_block
 from ocr_kernels.core.backends import available_backends, use_backend
 from ocr_kernels.core.registration import decompositions, flop_formulas
 from ocr_kernels.gather import spatial_gather
-from ocr_kernels.head import HeadWeights, ocr_head
 from ocr_kernels.models.maps import attention_maps, record_maps, region_maps
 from ocr_kernels.models.replace import replace_ocr_modules, restore_ocr_modules
 from ocr_kernels.models.report import ReplacementReport
@@ -16,7 +15,6 @@ from ocr_kernels.models.report import ReplacementReport
 __version__ = "0.1.0"
 
 __all__ = [
-    "HeadWeights",
     "Layer",
     "Norm",
     "ReplacementReport",
@@ -25,7 +23,6 @@ __all__ = [
     "decompositions",
     "flop_formulas",
     "ocr_block",
-    "ocr_head",
     "pixel_region_attention",
     "record_maps",
     "region_maps",

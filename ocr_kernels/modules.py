@@ -66,9 +66,10 @@ class SpatialOCR(_NoScript, reference.SpatialOCR):
     def forward(self, feats: Tensor, proxy_feats: Tensor) -> Tensor:
         """Pixels x `[B, C, H, W]` and regions f `[B, C, K, 1]` to z `[B, out_channels, H, W]`.
 
-        Where gradients are wanted or a norm takes the statistics of the batch, all that pixels go through is one op.
+        Where gradients are wanted or a norm takes the statistics of the batch, all that pixels go through is one op;
+        else `replace_ocr_modules` makes it one, which keeps the norms folded from call to call.
         """
-        is_wanted = (torch.is_grad_enabled() or self.training) and is_used_on(feats.device)
+        is_wanted = (torch.is_grad_enabled() or self.training) and is_used_on(feats.device, training=True)
         slopes = self._slopes() if is_wanted else None
         if slopes is None or feats.dim() != 4 or not feats.is_floating_point() or is_recorded():
             return super().forward(feats, proxy_feats)
@@ -78,7 +79,7 @@ class SpatialOCR(_NoScript, reference.SpatialOCR):
         norms = [None if type(pair[0]) is nn.Identity else pair[0] for pair in pairs]
         *pixel, up, fusing = map(layer_of, convolutions, norms, slopes)
         (dropout,) = self._layers(nn.Dropout2d)
-        mask = mask_of(dropout, feats, len(fusing.weight))
+        mask = mask_of(dropout, feats, convolutions[-1].out_channels)
         return ocr_block(feats, key, value, pixel, up, fusing, mask=mask)
 
     def _layers(self, kind: type[nn.Module]) -> list[Any]:

@@ -53,7 +53,7 @@ def pairwise_items(grid: list[pytest.Item]) -> set[pytest.Item]:
     covered = {}
     for item in grid:
         arguments = {name: repr(value) for name, value in item.callspec.params.items()}
-        subject = tuple(arguments.pop(name, None) for name in ("op", "target", "kernels", "head_target"))
+        subject = tuple(arguments.pop(name, None) for name in ("op", "target", "kernels", "block_target"))
         arguments = [subject, *arguments.items()]
         covered[item] = set(itertools.combinations(arguments, 2))
     left = set().union(*covered.values())
@@ -70,11 +70,11 @@ GPU = [
     pytest.param(("reference", "cuda"), marks=pytest.mark.gpu),
 ]
 NATIVE = [pytest.param(("native", "cpu"), marks=native_on("cpu"))]
-HEAD_TARGETS = [("reference", "cpu"), ("triton", "cpu")]
+BLOCK_TARGETS = [("reference", "cpu"), ("triton", "cpu")]
 if torch.cuda.is_available():
-    HEAD_TARGETS[1:] = GPU
+    BLOCK_TARGETS[1:] = GPU
     NATIVE.append(pytest.param(("native", "cuda"), marks=[pytest.mark.gpu, native_on("cuda")]))
-TARGETS = [*HEAD_TARGETS, *NATIVE]
+TARGETS = [*BLOCK_TARGETS, *NATIVE]
 
 
 @pytest.fixture(params=TARGETS, ids="-".join)
@@ -89,9 +89,9 @@ def kernels(request: pytest.FixtureRequest) -> tuple[str, str]:
     return request.param
 
 
-@pytest.fixture(params=HEAD_TARGETS, ids="-".join)
-def head_target(request: pytest.FixtureRequest) -> tuple[str, str]:
-    """(backend, device) of the inference head, which has no compiled kernels."""
+@pytest.fixture(params=BLOCK_TARGETS, ids="-".join)
+def block_target(request: pytest.FixtureRequest) -> tuple[str, str]:
+    """(backend, device) of the block for inference, which has no compiled kernels."""
     return request.param
 
 

@@ -13,13 +13,13 @@ class CountOps(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.gather = self.attention = self.block = self.head = 0
+        self.gather = self.attention = self.block = self.inference = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         self.gather += func is torch.ops.ocr_kernels.spatial_gather.default
         self.attention += func is torch.ops.ocr_kernels.pixel_region_attention.default
         self.block += func is torch.ops.ocr_kernels.ocr_block.default
-        self.head += func is torch.ops.ocr_kernels.ocr_head.default
+        self.inference += func is torch.ops.ocr_kernels.ocr_block_inference.default
         return func(*args, **(kwargs or {}))
 
 

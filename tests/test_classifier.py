@@ -162,7 +162,7 @@ class Outputs(TorchDispatchMode):
         self.seen: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.ocr_kernels.ocr_head.default:
+        if func is torch.ops.ocr_kernels.ocr_block_inference.default:
             self.seen.append(args[6])
         return func(*args, **(kwargs or {}))
 

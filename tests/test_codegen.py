@@ -12,12 +12,12 @@ from fresh import python
 pytest.importorskip("triton", reason="compiles with Triton")
 
 from benchmarks.cases import Case
-from benchmarks.codegen import ARCHITECTURES, HeadShape, Shape
+from benchmarks.codegen import ARCHITECTURES, BlockShape, Shape
 from ocr_kernels.attention import tiles as attention
+from ocr_kernels.block.triton import PIXELS_AT_ONCE, pixels_at_once
 from ocr_kernels.core.backends import interpreting
 from ocr_kernels.core.triton_host import Problem, TileTable, numbers_of
 from ocr_kernels.gather import tiles as gather
-from ocr_kernels.head.triton import PIXELS_AT_ONCE, pixels_at_once
 
 
 @pytest.mark.slow
@@ -58,7 +58,7 @@ def test_few_variants() -> None:
     counts = {name: int(count) for count, name in (line.split() for line in lines[1:])}
     assert len(counts) == 10
     assert counts.pop("reduce_splits") <= 8  # of a softmax or not, in tiles for up to 16, 32, 64 and 128 splits
-    assert counts.pop("ocr_head_linear") <= 9
+    assert counts.pop("ocr_block_linear") <= 9
     assert max(counts.values()) <= 5
 
 
@@ -83,7 +83,7 @@ def test_any_number_of_images(grids: list[tuple[str, tuple[int, ...]]], regions:
     """CUDA takes 65,535 programs at most along a grid's second and third axis."""
     batch = 70_000
     case = Case("small", batch, channels=80, key_channels=80, regions=regions, height=1, width=2)
-    for kind in (Shape, HeadShape)[: 2 if regions <= 256 else 1]:  # the head's kernels hold no more regions
+    for kind in (Shape, BlockShape)[: 2 if regions <= 256 else 1]:  # the block's kernels hold no more regions
         kind(case, torch.bfloat16).launch()
     assert len({name for name, _ in grids}) == {5: 10, 70: 11, 300: 9}[regions]
     for _, grid in grids:
@@ -94,7 +94,7 @@ def test_any_number_of_images(grids: list[tuple[str, tuple[int, ...]]], regions:
 
 @pytest.mark.parametrize("batch", [1, 2, 3, 5, 6, 40, 70_000])
 @pytest.mark.parametrize("pixels", [1, 1030, 256 * 512, 130 * 130])
-def test_steps_of_the_head(batch: int, pixels: int) -> None:
+def test_steps_of_the_block(batch: int, pixels: int) -> None:
     """Equal but for the last, and as aligned as the image itself."""
     step = pixels_at_once(batch, pixels)
     assert step % 128 == 0

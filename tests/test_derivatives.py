@@ -108,7 +108,9 @@ def test_forward_mode_of_an_op_for_inference_is_refused(position: int, compiled:
 
     def call(x: Tensor) -> Tensor:
         arguments = [*tensors[:position], x, *tensors[position + 1 :]]
-        return torch.ops.ocr_kernels.ocr_head(*arguments[:3], arguments[3:], 1.0, [0.0] * 4, "features", "reference")
+        return torch.ops.ocr_kernels.ocr_block_inference(
+            *arguments[:3], arguments[3:], 1.0, [0.0] * 4, "features", "reference"
+        )
 
     def derivative(x: Tensor) -> Tensor:
         return torch.func.jvp(call, (x,), (x,))[1]

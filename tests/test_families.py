@@ -59,7 +59,7 @@ def test_family_in_eval_mode(family: Family) -> None:
     attentions = family.attentions if family.eval_attentions is None else family.eval_attentions
     attentions *= family.attends_apart or not family.blocks
     heads = family.blocks * (not family.attends_apart)
-    assert (ops.gather, ops.attention, ops.head) == (family.gathers, attentions, heads)
+    assert (ops.gather, ops.attention, ops.inference) == (family.gathers, attentions, heads)
     assert sum("block" in row.computations for row in report.swapped) == family.blocks
     assert family.why_no_block in str(report)
 

@@ -36,7 +36,7 @@ def runs(module: nn.Module, *args: Any, **kwargs: Any) -> int:
     """How often a call runs the op of whole blocks."""
     with CountOps() as ops:
         module(*args, **kwargs)
-    return ops.head
+    return ops.inference
 
 
 @torch.no_grad()
@@ -75,7 +75,7 @@ def test_one_call_turns_blocks_off() -> None:
     assert [row.computations for row in report.swapped] == [None]
     with CountOps() as ops:
         module(*inputs(module))
-    assert (ops.attention, ops.head) == (1, 0)
+    assert (ops.attention, ops.inference) == (1, 0)
 
 
 @torch.no_grad()
@@ -259,7 +259,7 @@ def test_compiled_programs_fold_each_time(build: Callable[[], nn.Module], backen
         torch.testing.assert_close(compiled(*args), plain(*args), rtol=1e-4, atol=1e-5)
         (graph,) = graphs
         targets = {str(node.target) for node in graph.graph.nodes}
-        assert ("ocr_kernels.ocr_head.default" in targets) == (backend is not None)
+        assert ("ocr_kernels.ocr_block_inference.default" in targets) == (backend is not None)
         assert not any("batch_norm" in target for target in targets)
         for changed in (plain, module):
             next(changed.parameters()).mul_(2)
@@ -323,7 +323,7 @@ def test_a_backend_that_has_no_blocks() -> None:
         getattr(module, mode)()
         with use_backend("native"), torch.set_grad_enabled(mode == "train"), CountOps() as ops:
             module(*args)
-        assert (ops.attention, ops.block, ops.head) == (1, 0, 0)
+        assert (ops.attention, ops.block, ops.inference) == (1, 0, 0)
 
 
 def test_what_changes_in_training_is_seen() -> None:

@@ -18,11 +18,11 @@ import ocr_kernels.attention.triton
 import ocr_kernels.core.triton_host
 import ocr_kernels.gather.triton
 from ocr_kernels.attention import registration as attention
+from ocr_kernels.block import registration as block
+from ocr_kernels.block import tiles
 from ocr_kernels.core.backends import interpreting
 from ocr_kernels.core.triton_host import Problem, device_facts
 from ocr_kernels.gather import registration as gather
-from ocr_kernels.head import registration as head
-from ocr_kernels.head import tiles
 
 pytestmark = pytest.mark.skipif(not interpreting(), reason="counts in Triton's interpreter; set TRITON_INTERPRET=1")
 
@@ -107,7 +107,7 @@ class TestPixelsPassOnce:
         assert_once(launches, read=[query, grad], written=gradients)
 
 
-def head_weights(channels: int, key_channels: int, outputs: int, dtype: torch.dtype) -> list[Tensor]:
+def block_weights(channels: int, key_channels: int, outputs: int, dtype: torch.dtype) -> list[Tensor]:
     """As the op takes them for z."""
     matrices = [
         draw(*shape, dtype=dtype)
@@ -122,21 +122,21 @@ def head_weights(channels: int, key_channels: int, outputs: int, dtype: torch.dt
 @pytest.mark.slow
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "channels_last"])
 @pytest.mark.parametrize("regions", [19, 171, 256, *(pytest.param(k, marks=pytest.mark.wide) for k in (59, 150))])
-def test_pixels_of_head(regions: int, memory_format: torch.memory_format) -> None:
+def test_pixels_of_block(regions: int, memory_format: torch.memory_format) -> None:
     """The first kernel reads feats once, the second once for each tile of output channels; nothing else does."""
     channels, key_channels, outputs = 140, 40, 300
     feats = draw(1, channels, 9, 29, dtype=torch.bfloat16, memory_format=memory_format)
-    key, context_regions = (draw(1, size, regions, dtype=torch.bfloat16) for size in (key_channels, channels))
-    weights = head_weights(channels, key_channels, outputs, torch.bfloat16)
+    key, contexts = (draw(1, size, regions, dtype=torch.bfloat16) for size in (key_channels, channels))
+    weights = block_weights(channels, key_channels, outputs, torch.bfloat16)
     with record_traffic() as launches:
-        z = head._forward(feats, key, context_regions, weights, 1.0, (0.0,) * 4, "features", "triton")
+        z = block._infer(feats, key, contexts, weights, 1.0, (0.0,) * 4, "features", "triton")
     assert_once(launches, written=[z])
     reads = {launch.name: launch.loads.counts(feats) for launch in launches if launch.loads.counts(feats).any()}
     scattered = memory_format == torch.contiguous_format  # of an odd number of pixels
     problem = Problem(2, device_facts(feats.device), channels, regions, outputs, scattered)
     output_tiles = triton.cdiv(outputs, tiles.FUSE.choose(problem).outputs)
     assert output_tiles > 1
-    expected = {"ocr_head_weights_kernel": 1, "ocr_head_fuse_kernel": output_tiles}
+    expected = {"ocr_block_weights_kernel": 1, "ocr_block_fuse_kernel": output_tiles}
     assert {name: counts.unique().tolist() for name, counts in reads.items()} == {n: [c] for n, c in expected.items()}
 
 
@@ -190,13 +190,13 @@ def test_total_of_attention_backward(spatial_size: tuple[int, int]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("regions", "limit", "pixels_limit"), [(19, 8.1, 2.6), (171, 14.6, 7.6)])
-def test_total_of_head(regions: int, limit: float, pixels_limit: float) -> None:
+def test_total_of_block(regions: int, limit: float, pixels_limit: float) -> None:
     """In all, where matrices are re-read for each tile of pixels, from the second-level cache; and without them."""
     feats = draw(1, 512, 16, 64, dtype=torch.bfloat16)
-    key, context_regions = (draw(1, size, regions, dtype=torch.bfloat16) for size in (256, 512))
-    weights = head_weights(512, 256, 512, torch.bfloat16)
+    key, contexts = (draw(1, size, regions, dtype=torch.bfloat16) for size in (256, 512))
+    weights = block_weights(512, 256, 512, torch.bfloat16)
     with record_traffic() as launches:
-        z = head._forward(feats, key, context_regions, weights, 1.0, (0.0,) * 4, "features", "triton")
+        z = block._infer(feats, key, contexts, weights, 1.0, (0.0,) * 4, "features", "triton")
     assert_total(launches, limit, [feats, z])
     matrices = sum(
         int(launch.loads.counts(matrix).sum()) * matrix.itemsize for launch in launches for matrix in weights

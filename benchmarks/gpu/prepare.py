@@ -52,7 +52,7 @@ def kernels() -> dict[str, Callable[[], object]]:
             runs[str(job)] = partial(times.launch, job)
     for case, layout in product(NAMED, LAYOUTS[:2]):
         size = smoke.Size(torch.bfloat16, case.regions, case.batch, (case.height, case.width), layout)
-        runs[f"head {case.name} {layout}"] = partial(smoke.launch_head, size, device, case.channels, case.key_channels)
+        runs[f"head {case.name} {layout}"] = partial(smoke.launch_block, size, device, case.channels, case.key_channels)
     return {name: partial(compiled, run) for name, run in runs.items()}
 
 

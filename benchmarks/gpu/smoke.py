@@ -17,9 +17,9 @@ import ocr_kernels
 from benchmarks.gpu.journal import Skipped, work
 from ocr_kernels import testing
 from ocr_kernels.attention.reference import pixel_region_attention
+from ocr_kernels.block import Layer, ocr_block
+from ocr_kernels.block.functional import Output
 from ocr_kernels.gather.reference import spatial_gather
-from ocr_kernels.head import HeadWeights, ocr_head
-from ocr_kernels.head.functional import Output
 
 BOUNDS = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5, torch.float64: 1e-12}  # of relative L2 errors
 CHANNELS = 72  # one tile, and a part of one
@@ -56,7 +56,7 @@ SIZES = (
     Size(torch.float64, 150, 3, (33, 31), "contiguous"),
     Size(torch.float64, 19, 1, (1, 1), "channels_last"),
 )
-HEAD_SIZES = [size for size in SIZES if size.dtype != torch.float64]
+BLOCK_SIZES = [size for size in SIZES if size.dtype != torch.float64]
 
 
 # Results, how to compute them in float64, and a bound of their errors.
@@ -64,14 +64,14 @@ Launched = tuple[Sequence[Tensor], Callable[[], Sequence[Tensor]], float]
 
 
 def launches(device: torch.device, backends: Sequence[str]) -> dict[str, Callable[[], Launched]]:
-    """Both ops on each backend, forward and backward, and the inference head."""
+    """Both ops on each backend, forward and backward, and the block for inference."""
     found: dict[str, Callable[[], Launched]] = {
         f"{backend} {op} {size}": partial(launch_op, op, backend, size, device)
         for size in SIZES
         for op in OPS
         for backend in backends
     }
-    return found | {f"head {size}": partial(launch_head, size, device) for size in HEAD_SIZES}
+    return found | {f"block {size}": partial(launch_block, size, device) for size in BLOCK_SIZES}
 
 
 def launch_op(op: str, backend: str, size: Size, device: torch.device) -> Launched:
@@ -105,11 +105,10 @@ def launch_op(op: str, backend: str, size: Size, device: torch.device) -> Launch
     return results, exact, BOUNDS[size.dtype]
 
 
-def launch_head(size: Size, device: torch.device, channels: int = CHANNELS, keys: int = 40) -> Launched:
-    """z or, for several images, the class logits. The head knows no float64; float32 on a CPU is as good here."""
+def launch_block(size: Size, device: torch.device, channels: int = CHANNELS, keys: int = 40) -> Launched:
+    """z or, for several images, the class logits, in inference."""
     c, d, k = channels, keys, size.regions
-    shapes = [(d, c), (d,), (d, d), (d,), (d, c), (d,), (d, d), (d,), (d, c), (d,), (c, d), (c,)]
-    shapes += [(c, c), (c, c), (c,), (k, c), (k,)]
+    shapes = [(d, c), (d,), (d, d), (d,), (c, d), (c,), (c, 2 * c), (c,), (k, c), (k,)]
     generator = torch.Generator(device).manual_seed(0)
 
     def draw(*shape: int, dtype: torch.dtype = size.dtype) -> Tensor:
@@ -117,14 +116,21 @@ def launch_head(size: Size, device: torch.device, channels: int = CHANNELS, keys
 
     weights = [draw(*s, dtype=size.dtype if len(s) == 2 else torch.float32) * s[-1] ** -0.5 for s in shapes]
     feats = testing.lay_out(draw(size.batch, c, *size.spatial), size.layout)
-    regions = draw(size.batch, c, k)
+    key, value = (draw(size.batch, d, k) for _ in range(2))
     output: Output = "features" if size.batch == 1 else "logits"
-    with testing.poisoned_memory():
-        result = ocr_head(feats, regions, HeadWeights(*weights), output)
+
+    def run(feats: Tensor, key: Tensor, value: Tensor, *weights: Tensor, backend: str | None = None) -> Tensor:
+        pairs = [weights[i : i + 2] for i in range(0, len(weights), 2)]
+        first, second, up, fusing = (Layer(weight, bias) for weight, bias in pairs[:-1])
+        classifier = pairs[-1][0], pairs[-1][1]
+        return ocr_block(feats, key, value, [first, second], up, fusing, classifier, output=output, backend=backend)
+
+    with torch.no_grad(), testing.poisoned_memory():
+        result = run(feats, key, value, *weights)
 
     def exact() -> Sequence[Tensor]:
-        x, f, *w = (tensor.cpu().float() for tensor in (feats, regions, *weights))
-        return [ocr_head(x, f, HeadWeights(*w), output, backend="reference")]
+        inputs = [tensor.cpu().double() for tensor in (feats, key, value, *weights)]
+        return [run(*inputs, backend="reference")]
 
     return [result], exact, BOUNDS[size.dtype]
 

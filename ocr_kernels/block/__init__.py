@@ -1,4 +1,4 @@
-"""Step 4 of OCR in training: from pixels and regions to augmented representations, as one op with a derivative."""
+"""Step 4 of OCR: from pixels and regions to augmented representations, class logits or classes, as one op."""
 
 from ocr_kernels.block.functional import Layer, Norm, ocr_block
 

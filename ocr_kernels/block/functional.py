@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from numbers import Real
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from ocr_kernels.block.registration import IMPLEMENTED, ocr_block_op
+from ocr_kernels.block import reference
+from ocr_kernels.block.registration import (
+    FOR_INFERENCE,
+    IMPLEMENTED,
+    ocr_block_inference_op,
+    ocr_block_op,
+)
 from ocr_kernels.core.arguments import check_device, check_dtype, check_same_dtype, check_shape, check_tensors
-from ocr_kernels.core.backends import resolve_backend
-from ocr_kernels.core.layout import pixels, statistics_dtype
+from ocr_kernels.core.backends import left_to_compiler, resolve_backend
+from ocr_kernels.core.layout import in_format, pixels, statistics_dtype
+
+Output = Literal["features", "logits", "classes"]
+Classifier: TypeAlias = tuple[Tensor, Tensor | None]
 
 
 class Norm(NamedTuple):
@@ -30,7 +43,7 @@ class Norm(NamedTuple):
 class Layer(NamedTuple):
     """A 1x1 convolution, a norm or none, and an activation: x where it is positive, slope * x elsewhere."""
 
-    weight: Tensor  # [outputs, inputs]
+    weight: Tensor | None  # [outputs, inputs]; None, in `up` alone, for what changes nothing
     bias: Tensor | None = None
     norm: Norm | None = None
     slope: float = 0.0  # 0 is ReLU, 1 no activation
@@ -43,36 +56,45 @@ def ocr_block(
     pixel: Sequence[Layer],
     up: Layer | None,
     fusing: Layer,
+    classifier: Classifier | None = None,
     *,
+    output: Output | None = None,
     scale: float | None = None,
     context_first: bool = True,
     mask: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    r"""Step 4 in training: augmented representations z of every pixel (Eqs. 3, 5 and 6), as one op with a derivative.
+    r"""Step 4 as one op: augmented representations z of every pixel (Eqs. 3, 5 and 6), or the classifier's logits.
 
     .. math:: z_i = \rho(G [y_i, x_i]), \qquad y_i = \rho(W_{up} \sum_k w_{ik} v_k), \qquad
               w_{ik} = \mathrm{softmax}_k(s \, \phi(x_i)^T key_k)
 
-    The softmax runs **over regions**; :math:`\rho` is a norm and an activation. Saved for backward are feats, the
-    products of the layers of phi, the weights w `[B, K, *S]` and one map of z's channels; neither y nor anything that a
-    norm or an activation made.
+    The softmax runs **over regions**; :math:`\rho` is a norm and an activation.
+
+    Where a derivative is wanted or a norm takes the statistics of the batch, feats, the products of the layers of phi,
+    the weights w `[B, K, *S]` and one map of z's channels are saved for backward; neither y nor anything that a norm or
+    an activation made. Else norms are folded into the matrices and nothing is saved.
 
     Args:
         feats: pixel representations x, `[B, C, *S]`, any number of spatial dimensions.
         key: transformed regions psi(f), `[B, D, K]`, any K >= 1.
         value: transformed regions delta(f), `[B, V, K]`.
         pixel: phi, one layer or two, `[D, C]` and `[D, D]`.
-        up: rho, `[Y, V]`; `None` where contexts are the weighted values themselves, and Y is V.
+        up: rho, `[Y, V]`; `None` where contexts are the weighted values themselves, and Y is V; of a layer without a
+            weight, what follows is done to those.
         fusing: g, `[O, Y + C]`.
+        classifier: the weight `[L, O]` of what makes logits of z, and its bias `[L]` or `None`.
+        output: `"features"` for z, `"logits"`, or `"classes"` for the argmax of those; `None` for logits where there is
+            a classifier, else z.
         scale: factor on the scores; `None` means `D ** -0.5`.
         context_first: whether g takes `[y, x]`, or `[x, y]`.
         mask: what z is multiplied by, `[B, O]`, as Dropout2d does; float32, or float64 for float64.
-        backend: `"reference"`; `None` chooses (see `ocr_kernels.use_backend`).
+        backend: `"reference"` or, where no derivative is wanted and statistics are known, `"triton"`; `None` chooses
+            (see `ocr_kernels.use_backend`).
 
     Returns:
-        z, `[B, O, *S]`, in the dtype and the memory format (contiguous or channels last) of `feats`. Sums and
-        statistics are float32, or float64 for float64.
+        z, `[B, O, *S]`, or logits, `[B, L, *S]`, in the dtype and the memory format (contiguous or channels last) of
+        `feats`; or classes, int64 `[B, *S]`. Sums and statistics are float32, or float64 for float64.
 
     Under autocast feats, key, value and the matrices are cast to the autocast dtype. Forward and backward are bitwise
     reproducible.
@@ -80,32 +102,50 @@ def ocr_block(
     Raises:
         TypeError: an argument is no tensor, or the dtypes differ or are others.
         ValueError: shapes or devices do not match, a size other than B and S is 0, there is one pixel where a norm
-            takes the statistics of the batch, or `backend` is unknown.
+            takes the statistics of the batch, a slope is negative where a derivative is wanted, `output` needs a
+            classifier, or `output` or `backend` is unknown.
         RuntimeError: the backend asked for cannot run here; the message says why.
+
+    Example:
+        >>> feats, key, value = torch.randn(2, 64, 32, 32), torch.randn(2, 16, 19), torch.randn(2, 16, 19)
+        >>> pixel = [Layer(torch.randn(16, 64)), Layer(torch.randn(16, 16))]
+        >>> up, fusing = Layer(torch.randn(64, 16)), Layer(torch.randn(48, 128), norm=Norm())
+        >>> ocr_block(feats, key, value, pixel, up, fusing).shape
+        torch.Size([2, 48, 32, 32])
     """
     layers = _named(pixel, up, fusing)
-    _check(feats, key, value, layers, scale, mask)
+    sizes = _check(feats, key, value, layers, scale, mask)
+    if output is None:
+        output = "features" if classifier is None else "logits"
+    _check_output(output, classifier, sizes, feats)
+    takes_statistics = [
+        name for name, layer in layers.items() if layer and layer.norm is not None and _is_batch(layer.norm)
+    ]
+    scale = key.shape[1] ** -0.5 if scale is None else float(scale)
+    made_of = [feats, key, value, *_tensors(layers.values(), classifier if output != "features" else None)]
+    if not takes_statistics and mask is None and not _is_differentiated(made_of):
+        return _infer(feats, key, value, layers, classifier, output, scale, context_first, backend)
+    for name, layer in layers.items():
+        if layer is not None and layer.slope < 0:
+            raise ValueError(f"{name}.slope must be a number >= 0 where a derivative is wanted, but is {layer.slope}")
     count = feats.shape[0] * pixels(feats.shape)
+    if takes_statistics and count == 1:
+        name = takes_statistics[0]
+        raise ValueError(f"{name}.norm takes the statistics of a batch that has one pixel; call it in eval mode")
     exact = statistics_dtype(feats)
     vectors, eps, slopes = [], [], []
     for name, layer in layers.items():
-        takes_statistics = layer is not None and layer.norm is not None and _is_batch(layer.norm)
-        if takes_statistics and count == 1:
-            raise ValueError(f"{name}.norm takes the statistics of a batch that has one pixel; call it in eval mode")
-        if layer is None:  # rho of the values themselves, or no second layer of phi
-            ones = feats.new_ones(value.shape[1] if name == "up" else 0, dtype=exact)
-            gain, shift = ones, 0 * ones
-        else:
-            gain, shift = _gain_and_shift(layer)
+        gain, shift = (feats.new_empty(0),) * 2 if layer is None else _gain_and_shift(layer, value)
         vectors += [gain.to(exact), shift.to(exact)]
-        eps.append(layer.norm.eps if layer is not None and layer.norm is not None and takes_statistics else -1.0)
+        eps.append(
+            layer.norm.eps if layer is not None and layer.norm is not None and name in takes_statistics else -1.0
+        )
         slopes.append(1.0 if layer is None else float(layer.slope))
     with torch.autocast(feats.device.type, enabled=False):  # few numbers, of which all of y is made
         contexts = value.to(exact)  # u, [B, Y, K]
-        contexts = contexts if up is None else torch.matmul(up.weight.to(exact), contexts)
+        contexts = contexts if up is None or up.weight is None else torch.matmul(up.weight.to(exact), contexts)
     none = feats.new_empty(0, dtype=exact)
     second = pixel[1].weight if len(pixel) == 2 else feats.new_empty(0)
-    scale = key.shape[1] ** -0.5 if scale is None else float(scale)
     chosen = resolve_backend(feats.device, backend, IMPLEMENTED)
     z, *_, statistics = ocr_block_op(
         feats, key, pixel[0].weight, second, fusing.weight, contexts, *vectors, none if mask is None else mask,
@@ -116,15 +156,80 @@ def ocr_block(
         for layer, mean, var in zip(layers.values(), known[::2], known[1::2], strict=True):
             if layer is not None:
                 _update(layer, mean, var, count)
-    out: Tensor = z
-    return out
+    return _classified(z, classifier, output)
+
+
+def _is_differentiated(tensors: Sequence[Tensor]) -> bool:
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return True
+    return forward_ad._current_level >= 0  # in forward mode nothing requires grad; nothing public tells
+
+
+def _tensors(layers: Iterable[Layer | None], classifier: Classifier | None) -> Iterator[Tensor]:
+    """Those that have a derivative."""
+    for layer in layers:
+        if layer is not None:
+            norm = layer.norm or Norm()
+            yield from (t for t in (layer.weight, layer.bias, norm.weight, norm.bias) if t is not None)
+    yield from (t for t in classifier or () if t is not None)
+
+
+def _classified(z: Tensor, classifier: Classifier | None, output: Output) -> Tensor:
+    """What `output` asks for, of z."""
+    if output == "features" or classifier is None:
+        return z
+    logits = F.linear(z.flatten(2).mT, *classifier).mT.unflatten(2, z.shape[2:])
+    return logits.argmax(1) if output == "classes" else in_format(logits, z)
+
+
+def _infer(
+    feats: Tensor, key: Tensor, value: Tensor, layers: dict[str, Layer | None], classifier: Classifier | None,
+    output: Output, scale: float, context_first: bool, backend: str | None,
+) -> Tensor:  # fmt: skip
+    """With norms folded into the matrices."""
+    kind = feats.device.type
+    casts = torch.is_autocast_enabled(kind) and feats.dtype != torch.float64
+    dtype = torch.get_autocast_dtype(kind) if casts else feats.dtype
+    feats, key, value = feats.to(dtype), key.to(dtype), value.to(dtype)
+    exact = statistics_dtype(feats)
+    with torch.autocast(kind, enabled=False):
+        folded = {name: _fold(layer, value, exact) for name, layer in layers.items() if layer is not None}
+        up, up_bias = folded.pop("up")
+        fusing, bias = folded.pop("fusing")
+        if up.dim() == 2:
+            contexts = torch.matmul(up.to(exact), value.to(exact)).to(dtype)
+        else:
+            contexts = (up[:, None] * value).to(dtype)
+        on_context, on_pixels = fusing.split([len(up_bias), feats.shape[1]][:: 1 if context_first else -1], 1)
+        if not context_first:
+            on_context, on_pixels = on_pixels, on_context
+        weights = [*itertools.chain(*folded.values()), up_bias, on_context, on_pixels, bias]
+        if output != "features" and classifier is not None:
+            weight, last = classifier
+            weights += [weight, bias.new_zeros(len(weight)) if last is None else last.to(exact)]
+        weights = [weight.to(dtype if weight.dim() == 2 else exact).contiguous() for weight in weights]
+        slopes = [1.0 if layer is None else float(layer.slope) for layer in layers.values()]
+        if left_to_compiler(feats, backend) and 0 not in feats.shape:
+            return reference.infer_whole(feats, key, contexts, weights, scale, slopes, output)
+        chosen = resolve_backend(feats.device, backend, FOR_INFERENCE)
+        out: Tensor = ocr_block_inference_op(feats, key, contexts, weights, scale, slopes, output, chosen)
+        return out
+
+
+def _fold(layer: Layer, value: Tensor, exact: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A matrix, or what each channel is multiplied by, and a bias, of a layer whose statistics are known."""
+    gain, shift = (each.to(exact) for each in _gain_and_shift(layer, value))
+    if layer.weight is None:
+        return gain, shift
+    return (layer.weight if layer.norm is None else gain[:, None] * layer.weight.to(exact)), shift
 
 
 def _named(pixel: Sequence[Layer], up: Layer | None, fusing: Layer) -> dict[str, Layer | None]:
-    """The layers by what messages call them."""
+    """The layers by what messages call them; `up` is always one."""
     if not isinstance(pixel, (list, tuple)) or isinstance(pixel, Layer) or len(pixel) not in (1, 2):
         raise ValueError("pixel must be one layer or two, in a sequence")
     second = pixel[1] if len(pixel) == 2 else None
+    up = Layer(None, slope=1.0) if up is None else up
     return {"pixel[0]": pixel[0], "pixel[1]": second, "up": up, "fusing": fusing}
 
 
@@ -132,9 +237,10 @@ def _is_batch(norm: Norm) -> bool:
     return norm.training or norm.running_mean is None
 
 
-def _gain_and_shift(layer: Layer) -> tuple[Tensor, Tensor]:
+def _gain_and_shift(layer: Layer, value: Tensor) -> tuple[Tensor, Tensor]:
     """What a layer multiplies its normalised product by, and adds: all of a norm whose statistics are known."""
-    ones = torch.ones(len(layer.weight), device=layer.weight.device)
+    channels = value.shape[1] if layer.weight is None else len(layer.weight)
+    ones = torch.ones(channels, dtype=statistics_dtype(value), device=value.device)
     bias = torch.zeros_like(ones) if layer.bias is None else layer.bias
     norm = layer.norm
     if norm is None:
@@ -159,7 +265,10 @@ def _update(layer: Layer, mean: Tensor, var: Tensor, count: int) -> None:
         running.lerp_(now.to(running.dtype), norm.momentum)
 
 
-def _check(feats: Tensor, key: Tensor, value: Tensor, layers: dict[str, Layer | None], scale: Any, mask: Any) -> None:
+def _check(
+    feats: Tensor, key: Tensor, value: Tensor, layers: dict[str, Layer | None], scale: Any, mask: Any
+) -> dict[str, int]:
+    """The sizes, by letter."""
     check_tensors(feats=feats, key=key, value=value)
     check_dtype("feats", feats)
     check_shape("feats", feats, "[B, C, *S] with C >= 1", feats.dim() >= 3 and feats.shape[1] >= 1)
@@ -172,7 +281,7 @@ def _check(feats: Tensor, key: Tensor, value: Tensor, layers: dict[str, Layer | 
     sizes = {"C": feats.shape[1], "D": key.shape[1], "V": value.shape[1]}
     for (name, layer), axes in zip(layers.items(), ("DC", "DD", "YV", "OI"), strict=True):
         if name == "fusing":
-            sizes["I"] = sizes.setdefault("Y", sizes["V"]) + sizes["C"]
+            sizes["I"] = sizes["Y"] + sizes["C"]
         if layer is not None:
             _check_layer(name, layer, axes, sizes, feats)
     if scale is not None and not isinstance(scale, Real):
@@ -182,6 +291,20 @@ def _check(feats: Tensor, key: Tensor, value: Tensor, layers: dict[str, Layer | 
         check_shape("mask", mask, "[B, O]", tuple(mask.shape) == (feats.shape[0], sizes["O"]))
         check_dtype("mask", mask, statistics_dtype(feats))
         check_device("mask", mask, "feats", feats)
+    return sizes
+
+
+def _check_output(output: str, classifier: Any, sizes: dict[str, int], feats: Tensor) -> None:
+    if output not in ("features", "logits", "classes"):
+        raise ValueError(f"output must be 'features', 'logits' or 'classes', but is {output!r}")
+    if classifier is None:
+        if output != "features":
+            raise ValueError(f"output {output!r} needs a classifier, but there is none")
+        return
+    if not isinstance(classifier, tuple) or len(classifier) != 2:
+        raise TypeError("classifier must be a weight and a bias or None, in a tuple")
+    weight, bias = classifier
+    _check_layer("classifier", Layer(weight, bias, slope=1.0), "LO", sizes, feats)
 
 
 def _check_as(name: str, tensor: Tensor, feats: Tensor) -> None:
@@ -192,22 +315,27 @@ def _check_as(name: str, tensor: Tensor, feats: Tensor) -> None:
 
 def _check_layer(name: str, layer: Layer, axes: str, sizes: dict[str, int], feats: Tensor) -> None:
     """`sizes` are those known so far."""
-    check_tensors(**{f"{name}.weight": layer.weight})
-    shape = layer.weight.shape
-    if len(shape) == 2 and shape[0] >= 1:
-        sizes.setdefault(axes[0], shape[0])
-    if tuple(shape) != tuple(sizes.get(axis) for axis in axes):
-        wanted = ", ".join(str(sizes.get(axis, axis)) for axis in axes)
-        check_shape(f"{name}.weight", layer.weight, f"[{wanted}]", False)
-    _check_as(f"{name}.weight", layer.weight, feats)
-    if not isinstance(layer.slope, (int, float)) or not layer.slope >= 0:
-        raise ValueError(f"{name}.slope must be a number >= 0, but is {layer.slope!r}")
+    weight = layer.weight
+    if name == "up" and weight is None:
+        sizes["Y"] = sizes["V"]
+    else:
+        check_tensors(**{f"{name}.weight": weight})
+        assert weight is not None
+        shape = weight.shape
+        if len(shape) == 2 and shape[0] >= 1:
+            sizes.setdefault(axes[0], shape[0])
+        if tuple(shape) != tuple(sizes.get(axis) for axis in axes):
+            wanted = ", ".join(str(sizes.get(axis, axis)) for axis in axes)
+            check_shape(f"{name}.weight", weight, f"[{wanted}]", False)
+        _check_as(f"{name}.weight", weight, feats)
+    channels = sizes[axes[0]]
+    if not isinstance(layer.slope, (int, float)) or not math.isfinite(layer.slope):
+        raise TypeError(f"{name}.slope must be a finite number, but is {layer.slope!r}")
     norm = layer.norm or Norm()
     vectors = {"bias": layer.bias, "norm.weight": norm.weight, "norm.bias": norm.bias}
     vectors |= {"norm.running_mean": norm.running_mean, "norm.running_var": norm.running_var}
     for kind, vector in vectors.items():
         if vector is not None:
             check_tensors(**{f"{name}.{kind}": vector})
-            if tuple(vector.shape) != (shape[0],):
-                check_shape(f"{name}.{kind}", vector, f"[{shape[0]}]", False)
+            check_shape(f"{name}.{kind}", vector, f"[{channels}]", tuple(vector.shape) == (channels,))
             check_device(f"{name}.{kind}", vector, "feats", feats)

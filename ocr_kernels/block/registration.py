@@ -1,4 +1,4 @@
-"""`ocr_kernels::ocr_block` and its backward, as PyTorch ops."""
+"""`ocr_kernels::ocr_block` and its backward, and `ocr_kernels::ocr_block_inference`, as PyTorch ops."""
 
 from __future__ import annotations
 
@@ -14,9 +14,17 @@ from ocr_kernels.block.reference import Settings
 from ocr_kernels.core.backends import implementation, is_offered
 from ocr_kernels.core.derivatives import Op
 from ocr_kernels.core.layout import empty_in_format, pixels, statistics_dtype
-from ocr_kernels.core.registration import differentiate, differentiate_twice, register_op
+from ocr_kernels.core.registration import (
+    batch_back,
+    batch_first,
+    differentiate,
+    differentiate_twice,
+    register_inference_op,
+    register_op,
+)
 
 IMPLEMENTED = ("reference",)
+FOR_INFERENCE = ("reference", "triton")
 TENSORS = 14  # that have a derivative: feats, key, three matrices, contexts and eight vectors; the mask is the next
 _ARGUMENTS = (
     "Tensor feats, Tensor key, Tensor pixel_in, Tensor pixel_out, Tensor fusing, Tensor contexts, "
@@ -26,9 +34,9 @@ _ARGUMENTS = (
 _SETTINGS = "float scale, float[] slopes, float[] eps, bool context_first"
 
 
-def is_used_on(device: torch.device) -> bool:
-    """Whether modules train with the op: in plain PyTorch it pays on a CPU; a GPU has no kernels for it yet."""
-    return is_offered(IMPLEMENTED, by_default=device.type == "cpu")
+def is_used_on(device: torch.device, training: bool) -> bool:
+    """Whether modules use the op: with a derivative it pays on a CPU, where a GPU has no kernels for it yet."""
+    return is_offered(IMPLEMENTED, by_default=device.type == "cpu") if training else is_offered(FOR_INFERENCE)
 
 
 # Arguments have been checked by the public call. contexts are u, [B, Y, K], in the dtype of statistics, as the vectors
@@ -186,4 +194,93 @@ ocr_block_backward_op = register_op(
     setup_context=_save_backward,
     backward=_differentiate_backward,
     vmap=_vmap_backward,
+)
+
+
+# Inference: statistics are known, and norms folded into the layers. `weights`: pixel_in [D, C], its bias [D]; where phi
+# has two layers pixel_out [D, D], its bias [D]; up's bias [Y]; the halves of the fusing matrix, for y [O, Y] and for x
+# [O, C], their bias [O]; for logits and classes the classifier [L, O], its bias [L]. `slopes`: those of pixel_in,
+# pixel_out, up and z.
+
+
+def _allocate_inference(
+    feats: Tensor,
+    key: Tensor,
+    contexts: Tensor,
+    weights: Sequence[Tensor],
+    scale: float,
+    slopes: Sequence[float],
+    output: str,
+    backend: str,
+) -> Tensor:
+    if output == "classes":
+        return feats.new_empty((feats.shape[0], *feats.shape[2:]), dtype=torch.int64)
+    return empty_in_format(feats, weights[-1].shape[0])
+
+
+def _infer(
+    feats: Tensor,
+    key: Tensor,
+    contexts: Tensor,
+    weights: Sequence[Tensor],
+    scale: float,
+    slopes: Sequence[float],
+    output: str,
+    backend: str,
+) -> Tensor:
+    out = _allocate_inference(feats, key, contexts, weights, scale, slopes, output, backend)
+    if out.numel():
+        implementation("block", backend, feats.device.type, FOR_INFERENCE).infer(
+            out, feats, key, contexts, weights, scale, slopes, output
+        )
+    return out
+
+
+def _flops_inference(
+    feats: Sequence[int],
+    key: Sequence[int],
+    contexts: Sequence[int],
+    weights: Sequence[Sequence[int]],
+    *_: Any,
+    **__: Any,
+) -> int:
+    matrices = sum(math.prod(weight) for weight in weights if len(weight) == 2)
+    return 2 * pixels(feats) * (feats[0] * matrices + math.prod(key) + math.prod(contexts))
+
+
+def _vmap_inference(
+    info: Any,
+    in_dims: Sequence[Any],
+    feats: Tensor,
+    key: Tensor,
+    contexts: Tensor,
+    weights: Sequence[Tensor],
+    *settings: Any,
+) -> tuple[Tensor, int]:
+    tensors = feats, key, contexts
+    *dims, weights_dims = in_dims[:4]
+    if any(dim is not None for dim in weights_dims):  # weights of several blocks: one after the other
+        blocks = [
+            ocr_block_inference_op(*_select(tensors, dims, i), _select(weights, weights_dims, i), *settings)
+            for i in range(info.batch_size)
+        ]
+        return torch.stack(blocks), 0
+    out = ocr_block_inference_op(*batch_first(tensors, dims, info.batch_size), weights, *settings)
+    (out,), (dim,) = batch_back([out], info.batch_size)
+    return out, dim
+
+
+def _select(tensors: Sequence[Tensor], dims: Sequence[int | None], index: int) -> list[Tensor]:
+    """One of the vmapped tensors each."""
+    return [t if d is None else t.select(d, index).contiguous() for t, d in zip(tensors, dims, strict=True)]
+
+
+ocr_block_inference_op = register_inference_op(
+    "ocr_block_inference(Tensor feats, Tensor key, Tensor contexts, Tensor[] weights, float scale, float[] slopes, "
+    "str output, str backend) -> Tensor",
+    kernel=_infer,
+    fake=_allocate_inference,
+    flops=_flops_inference,
+    vmap=_vmap_inference,
+    instead="ocr_kernels.ocr_block",
 )

@@ -14,17 +14,15 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from ocr_kernels.block.registration import is_used_on
 from ocr_kernels.core.backends import is_offered
 from ocr_kernels.core.calls import has_own_forward, is_recorded
-from ocr_kernels.head.functional import DTYPES
+from ocr_kernels.core.layout import DTYPES
 from ocr_kernels.models.block_plan import plan_block
 from ocr_kernels.models.block_trace import tensor_at
 from ocr_kernels.models.block_training import TrainingPlan, plan_training
 from ocr_kernels.models.block_weights import BlockPlan, Folded, globals_of, own_classes
-from ocr_kernels.models.maps import Recorder
 
 _version_of = operator.attrgetter("_version")
 
@@ -63,7 +61,7 @@ class BlockCache:
             return None
         if not isinstance(feats, Tensor) or not isinstance(regions, Tensor):
             return None
-        if not is_used_on(feats.device) or not plan.fits(module):
+        if not is_used_on(feats.device, training=True) or not plan.fits(module):
             return None
         if self.snapshot is not None and not torch.compiler.is_compiling() and not self.snapshot.has_code():
             return None
@@ -83,8 +81,8 @@ class BlockCache:
     def weights_for(self, module: nn.Module, feats: Any, regions: Any) -> Folded | None:
         """The folded weights for a call with these pixels and regions; None where the module's own forward is to run.
 
-        That is in training, where grad mode is on and anything requires grad, on float64, in traces, exports and
-        `torch.func` transforms, inside `record_maps`, and where a layer has a hook.
+        That is in training, where grad mode is on and anything requires grad, in traces, exports and `torch.func`
+        transforms, and where a layer has a hook.
         """
         if type(feats) is not Tensor or type(regions) is not Tensor or not _may_fold():
             return None
@@ -253,16 +251,11 @@ def _kept(values: Any) -> Any:
 def _may_fold() -> bool:
     if torch.compiler.is_compiling():
         return not torch.compiler._is_exporting_flag  # is_exporting() is true under any torch.compile of PyTorch 2.11
-    return not (  # no public function tells of the last three
+    return not (  # no public function tells of the last two
         torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
         or forward_ad._current_level >= 0
         or torch._C._are_functorch_transforms_active()
-        or (torch._C._len_torch_dispatch_stack() and any(map(_records, _get_current_dispatch_mode_stack())))
     )
-
-
-def _records(mode: object) -> bool:
-    return isinstance(mode, Recorder)
 
 
 def _is_watched_or_training(module: nn.Module) -> bool:

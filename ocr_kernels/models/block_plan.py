@@ -1,4 +1,4 @@
-"""A module's step 4, from pixels and regions to z, as `ocr_head` computes it: found by what its forward computes.
+"""A module's step 4, from pixels and regions to z, as `ocr_block` computes it: found by what its forward computes.
 
 The layers' names and types do not matter. A plan says what the folded weights are made of; they are made of the
 module's present parameters and buffers, and made anew when those changed.
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ocr_kernels.core.calls import has_own_forward
-from ocr_kernels.head.functional import DTYPES
+from ocr_kernels.core.layout import DTYPES
 from ocr_kernels.models.block_trace import Call, Map, Node, Own, Ref, Tracer, Unmatched, tensor_at
 from ocr_kernels.models.block_weights import BlockPlan, Layer, Resizing, functions_of, globals_of, own_classes, present
 from ocr_kernels.models.classifier import matrix_of
@@ -142,7 +142,7 @@ def _largest(found: Tensor, expected: Tensor) -> float:
 def plan_block(
     module: nn.Module, example: tuple[Tensor, Tensor] | None = None, *, forward: Forward | None = None
 ) -> BlockPlan | str:
-    """How `module` computes step 4, or why it cannot be computed by `ocr_head`; empty if it does not compute step 4.
+    """How `module` computes step 4, or why it cannot be computed by `ocr_block`; empty if it does not compute step 4.
 
     A copy of it is run on small random pixels and regions, of the dimensions of `example` if there is one, and as
     `forward` says, its class's own by default. The module itself stays as it is.

@@ -11,12 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ocr_kernels import block
 from ocr_kernels.attention import pixel_region_attention
+from ocr_kernels.block.reference import convolved
+from ocr_kernels.block.registration import FOR_INFERENCE
 from ocr_kernels.core.activations import activate_
 from ocr_kernels.core.backends import BACKENDS
 from ocr_kernels.core.layout import in_format
-from ocr_kernels.head.functional import IMPLEMENTED, HeadWeights, Output, Slopes, ocr_head
-from ocr_kernels.head.reference import convolved
 from ocr_kernels.models.block_trace import Call, Program, Ref
 
 
@@ -35,58 +36,75 @@ class Resizing(NamedTuple):
     resize: Call  # contexts, to the size that follows
     factor: int  # by which sides get shorter, rounded up
 
-    def run(self, feats: Tensor, key: Tensor, value: Tensor, head: HeadWeights) -> Tensor:
-        """z of `ocr_head`, with y made of pooled feats. Resizing commutes with the half of g that takes y."""
-        device, dtype, slopes = feats.device, feats.dtype, head.slopes
+    def run(self, feats: Tensor, key: Tensor, value: Tensor, weights: Weights) -> Tensor:
+        """z of `ocr_block`, with y made of pooled feats. Resizing commutes with the half of g that takes y."""
+        device, dtype = feats.device, feats.dtype
         query = self.pool.run((), device, feats)
-        phi = [(head.pixel_in, head.pixel_in_bias, slopes.pixel_in)]
-        if head.pixel_out is not None and head.pixel_out_bias is not None:
-            phi.append((head.pixel_out, head.pixel_out_bias, slopes.pixel_out))
-        for weight, bias, slope in phi:
-            query = activate_(convolved(query, weight, bias), slope).to(dtype)
-        context_regions = value if head.up is None else torch.matmul(head.up, value)  # u, [B, Y, K]
-        context = pixel_region_attention(query, key, context_regions, head.scale)
-        context = context + head.up_bias.view(-1, *(1,) * (feats.dim() - 2))
-        context = convolved(activate_(context, slopes.up).to(dtype), head.context)
+        for layer in weights.pixel:
+            query = activate_(_convolved(query, layer), layer.slope).to(dtype)
+        up, fusing = weights.up, weights.fusing
+        assert fusing.weight is not None
+        contexts = value if up.weight is None else torch.matmul(up.weight, value)  # u, [B, Y, K]
+        context = pixel_region_attention(query, key, contexts, weights.scale)
+        if up.bias is not None:
+            context = context + up.bias.view(-1, *(1,) * (feats.dim() - 2))
+        on_context, on_pixels = fusing.weight.split([contexts.shape[1], feats.shape[1]], 1)
+        context = convolved(activate_(context, up.slope).to(dtype), on_context)
         context = self.resize.run((), device, context, feats.shape[2:])
-        out = activate_(convolved(feats, head.pixels, head.bias).add_(context), slopes.fusing)
-        return in_format(out.to(dtype), feats)
+        out = _convolved(feats, fusing._replace(weight=on_pixels)).add_(context)
+        return in_format(activate_(out, fusing.slope).to(dtype), feats)
+
+
+class Weights(NamedTuple):
+    """The layers that pixels go through, as `ocr_block` takes them, with norms folded in."""
+
+    pixel: tuple[block.Layer, ...]
+    up: block.Layer
+    fusing: block.Layer
+    scale: float
 
 
 class Folded(NamedTuple):
-    """What a call takes: the head's weights, and what makes keys and values of regions, with tensors in it."""
+    """What a call takes: the weights, and what makes keys and values of regions, with tensors in it."""
 
-    head: HeadWeights
+    weights: Weights
     key: tuple[Any, ...]
     value: tuple[Any, ...]
     transposed: bool  # whether regions come as [B, K, C]
     resizing: Resizing | None
+    classifier: tuple[Tensor, Tensor | None] | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        fusing: Any = self.weights.fusing.weight
+        dtype: torch.dtype = fusing.dtype
+        return dtype
 
     def with_classifier(self, weight: Tensor, bias: Tensor | None) -> Folded | None:
         """With logits for z, made by a matrix `[L, O]`; None where that is no part of the op."""
-        z, device = self.head.bias, self.head.bias.device
-        casts = torch.is_autocast_enabled(device.type)
+        fusing: Any = self.weights.fusing.weight
+        casts = torch.is_autocast_enabled(fusing.device.type)
         wants_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (weight, bias))
-        if self.resizing is not None or wants_grad or weight.shape[1] != len(z) or weight.device != device:
+        if self.resizing is not None or wants_grad or weight.shape[1] != len(fusing) or weight.device != fusing.device:
             return None
-        dtype = self.head.pixels.dtype
-        if not casts and weight.dtype != dtype:
+        if not casts and weight.dtype != fusing.dtype:
             return None
-        bias = z.new_zeros(len(weight)) if bias is None else bias.detach().to(z.dtype)
-        classes = weight.detach().to(dtype).contiguous()
-        return self._replace(head=self.head._replace(classes=classes, classes_bias=bias))
+        return self._replace(classifier=(weight.detach().to(fusing.dtype), None if bias is None else bias.detach()))
 
     def compute(self, feats: Tensor, regions: Tensor, backend: str | None = None) -> Tensor:
         """z, or logits, in the dtype of the weights, in the memory format of feats."""
-        with torch.autocast(feats.device.type, enabled=False):
-            dtype = self.head.pixels.dtype
+        weights = self.weights
+        with torch.autocast(feats.device.type, enabled=False), torch.no_grad():
+            dtype = self.dtype
             columns = regions.to(dtype).flatten(2)
             columns = columns if self.transposed else columns.transpose(1, 2)  # [B, K, C]
             key, value = _chain(columns, self.key), _chain(columns, self.value)
             if self.resizing is not None:
-                return self.resizing.run(feats.to(dtype), key, value, self.head)
-            output: Output = "features" if self.head.classes is None else "logits"
-            return ocr_head(feats.to(dtype), (key, value), self.head, output, backend=backend)
+                return self.resizing.run(feats.to(dtype), key, value, weights)
+            return block.ocr_block(
+                feats.to(dtype), key, value, weights.pixel, weights.up, weights.fusing, self.classifier,
+                scale=weights.scale, backend=backend,
+            )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,54 +131,36 @@ class BlockPlan:
     @property
     def implemented(self) -> tuple[str, ...]:
         """The backends of what it runs."""
-        return IMPLEMENTED if self.resizing is None else BACKENDS
+        return FOR_INFERENCE if self.resizing is None else BACKENDS
 
     def weights(self, module: nn.Module, dtype: torch.dtype) -> Folded:
         """The folded weights of `module`, made of its present parameters and buffers in float32."""
         with torch.no_grad():
             results = self.program.run(module)
 
+            def vector(ref: Ref | None) -> Tensor | None:
+                return None if ref is None else results[ref.at].contiguous()
+
             def matrix(ref: Ref) -> Tensor:
                 made: Tensor = results[ref.at].to(dtype).contiguous()
                 return made
 
-            def bias(layer: Layer, like: Ref) -> Tensor:
-                weight: Tensor = results[like.at]
-                made: Tensor | None = None if layer.bias is None else results[layer.bias.at]
-                return weight.new_zeros(len(weight)) if made is None else made.contiguous()
+            def folded(layer: Layer) -> block.Layer:
+                weight = None if layer.weight is None else matrix(layer.weight)
+                return block.Layer(weight, vector(layer.bias), None, layer.slope)
 
             def part(layer: Layer | Call) -> Any:
                 if isinstance(layer, Layer):
-                    return matrix(layer.weight), bias(layer, layer.weight), layer.slope
+                    return folded(layer)
                 args = [results[arg.at].to(dtype) if isinstance(arg, Ref) else arg for arg in layer.args]
                 return dataclasses.replace(layer, args=tuple(args))
 
-            second = self.pixels[1] if len(self.pixels) == 2 else None
-            slopes = Slopes(pixel_in=self.pixels[0].slope, pixel_out=second.slope if second else 0.0)
-            context = matrix(self.context)
-            ups = self.up.weight is not None
-            head = HeadWeights(
-                pixel_in=matrix(self.pixels[0].weight),
-                pixel_in_bias=bias(self.pixels[0], self.pixels[0].weight),
-                pixel_out=matrix(second.weight) if second else None,
-                pixel_out_bias=bias(second, second.weight) if second else None,
-                object_in=None,
-                object_in_bias=None,
-                object_out=None,
-                object_out_bias=None,
-                down=None,
-                down_bias=None,
-                up=matrix(self.up.weight) if ups else None,
-                up_bias=bias(self.up, self.up.weight) if ups else results[self.context.at].new_zeros(context.shape[1]),
-                context=context,
-                pixels=matrix(self.fusing.weight),
-                bias=bias(self.fusing, self.fusing.weight),
-                slopes=slopes._replace(up=self.up.slope, fusing=self.fusing.slope),
-                scale=self.scale,
-            )
-            return Folded(
-                head, tuple(map(part, self.key)), tuple(map(part, self.value)), self.transposed, self.resizing
-            )
+            fusing = folded(self.fusing)
+            both = torch.cat((matrix(self.context), matrix(self.fusing.weight)), 1)
+            pixel = tuple(map(folded, self.pixels))
+            weights = Weights(pixel, folded(self.up), fusing._replace(weight=both), self.scale)
+            key, value = (tuple(map(part, parts)) for parts in (self.key, self.value))
+            return Folded(weights, key, value, self.transposed, self.resizing)
 
     def run(self, module: nn.Module, feats: Tensor, regions: Tensor) -> Tensor:
         """z of `module`, in the shape and memory format that its own forward gives it."""
@@ -246,6 +246,12 @@ def globals_of(module: nn.Module) -> list[tuple[dict[str, Any], tuple[str, ...]]
     return [(globals, tuple(sorted(names))) for globals, names in found.values() if names]
 
 
+def _convolved(feats: Tensor, layer: block.Layer) -> Tensor:
+    """W x + b in the dtype of b, or of x where there is none."""
+    assert layer.weight is not None
+    return convolved(feats, layer.weight.contiguous(), layer.bias)
+
+
 def _chain(columns: Tensor, parts: tuple[Any, ...]) -> Tensor:
     """`[B, channels, K]` of regions `[B, K, C]`."""
     dtype = columns.dtype
@@ -253,6 +259,7 @@ def _chain(columns: Tensor, parts: tuple[Any, ...]) -> Tensor:
         if isinstance(part, Call):
             columns = part.run((), columns.device, columns.transpose(1, 2)).transpose(1, 2)
         else:
-            weight, bias, slope = part
-            columns = activate_(F.linear(columns, weight) + bias, slope).to(dtype)
+            columns = F.linear(columns, part.weight)
+            columns = columns if part.bias is None else columns + part.bias
+            columns = activate_(columns, part.slope).to(dtype)
     return columns.transpose(1, 2)

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ocr_kernels.attention.registration import check_query_and_key, pixel_region_attention_op
-from ocr_kernels.block.registration import ocr_block_op
+from ocr_kernels.block.reference import query_of
+from ocr_kernels.block.registration import ocr_block_inference_op, ocr_block_op
 from ocr_kernels.core.arguments import check_dtype, check_shape, check_tensors
 from ocr_kernels.core.layout import statistics_dtype
 from ocr_kernels.gather.registration import spatial_gather_op
@@ -113,6 +114,9 @@ class Recorder(TorchDispatchMode):
         elif func is ocr_block_op and _is_real(args[0]):
             weights = out[3]
             self.maps.attention.append(weights.to(statistics_dtype(weights)))
+        elif func is ocr_block_inference_op and _is_real(args[0]):
+            feats, key, _, weights, scale, slopes, *_ = args
+            self.maps.attention.append(attention_maps(query_of(feats, weights, slopes), key, scale))
         elif func is pixel_region_attention_op and _is_real(args[0]):
             self.maps.attention.append(attention_maps(args[0].detach(), args[1].detach(), args[3]))
         return out

@@ -15,10 +15,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ocr_kernels import modules
-from ocr_kernels.block.registration import is_used_on
+from ocr_kernels.block.registration import FOR_INFERENCE, is_used_on
 from ocr_kernels.core.backends import resolve_backend
 from ocr_kernels.core.calls import has_own_forward
-from ocr_kernels.head.functional import IMPLEMENTED
 from ocr_kernels.models.block_cache import BlockCache
 from ocr_kernels.models.block_plan import plan_block, verify
 from ocr_kernels.models.block_weights import BlockPlan
@@ -42,9 +41,9 @@ def replace_ocr_modules(
     fewer regions than pixels. Everything else in the module's forward runs as it always did. What cannot be followed
     from a module's source is not assumed: it is given computed tensors, or the module is left alone.
 
-    A module that computes the whole of step 4, from pixels and regions to z, runs as one op, `ocr_head`, in eval mode
-    where no gradient is wanted, and as another one, `ocr_block`, in training, which keeps a third of what PyTorch does
-    for its backward pass. It is found by what it computes, too: its layers are traced, and checked on random weights.
+    A module that computes the whole of step 4, from pixels and regions to z, runs as one op, `ocr_block`, in eval mode
+    where no gradient is wanted, and in training, where it keeps a third of what PyTorch does for its backward pass. It
+    is found by what it computes, too: its layers are traced, and checked on random weights.
     Where the module around it hands z to a 1x1 convolution alone, both are one op, to logits. What a trained weight,
     another layer, a hook or an attribute changes is seen at the next call.
 
@@ -251,7 +250,7 @@ def _as_a_block(
             replacement.block = BlockCache(plan)
             replacement.block.watch(module)
             not_in_training = replacement.block.plan_training(module)
-            if not is_used_on(device_of(module)):
+            if not is_used_on(device_of(module), training=True):
                 not_in_training = not_in_training or f"it has no kernels for {device_of(module).type}"
             before = row.computations if isinstance(row, Swapped) else ()
             found = row if isinstance(row, Swapped) else Swapped(name, type(module).__qualname__)
@@ -291,5 +290,5 @@ def _joining(module: nn.Module, replacements: dict[nn.Module, Replacement]) -> t
     copies = joined(type(module), tuple(joins)) if joins else {}
     if not copies:
         return None
-    row = Swapped("", type(module).__qualname__, ("logits",), _backend(module, module, *IMPLEMENTED), *worst)
+    row = Swapped("", type(module).__qualname__, ("logits",), _backend(module, module, *FOR_INFERENCE), *worst)
     return Replacement(module, (type(module),), copies, joins=tuple(joins)), row

@@ -109,10 +109,10 @@ def test_both_computations_are_found_and_restored(images: Tensor) -> None:
     assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
     with CountOps() as ops, torch.no_grad():
         model.eval().predict(images)
-    assert (ops.gather, ops.attention, ops.head) == (1, 0, 1)
+    assert (ops.gather, ops.attention, ops.inference) == (1, 0, 1)
     with CountOps() as ops:
         model.train()(images)
-    assert (ops.gather, ops.attention, ops.head, ops.block) == (1, 0, 0, 1)
+    assert (ops.gather, ops.attention, ops.inference, ops.block) == (1, 0, 0, 1)
     assert restore_ocr_modules(model) == [ATTENTION, GATHER]
     assert classes == [type(module) for module in model.modules()]
 

@@ -1,4 +1,4 @@
-"""The fused head against the reference module in eval mode: values, layouts, errors, what PyTorch sees, memory."""
+"""`ocr_block` in inference against the reference module in eval mode: values, layouts, what PyTorch sees, memory."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import copy
 import importlib
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ocr_kernels import flop_formulas
-from ocr_kernels.head import HeadWeights, Slopes, ocr_head
-from ocr_kernels.head.functional import DTYPES
+from ocr_kernels.block import Layer, Norm, ocr_block
+from ocr_kernels.core.activations import activate_
 from ocr_kernels.reference import SpatialOCR
 from ocr_kernels.testing import (
     LAYOUTS,
@@ -28,6 +28,7 @@ from ocr_kernels.testing import (
     poisoned_memory,
 )
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 all_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 all_outputs = pytest.mark.parametrize("output", ["features", "logits", "classes"])
 
@@ -39,14 +40,74 @@ def poison():
 
 
 @pytest.fixture
-def target(head_target: tuple[str, str]) -> tuple[str, str]:
-    return head_target
+def target(block_target: tuple[str, str]) -> tuple[str, str]:
+    return block_target
 
 
 @pytest.fixture
 def own_dtype(target: tuple[str, str]) -> torch.dtype:
     """One for which the backend has kernels of its own: float32 is left to PyTorch's products."""
     return torch.bfloat16 if target[0] == "triton" else torch.float32
+
+
+class Slopes(NamedTuple):
+    pixel_in: float = 0.0
+    pixel_out: float = 0.0
+    object_in: float = 0.0
+    object_out: float = 0.0
+    down: float = 0.0
+    up: float = 0.0
+    fusing: float = 0.0
+
+
+class Weights(NamedTuple):
+    """Of step 4 and the classifier, with norms folded in: those that pixels go through, and psi and delta."""
+
+    pixel_in: Tensor
+    pixel_in_bias: Tensor
+    pixel_out: Tensor | None
+    pixel_out_bias: Tensor | None
+    object_in: Tensor
+    object_in_bias: Tensor
+    object_out: Tensor | None
+    object_out_bias: Tensor | None
+    down: Tensor
+    down_bias: Tensor
+    up: Tensor | None
+    up_bias: Tensor
+    context: Tensor
+    pixels: Tensor
+    bias: Tensor
+    classes: Tensor
+    classes_bias: Tensor
+    slopes: Slopes = Slopes()
+    scale: float | None = None
+
+
+def block(feats: Tensor, regions: Tensor, weights: Weights, output: Any = "features", **options: Any) -> Tensor:
+    """`ocr_block` of pixels, and of what psi and delta make of regions `[B, C, K]`."""
+
+    def through(columns: Tensor, name: str) -> Tensor:
+        weight, bias = getattr(weights, name), getattr(weights, f"{name}_bias")
+        if weight is None:
+            return columns
+        product = torch.nn.functional.linear(columns.mT, weight) + bias
+        return activate_(product, getattr(weights.slopes, name)).to(columns.dtype).mT
+
+    key, value = through(through(regions, "object_in"), "object_out"), through(regions, "down")
+    options = {"output": output, "scale": weights.scale, **options}
+    return ocr_block(feats, key, value, *layers_of(weights), **options)
+
+
+def layers_of(weights: Weights) -> tuple[list[Layer], Layer, Layer, tuple[Tensor, Tensor]]:
+    """phi, rho and g, and the classifier."""
+
+    def layer(name: str) -> Layer:
+        return Layer(getattr(weights, name), getattr(weights, f"{name}_bias"), slope=getattr(weights.slopes, name))
+
+    pixel = [layer("pixel_in")] if weights.pixel_out is None else [layer("pixel_in"), layer("pixel_out")]
+    fusing = Layer(torch.cat((weights.context, weights.pixels), 1), weights.bias, slope=weights.slopes.fusing)
+    return pixel, layer("up"), fusing, (weights.classes, weights.classes_bias)
 
 
 class Head(nn.Module):
@@ -78,7 +139,7 @@ class FusedHead(Head):
     backend = "reference"
 
     def forward(self, feats: Tensor, regions: Tensor) -> Tensor:
-        return ocr_head(feats, regions, fold(self), self.output, backend=self.backend)
+        return block(feats, regions, fold(self), self.output, backend=self.backend)
 
 
 def folded_layers(sequence: nn.Sequential) -> dict[tuple[nn.Conv2d, nn.BatchNorm2d], tuple[Tensor, Tensor]]:
@@ -108,7 +169,7 @@ def with_rounded_weights(head: Head) -> Head:
     return exact
 
 
-def fold(head: Head) -> HeadWeights:
+def fold(head: Head) -> Weights:
     """The head's weights with its BatchNorms folded in, computed in float64."""
     attention, dtype = head.block.object_context_block, head.cls_head.weight.dtype
     ((fusing, bias),) = folded_layers(head.block.conv_bn_dropout).values()
@@ -120,14 +181,14 @@ def fold(head: Head) -> HeadWeights:
         head.cls_head.weight.flatten(1),
         head.cls_head.bias,
     ]
-    return HeadWeights(*(w.to(dtype if w.dim() == 2 else torch.float32) for w in weights))
+    return Weights(*(w.to(dtype if w.dim() == 2 else torch.float32) for w in weights))
 
 
-def tensors_of(weights: HeadWeights) -> list[tuple[str, Tensor]]:
+def tensors_of(weights: Weights) -> list[tuple[str, Tensor]]:
     return [(name, weight) for name, weight in weights._asdict().items() if isinstance(weight, Tensor)]
 
 
-def on_tensors(function: Callable[[Tensor], Tensor], weights: HeadWeights) -> HeadWeights:
+def on_tensors(function: Callable[[Tensor], Tensor], weights: Weights) -> Weights:
     return weights._replace(**{name: function(weight) for name, weight in tensors_of(weights)})
 
 
@@ -197,7 +258,7 @@ def test_many_tiles(layout: Layout) -> None:
 def test_empty(target: tuple[str, str], output: str, shape: tuple[int, ...]) -> None:
     backend, device = target
     weights = fold(Head().to(device))
-    out = ocr_head(
+    out = block(
         torch.zeros(shape, device=device), torch.zeros(shape[0], 20, 3, device=device), weights, output, backend=backend
     )
     channels = {"features": (24,), "logits": (5,), "classes": ()}[output]
@@ -215,8 +276,8 @@ def test_memory_formats(
     backend, device = target
     feats, regions = draw(device, own_dtype, layout=layout, spatial=spatial)
     weights = fold(Head().to(device, own_dtype))
-    out = ocr_head(feats, regions, weights, output, backend=backend)
-    flat = ocr_head(feats.flatten(2), regions, weights, output, backend=backend)
+    out = block(feats, regions, weights, output, backend=backend)
+    flat = block(feats.flatten(2), regions, weights, output, backend=backend)
     torch.testing.assert_close(out.flatten(1 if output == "classes" else 2), flat)
     if output != "classes" and (layout == "channels_last" or (layout == "transposed" and len(spatial) == 1)):
         assert out.movedim(1, -1).is_contiguous()
@@ -224,7 +285,7 @@ def test_memory_formats(
         assert out.is_contiguous()
     with torch._subclasses.FakeTensorMode() as mode:
         fakes = [mode.from_tensor(t) for t in (feats, regions)]
-        fake = ocr_head(*fakes, on_tensors(mode.from_tensor, weights), output, backend=backend)
+        fake = block(*fakes, on_tensors(mode.from_tensor, weights), output, backend=backend)
     assert (fake.stride(), fake.dtype) == (out.stride(), out.dtype)
 
 
@@ -244,7 +305,7 @@ def operands(device: str, output: str, **options: Any) -> tuple[Any, ...]:
 def test_opcheck(target: tuple[str, str], dtype: torch.dtype, output: str, layout: Layout) -> None:
     backend, device = target
     arguments = operands(device, output, dtype=dtype, layout=layout, spatial=(2, 5), regions=3)
-    torch.library.opcheck(torch.ops.ocr_kernels.ocr_head.default, (*arguments, backend))
+    torch.library.opcheck(torch.ops.ocr_kernels.ocr_block_inference.default, (*arguments, backend))
 
 
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
@@ -253,13 +314,13 @@ def test_compile(target: tuple[str, str], compiler: str) -> None:
     torch._dynamo.reset()
     weights = fold(Head().to(device))
 
-    def block(feats: Tensor, regions: Tensor) -> Tensor:
-        return ocr_head(feats * 2, regions, weights, "logits", backend=backend) + 1
+    def call(feats: Tensor, regions: Tensor) -> Tensor:
+        return block(feats * 2, regions, weights, "logits", backend=backend) + 1
 
-    compiled = torch.compile(block, fullgraph=True, backend=compiler)
+    compiled = torch.compile(call, fullgraph=True, backend=compiler)
     for layout in ("contiguous", "channels_last"):
         inputs = draw(device, layout=layout)
-        torch.testing.assert_close(compiled(*inputs), block(*inputs))
+        torch.testing.assert_close(compiled(*inputs), call(*inputs))
 
 
 @all_outputs
@@ -271,11 +332,11 @@ def test_compiled_for_a_cpu_it_may_be_plain_pytorch(output: str, layout: Layout,
     weights = fold(Head())
     inputs = draw("cpu", layout=layout, spatial=spatial)
 
-    def block(feats: Tensor, regions: Tensor) -> Tensor:
-        return ocr_head(feats, regions, weights, output)
+    def call(feats: Tensor, regions: Tensor) -> Tensor:
+        return block(feats, regions, weights, output)
 
-    compiled = torch.compile(block, fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph.forward)
-    out, expected = compiled(*inputs), block(*inputs)
+    compiled = torch.compile(call, fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph.forward)
+    out, expected = compiled(*inputs), call(*inputs)
     torch.testing.assert_close(out, expected)
     assert out.stride() == expected.stride()
     has_op = any("ocr_kernels" in str(node.target) for graph in graphs for node in graph.graph.nodes)
@@ -288,9 +349,11 @@ def test_autocast(target: tuple[str, str], autocast_dtype: torch.dtype) -> None:
     feats, regions = draw(device)
     weights = fold(Head().to(device))
     lower = on_tensors(lambda w: w.to(autocast_dtype) if w.dim() == 2 else w, weights)
+    key, value = regions[:, :12], regions[:, 4:16]
     with torch.autocast(device, autocast_dtype):
-        out = ocr_head(feats, regions, weights, backend=backend)
-    expected = ocr_head(feats.to(autocast_dtype), regions.to(autocast_dtype), lower, backend=backend)
+        out = ocr_block(feats, key, value, *layers_of(weights), output="features", backend=backend)
+    inputs = (tensor.to(autocast_dtype) for tensor in (feats, key, value))
+    expected = ocr_block(*inputs, *layers_of(lower), output="features", backend=backend)
     assert out.dtype == autocast_dtype
     assert torch.equal(out, expected)
 
@@ -298,7 +361,7 @@ def test_autocast(target: tuple[str, str], autocast_dtype: torch.dtype) -> None:
 def test_vmap(target: tuple[str, str], own_dtype: torch.dtype) -> None:
     backend, device = target
     feats, regions = draw(device, own_dtype)
-    call = partial(ocr_head, weights=fold(Head().to(device, own_dtype)), backend=backend)
+    call = partial(block, weights=fold(Head().to(device, own_dtype)), backend=backend)
     stacked = torch.stack([feats, feats.flip(1)], dim=1)
     batched = torch.vmap(call, in_dims=(1, None))(stacked, regions)
     for i in range(2):
@@ -312,14 +375,14 @@ def test_vmap_over_weights(target: tuple[str, str]) -> None:
     stacked = heads[0]._replace(
         **{name: torch.stack([getattr(head, name) for head in heads]) for name, _ in tensors_of(heads[0])}
     )
-    in_dims = (None, None, HeadWeights(*(0 if isinstance(w, Tensor) else None for w in stacked)))
-    batched = torch.vmap(partial(ocr_head, backend=backend), in_dims=in_dims)(feats, regions, stacked)
+    in_dims = (None, None, Weights(*(0 if isinstance(w, Tensor) else None for w in stacked)))
+    batched = torch.vmap(partial(block, backend=backend), in_dims=in_dims)(feats, regions, stacked)
     for result, weights in zip(batched, heads, strict=True):
-        torch.testing.assert_close(result, ocr_head(feats, regions, weights, backend=backend))
+        torch.testing.assert_close(result, block(feats, regions, weights, backend=backend))
 
 
 SLOPES = Slopes(0.1, 0.2, 1.0, 0.3, -0.5, 0.01, 1.0), Slopes(*[1.0] * 7), Slopes(fusing=0.2)
-CHANGES: dict[str, Callable[[HeadWeights], HeadWeights]] = {
+CHANGES: dict[str, Callable[[Weights], Weights]] = {
     "slopes": lambda w: w._replace(slopes=SLOPES[0], scale=0.7),
     "no activation": lambda w: w._replace(slopes=SLOPES[1]),
     "one layer": lambda w: w._replace(
@@ -334,7 +397,7 @@ CHANGES: dict[str, Callable[[HeadWeights], HeadWeights]] = {
 }
 
 
-def step_four(feats: Tensor, regions: Tensor, weights: HeadWeights) -> Tensor:
+def step_four(feats: Tensor, regions: Tensor, weights: Weights) -> Tensor:
     """Logits, from the formula."""
 
     def layer(x: Tensor, name: str) -> Tensor:
@@ -359,30 +422,15 @@ def step_four(feats: Tensor, regions: Tensor, weights: HeadWeights) -> Tensor:
 
 @all_dtypes
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_other_heads(target: tuple[str, str], change: Callable[[HeadWeights], HeadWeights], dtype: torch.dtype) -> None:
+def test_other_heads(target: tuple[str, str], change: Callable[[Weights], Weights], dtype: torch.dtype) -> None:
     """Other activations, one layer in phi and psi, other channels of y, another scale."""
     backend, device = target
     inputs = draw(device, dtype)
     weights = change(fold(Head().to(device, dtype)))
     exact = step_four(*(t.double() for t in inputs), on_tensors(Tensor.double, weights))
-    found = ocr_head(*inputs, weights, "logits", backend=backend)
+    found = block(*inputs, weights, "logits", backend=backend)
     error = (found.double() - exact).abs().max() / exact.abs().max()
     assert error <= {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
-
-
-@all_outputs
-def test_key_and_value(target: tuple[str, str], own_dtype: torch.dtype, output: str) -> None:
-    """Regions may come as what psi and delta make of them."""
-    backend, device = target
-    feats, regions = draw(device, own_dtype)
-    weights = fold(Head().to(device, own_dtype))
-    columns = regions.mT
-    key = (columns @ weights.object_in.mT + weights.object_in_bias).relu().to(own_dtype)
-    key = (key @ weights.object_out.mT + weights.object_out_bias).relu().to(own_dtype)
-    value = (columns @ weights.down.mT + weights.down_bias).relu().to(own_dtype)
-    layers = dict.fromkeys(name for name in weights._fields if name.startswith(("object", "down")))
-    found = ocr_head(feats, (key.mT, value.mT), weights._replace(**layers), output, backend=backend)
-    assert torch.equal(found, ocr_head(feats, regions, weights, output, backend=backend))
 
 
 @pytest.mark.parametrize("slope", [0.0, 0.1, 1.0])
@@ -392,7 +440,7 @@ def test_nan_and_infinity(target: tuple[str, str], own_dtype: torch.dtype, slope
     feats, regions = draw(device, own_dtype, spatial=(4,))
     weights = on_tensors(torch.zeros_like, fold(Head().to(device, own_dtype)))
     weights.bias[:2] = torch.tensor([float("nan"), float("-inf")])
-    z = ocr_head(feats, regions, weights._replace(slopes=Slopes(fusing=slope)), backend=backend)
+    z = block(feats, regions, weights._replace(slopes=Slopes(fusing=slope)), backend=backend)
     assert z[:, 0].isnan().all()
     assert (z[:, 1] == (0 if slope == 0 else float("-inf"))).all()
     assert (z[:, 2:] == 0).all()
@@ -401,41 +449,77 @@ def test_nan_and_infinity(target: tuple[str, str], own_dtype: torch.dtype, slope
 def test_bitwise_reproducible(target: tuple[str, str], own_dtype: torch.dtype) -> None:
     backend, device = target
     inputs, weights = draw(device, own_dtype), fold(Head().to(device, own_dtype))
-    runs = [ocr_head(*inputs, weights, backend=backend) for _ in range(2)]
+    runs = [block(*inputs, weights, backend=backend) for _ in range(2)]
     assert torch.equal(*runs)
 
 
 @pytest.mark.parametrize("position", [0, 1])
-def test_no_derivatives(target: tuple[str, str], position: int) -> None:
+def test_the_op_has_no_derivative(target: tuple[str, str], position: int) -> None:
     backend, device = target
-    inputs = [*draw(device), fold(Head().to(device))]
-    expected = ocr_head(*inputs, backend=backend)
-    inputs[position].requires_grad_()
-    message = r"no derivative.*ocr_kernels\.modules\.SpatialOCR"
+    arguments = list(operands(device, "features"))
+    message = r"no derivative.*ocr_kernels\.ocr_block"
+
+    def call(x: Tensor) -> Tensor:
+        return torch.ops.ocr_kernels.ocr_block_inference(*arguments[:position], x, *arguments[position + 1 :], backend)
+
+    x = arguments[position]
+    expected = call(x)
     with pytest.raises(RuntimeError, match=message):
-        ocr_head(*inputs, backend=backend)
+        call(x.clone().requires_grad_())
     with pytest.raises(RuntimeError, match=message):
-        torch.func.grad(lambda x: ocr_head(x, *inputs[1:], backend=backend).sum())(inputs[0].detach())
+        torch.func.grad(lambda x: call(x).sum())(x)
     with pytest.raises(RuntimeError, match=message):
-        torch.func.jvp(
-            lambda x: ocr_head(x, *inputs[1:], backend=backend), (inputs[0].detach(),), (inputs[0].detach(),)
-        )
+        torch.func.jvp(call, (x,), (x,))
     for without_grad in (torch.no_grad(), torch.inference_mode()):
         with without_grad:
-            assert torch.equal(ocr_head(*inputs, backend=backend), expected)
+            assert torch.equal(call(x.clone().requires_grad_()), expected)
 
 
-def test_weights_that_require_grad() -> None:
+@all_outputs
+def test_where_a_derivative_is_wanted_the_other_op_runs(output: str) -> None:
+    feats, regions = draw()
     weights = fold(Head())
-    weights.pixels.requires_grad_()
-    with pytest.raises(RuntimeError, match="train with"):
-        ocr_head(*draw(), weights)
+    expected = block(feats, regions, weights, output)
+    for name in ("pixels", "bias", "classes"):
+        trained = weights._replace(**{name: getattr(weights, name).clone().requires_grad_()})
+        out = block(feats, regions, trained, output)
+        torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+        assert out.requires_grad == (output != "classes" and (name != "classes" or output == "logits"))
+
+
+def test_float64(target: tuple[str, str]) -> None:
+    backend, device = target
+    inputs = draw(device, torch.float64)
+    weights = on_tensors(Tensor.double, fold(Head().to(device)))
+    found = block(*inputs, weights, "logits", backend=backend)
+    torch.testing.assert_close(found, step_four(*inputs, weights), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_norms_are_folded(target: tuple[str, str], own_dtype: torch.dtype, training: bool) -> None:
+    """Where statistics are known; where they are the batch's, they are taken."""
+    backend, device = target
+    feats, regions = draw(device, own_dtype)
+    weights = fold(Head().to(device, own_dtype))
+    mean, var, gain = (torch.rand(24, device=device) + 0.5 for _ in range(3))
+    norm = Norm(gain, None, mean, var, training=training)
+    matrix = torch.cat((weights.context, weights.pixels), 1)
+    layers = [Layer(weights.pixel_in)], Layer(weights.up), Layer(matrix, weights.bias, norm)
+    key, value = regions[:, :12].contiguous(), regions[:, :12].contiguous()
+    before = mean.clone()
+    found = ocr_block(feats, key, value, *layers, backend="reference" if training else backend)
+    product = ocr_block(feats, key, value, *layers[:2], Layer(matrix, weights.bias, slope=1.0), backend=backend)
+    expected = nn.functional.batch_norm(product.float(), before, var.clone(), gain, None, training).relu()
+    torch.testing.assert_close(found.float(), expected, rtol=0.02, atol=0.02 if own_dtype != torch.float32 else 1e-5)
+    assert torch.equal(mean, before) != training
 
 
 def test_flops() -> None:
     """2 (DC + D^2 + 2 OC + LO + DK + CK) operations per pixel."""
     with FlopCounterMode(display=False, custom_mapping=flop_formulas()) as counter:
-        torch.ops.ocr_kernels.ocr_head(*operands("cpu", "logits", batch=2, regions=7, spatial=(3, 5)), "reference")
+        torch.ops.ocr_kernels.ocr_block_inference(
+            *operands("cpu", "logits", batch=2, regions=7, spatial=(3, 5)), "reference"
+        )
     expected = 2 * 30 * (12 * 20 + 12 * 12 + 2 * 24 * 20 + 5 * 24 + 12 * 7 + 20 * 7)
     assert counter.get_total_flops() == expected
 
@@ -445,7 +529,7 @@ def test_memory() -> None:
     feats, regions = draw(channels=64, batch=1, spatial=(128, 128), layout="channels_last")
     module = Head(64, 32, 64)
     weights = fold(module)
-    fused, eager = partial(ocr_head, weights=weights, backend="reference"), module
+    fused, eager = partial(block, weights=weights, backend="reference"), module
     for call in (fused, eager):
         call(feats, regions)
     assert peak_bytes(fused, feats, regions) <= peak_bytes(eager, feats, regions) / 4
@@ -457,100 +541,15 @@ def test_memory_of_the_kernels(
     """For logits and classes z exists for some pixels at a time; what comes out is the same."""
     backend, device = target
     inputs, weights = draw(device, own_dtype, batch=1, spatial=(1030,)), fold(Head().to(device, own_dtype))
-    whole = [ocr_head(*inputs, weights, output, backend=backend) for output in ("features", "logits", "classes")]
+    whole = [block(*inputs, weights, output, backend=backend) for output in ("features", "logits", "classes")]
     if backend == "triton":
-        head = importlib.import_module("ocr_kernels.head.triton")
+        head = importlib.import_module("ocr_kernels.block.triton")
         made = []
         right = head._empty_pixels
         monkeypatch.setattr(head, "_empty_pixels", lambda *a: made.append(right(*a)) or made[-1])
         monkeypatch.setattr(head, "PIXELS_AT_ONCE", 1024)
-        parts = [ocr_head(*inputs, weights, output, backend=backend) for output in ("features", "logits", "classes")]
+        parts = [block(*inputs, weights, output, backend=backend) for output in ("features", "logits", "classes")]
         assert all(torch.equal(a, b) for a, b in zip(parts, whole, strict=True))
         assert max(t.shape[0] * t.shape[2] for t in made) <= 1024
     _, logits, classes = whole
     assert torch.equal(logits.gather(1, classes.unsqueeze(1)).squeeze(1), logits.amax(1))  # of those alike, any
-
-
-# Errors
-
-feats, regions = draw()
-weights = fold(Head())
-
-
-@pytest.mark.parametrize(
-    ("call", "error", "message"),
-    [
-        (lambda: ocr_head([1.0], regions, weights), TypeError, "feats must be a tensor, but is list"),
-        (lambda: ocr_head(feats, None, weights), TypeError, "regions must be a tensor, but is NoneType"),
-        (lambda: ocr_head(feats.double(), regions, weights), TypeError, "feats must be float32, .* torch.float64"),
-        (lambda: ocr_head(feats, regions.half(), weights), TypeError, "regions must have the dtype of feats"),
-        (lambda: ocr_head(feats[0, 0], regions, weights), ValueError, r"feats must have shape \[B, C, \*S\]"),
-        (lambda: ocr_head(feats[:, :0], regions, weights), ValueError, "feats must have shape .*C >= 1"),
-        (lambda: ocr_head(feats, regions[:1], weights), ValueError, r"regions .* beside feats \(2, 20, 9, 11\)"),
-        (lambda: ocr_head(feats, regions[..., :0], weights), ValueError, "regions .*K >= 1"),
-        (lambda: ocr_head(feats, regions.to("meta"), weights), ValueError, "regions must be on the device of feats"),
-        (lambda: ocr_head(feats, regions, weights, "z"), ValueError, "output must be 'features', .* but is 'z'"),
-        (lambda: ocr_head(feats, regions, weights, backend="cuda"), ValueError, "backend must be one of"),
-        (lambda: ocr_head(feats, regions, weights._replace(down=None)), TypeError, "weights.down must be a tensor"),
-        (
-            lambda: ocr_head(feats, regions, weights._replace(up=None)),
-            ValueError,
-            r"weights.up_bias must have shape \[V\].*\[12\], but has \(20,\)",
-        ),
-        (
-            lambda: ocr_head(feats, regions, weights._replace(pixel_out=None)),
-            ValueError,
-            "weights.pixel_out_bias must be None where weights.pixel_out is",
-        ),
-        (
-            lambda: ocr_head(feats, (regions[:, :12], regions), weights),
-            ValueError,
-            "weights.object_in must be None beside regions that are key and value",
-        ),
-        (lambda: ocr_head(feats, (regions, None), weights), TypeError, "value must be a tensor, but is NoneType"),
-        (lambda: ocr_head(feats, (regions,), weights), TypeError, "regions must be a tensor, but is tuple"),
-        (
-            lambda: ocr_head(feats, (regions, regions[..., 1:]), weights),
-            ValueError,
-            r"value must have shape \[B, V, K\] with K >= 1 beside",
-        ),
-        (
-            lambda: ocr_head(feats, regions, weights._replace(classes=None), "logits"),
-            ValueError,
-            "output 'logits' needs weights.classes",
-        ),
-        (
-            lambda: ocr_head(feats[:, :19], regions[:, :19], weights),
-            ValueError,
-            r"weights.pixel_in must have shape \[D, C\].*\[12, 19\], but has \(12, 20\)",
-        ),
-        (
-            lambda: ocr_head(feats, regions, weights._replace(bias=weights.bias[1:])),
-            ValueError,
-            r"weights.bias must have shape \[O\].*\[24\], but has \(23,\)",
-        ),
-        (
-            lambda: ocr_head(feats, regions, weights._replace(down=weights.down.half())),
-            TypeError,
-            "weights.down must be torch.float32 .*but is torch.float16",
-        ),
-        (
-            lambda: ocr_head(feats, regions, weights._replace(up_bias=weights.up_bias.half())),
-            TypeError,
-            "weights.up_bias must be torch.float32",
-        ),
-        (
-            lambda: ocr_head(feats, regions, weights._replace(pixel_out=weights.pixel_out.t())),
-            ValueError,
-            "weights.pixel_out must be contiguous",
-        ),
-        (
-            lambda: ocr_head(feats, regions, weights._replace(context=weights.context.to("meta"))),
-            ValueError,
-            "weights.context must be on the device of feats",
-        ),
-    ],
-)
-def test_errors_name_the_argument(call: Callable[[], Tensor], error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        call()

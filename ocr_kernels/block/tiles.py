@@ -1,4 +1,4 @@
-"""The head's tiles: the file to tune. Chosen so that no architecture spills registers; never measured."""
+"""The block's tiles: the file to tune. Chosen so that no architecture spills registers; never measured."""
 
 from __future__ import annotations
 

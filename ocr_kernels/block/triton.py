@@ -1,4 +1,4 @@
-"""The inference head in Triton: two kernels from pixels to z, and a third one to class logits.
+"""Step 4 for inference in Triton: two kernels from pixels to z, and a third one to class logits.
 
 The first makes every pixel's softmax over the regions, the second the fusing product with y rebuilt in every tile, so
 feats pass through memory twice and neither y nor anything of D channels is stored. Where that does not pay (float32,
@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ocr_kernels.block import reference, tiles
 from ocr_kernels.core.triton_device import (
     add_product,
     image_of,
@@ -39,7 +40,6 @@ from ocr_kernels.core.triton_host import (
     padded,
     round_up,
 )
-from ocr_kernels.head import reference, tiles
 
 
 @triton.jit
@@ -78,7 +78,7 @@ def activated(x, SLOPE: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["N"])
-def ocr_head_weights_kernel(
+def ocr_block_weights_kernel(
     weights,  # [B, N, row_length]: the softmax over K regions, lifted, and zeros after them
     feats, feats_strides,  # [B, C, N]
     key, key_strides,  # [B, D, row_length]
@@ -121,11 +121,11 @@ def ocr_head_weights_kernel(
 
 
 @triton.jit(do_not_specialize=["N"])
-def ocr_head_fuse_kernel(
+def ocr_block_fuse_kernel(
     out, out_strides,  # [B, O, N]
     feats, feats_strides,  # [B, C, N]
     weights,  # [B, N, row_length], lifted
-    context_regions, context_strides,  # [B, Y, row_length]: u
+    contexts, context_strides,  # [B, Y, row_length]: u
     up_bias,  # [Y]
     context,  # [O, Y]: G_y
     pixels,  # [O, C]: G_x
@@ -142,7 +142,7 @@ def ocr_head_fuse_kernel(
     out = transposed(image_of(out, out_strides, image, OUTPUTS, N, ALIGNMENT, INT64))
     feats = transposed(image_of(feats, feats_strides, image, C, N, ALIGNMENT, INT64))
     weights = rows_of(weights + image * N * row_length, N, row_length, row_length)
-    u = transposed(image_of(context_regions, context_strides, image, Y, row_length, 1, False))
+    u = transposed(image_of(contexts, context_strides, image, Y, row_length, 1, False))
     context, pixels = matrix_of(context, OUTPUTS, Y), matrix_of(pixels, OUTPUTS, C)
 
     total = tl.zeros([BLOCK_N, BLOCK_O], NUMBERS.accumulator)
@@ -161,7 +161,7 @@ def ocr_head_fuse_kernel(
 
 
 @triton.jit(do_not_specialize=["N"])
-def ocr_head_linear_kernel(
+def ocr_block_linear_kernel(
     out, out_strides,  # [B, O, N]
     pixels, pixels_strides,  # [B, C, N]
     weight,  # [O, C]
@@ -183,11 +183,11 @@ def ocr_head_linear_kernel(
 PIXELS_AT_ONCE = 32768  # where z is an intermediate result
 
 
-def forward(
+def infer(
     out: Tensor,
     feats: Tensor,
     key: Tensor,
-    context_regions: Tensor,
+    contexts: Tensor,
     weights: Sequence[Tensor],
     scale: float,
     slopes: Sequence[float],
@@ -195,14 +195,14 @@ def forward(
 ) -> None:
     """Fill `out`, in its own strides: z [B, O, *S], logits [B, L, *S], or the classes [B, *S]."""
     if numbers_of(feats).itemsize > 2 or max(key.shape[1:]) > tiles.MOST:
-        reference.forward(out, feats, key, context_regions, weights, scale, slopes, output)
+        reference.infer(out, feats, key, contexts, weights, scale, slopes, output)
         return
     layers, (up_bias, context, pixels, bias, *classifier) = reference.split_weights(weights)
     whole, result = feats.flatten(2), out.flatten(1 if output == "classes" else 2)
     regions = key.shape[2]
     step = whole.shape[2] if output == "features" else pixels_at_once(*whole.shape[::2])
     with torch.cuda.device_of(feats):
-        key, context_regions = aligned_rows(key, context_regions)
+        key, contexts = aligned_rows(key, contexts)
         if output != "features":
             some_z = _empty_pixels(whole, len(bias), step, whole.dtype)
         if output == "classes":  # of logits that are not rounded to 16 bits
@@ -211,7 +211,7 @@ def forward(
             x, part = whole[..., start : start + step], result[..., start : start + step]
             z = part if output == "features" else some_z[..., : x.shape[2]]
             w = _region_weights(x, key, regions, layers, scale, slopes)
-            _fuse(z, x, w, context_regions, regions, up_bias, context, pixels, bias, slopes)
+            _fuse(z, x, w, contexts, regions, up_bias, context, pixels, bias, slopes)
             if output == "logits":
                 _linear(part, z, *classifier)
             if output == "classes":
@@ -249,7 +249,7 @@ def _region_weights(
     numbers = numbers_of(feats)
     problem = Problem(numbers.itemsize, device_facts(feats.device), channels, regions, outputs=key_channels)
     tile = tiles.WEIGHTS.choose(problem)
-    ocr_head_weights_kernel[(batch * cdiv(pixels, tile.pixels),)](
+    ocr_block_weights_kernel[(batch * cdiv(pixels, tile.pixels),)](
         weights, feats, feats.stride(), key, key.stride(), *layers[0], *layers[-1],
         channels, key_channels, regions, pixels, row_length, scale,
         LAYERS=len(layers), SLOPE=slopes[0], OUT_SLOPE=slopes[1],
@@ -259,7 +259,7 @@ def _region_weights(
 
 
 def _fuse(
-    out: Tensor, feats: Tensor, weights: Tensor, context_regions: Tensor, regions: int,
+    out: Tensor, feats: Tensor, weights: Tensor, contexts: Tensor, regions: int,
     up_bias: Tensor, context: Tensor, pixels: Tensor, bias: Tensor, slopes: Sequence[float],
 ) -> None:  # fmt: skip
     """Fill out [B, O, N]."""
@@ -268,8 +268,8 @@ def _fuse(
     numbers, device = numbers_of(feats), device_facts(feats.device)
     scattered = alignment(feats, out) == 1 and feats.stride(1) != 1
     tile = tiles.FUSE.choose(Problem(numbers.itemsize, device, channels, regions, outputs, scattered))
-    ocr_head_fuse_kernel[(batch * cdiv(length, tile.pixels) * cdiv(outputs, tile.outputs),)](
-        out, out.stride(), feats, feats.stride(), weights, context_regions, context_regions.stride(),
+    ocr_block_fuse_kernel[(batch * cdiv(length, tile.pixels) * cdiv(outputs, tile.outputs),)](
+        out, out.stride(), feats, feats.stride(), weights, contexts, contexts.stride(),
         up_bias, context, pixels, bias, channels, len(up_bias), outputs, length, weights.shape[2],
         REGION_TILES=cdiv(regions, tile.regions), UP_SLOPE=slopes[2], SLOPE=slopes[3],
         **constants(tile, numbers, (feats, out)),
@@ -282,7 +282,7 @@ def _linear(out: Tensor, pixels: Tensor, weight: Tensor, bias: Tensor) -> None:
     outputs = out.shape[1]
     numbers = numbers_of(pixels)
     tile = tiles.LINEAR.choose(Problem(numbers.itemsize, device_facts(pixels.device), channels, outputs=outputs))
-    ocr_head_linear_kernel[(batch * cdiv(length, tile.pixels) * cdiv(outputs, tile.outputs),)](
+    ocr_block_linear_kernel[(batch * cdiv(length, tile.pixels) * cdiv(outputs, tile.outputs),)](
         out, out.stride(), pixels, pixels.stride(), weight, bias, channels, outputs, length,
         OUT_ALIGNMENT=alignment(out), **constants(tile, numbers, (pixels,), (out,)),
     )  # fmt: skip
