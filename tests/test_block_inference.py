@@ -355,7 +355,7 @@ def test_autocast(target: tuple[str, str], autocast_dtype: torch.dtype) -> None:
     inputs = (tensor.to(autocast_dtype) for tensor in (feats, key, value))
     expected = ocr_block(*inputs, *layers_of(lower), output="features", backend=backend)
     assert out.dtype == autocast_dtype
-    assert torch.equal(out, expected)
+    torch.testing.assert_close(out, expected, rtol=0.05, atol=0.05)  # without the rounding of value and of up's matrix
 
 
 def test_vmap(target: tuple[str, str], own_dtype: torch.dtype) -> None:

@@ -96,8 +96,8 @@ def ocr_block(
         z, `[B, O, *S]`, or logits, `[B, L, *S]`, in the dtype and the memory format (contiguous or channels last) of
         `feats`; or classes, int64 `[B, *S]`. Sums and statistics are float32, or float64 for float64.
 
-    Under autocast feats, key, value and the matrices are cast to the autocast dtype. Forward and backward are bitwise
-    reproducible.
+    Under autocast feats, key and the matrices that pixels meet are cast to the autocast dtype. Forward and backward are
+    bitwise reproducible.
 
     Raises:
         TypeError: an argument is no tensor, or the dtypes differ or are others.
@@ -190,7 +190,7 @@ def _infer(
     kind = feats.device.type
     casts = torch.is_autocast_enabled(kind) and feats.dtype != torch.float64
     dtype = torch.get_autocast_dtype(kind) if casts else feats.dtype
-    feats, key, value = feats.to(dtype), key.to(dtype), value.to(dtype)
+    feats, key = feats.to(dtype), key.to(dtype)
     exact = statistics_dtype(feats)
     with torch.autocast(kind, enabled=False):
         folded = {name: _fold(layer, value, exact) for name, layer in layers.items() if layer is not None}
