@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, distributed
 from torch.autograd import forward_ad
 
 from ocr_kernels.block import reference
@@ -38,6 +38,7 @@ class Norm(NamedTuple):
     training: bool = True  # whether statistics are the batch's
     momentum: float = 0.1
     eps: float = 1e-5
+    group: distributed.ProcessGroup | None = None  # the processes whose batches are one, as SyncBatchNorm has it
 
 
 class Layer(NamedTuple):
@@ -129,18 +130,19 @@ def ocr_block(
         if layer is not None and layer.slope < 0:
             raise ValueError(f"{name}.slope must be a number >= 0 where a derivative is wanted, but is {layer.slope}")
     count = feats.shape[0] * pixels(feats.shape)
-    if takes_statistics and count == 1:
+    groups = [layer.norm.group for layer in layers.values() if layer is not None and layer.norm is not None]
+    if takes_statistics and count == 1 and not any(groups):
         name = takes_statistics[0]
         raise ValueError(f"{name}.norm takes the statistics of a batch that has one pixel; call it in eval mode")
     exact = statistics_dtype(feats)
-    vectors, eps, slopes = [], [], []
+    vectors, eps, slopes, names = [], [], [], []
     for name, layer in layers.items():
         gain, shift = (feats.new_empty(0),) * 2 if layer is None else _gain_and_shift(layer, value)
         vectors += [gain.to(exact), shift.to(exact)]
-        eps.append(
-            layer.norm.eps if layer is not None and layer.norm is not None and name in takes_statistics else -1.0
-        )
+        norm = layer.norm if layer is not None and name in takes_statistics else None
+        eps.append(-1.0 if norm is None else norm.eps)
         slopes.append(1.0 if layer is None else float(layer.slope))
+        names.append("" if norm is None or norm.group is None else norm.group.group_name)
     with torch.autocast(feats.device.type, enabled=False):  # few numbers, of which all of y is made
         contexts = value.to(exact)  # u, [B, Y, K]
         contexts = contexts if up is None or up.weight is None else torch.matmul(up.weight.to(exact), contexts)
@@ -149,13 +151,13 @@ def ocr_block(
     chosen = resolve_backend(feats.device, backend, IMPLEMENTED)
     z, *_, statistics = ocr_block_op(
         feats, key, pixel[0].weight, second, fusing.weight, contexts, *vectors, none if mask is None else mask,
-        scale, slopes, eps, context_first, chosen,
+        scale, slopes, eps, names, context_first, chosen,
     )  # fmt: skip
-    if count:
-        known = statistics.detach().split([len(vector) for vector in vectors])
-        for layer, mean, var in zip(layers.values(), known[::2], known[1::2], strict=True):
+    if count or any(names):
+        *known, counts = statistics.detach().split([*(len(vector) for vector in vectors), len(layers)])
+        for layer, mean, var, taken in zip(layers.values(), known[::2], known[1::2], counts, strict=True):
             if layer is not None:
-                _update(layer, mean, var, count)
+                _update(layer, mean, var, taken)
     return _classified(z, classifier, output)
 
 
@@ -255,7 +257,7 @@ def _gain_and_shift(layer: Layer, value: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def _update(layer: Layer, mean: Tensor, var: Tensor, count: int) -> None:
+def _update(layer: Layer, mean: Tensor, var: Tensor, count: Tensor) -> None:
     """Let statistics run."""
     norm = layer.norm
     if norm is None or not norm.training or norm.running_mean is None or norm.running_var is None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
@@ -33,7 +33,16 @@ def _norm_of(norm: nn.Module) -> Norm:
     training = norm.training or (norm.running_mean is None and norm.running_var is None)
     runs = not norm.training or norm.track_running_stats
     mean, var = (norm.running_mean, norm.running_var) if runs else (None, None)
-    return Norm(norm.weight, norm.bias, mean, var, training, momentum, norm.eps)
+    group = _group_of(norm) if isinstance(norm, nn.SyncBatchNorm) and norm.training else None
+    return Norm(norm.weight, norm.bias, mean, var, training, momentum, norm.eps, group)
+
+
+def _group_of(norm: nn.SyncBatchNorm) -> Any:
+    """The processes that share a norm's statistics; None where there is one."""
+    if not distributed.is_available() or not distributed.is_initialized():
+        return None
+    group = norm.process_group or distributed.group.WORLD
+    return group if distributed.get_world_size(group) > 1 else None
 
 
 def slope_of(activation: nn.Module) -> float | None:
@@ -44,10 +53,8 @@ def slope_of(activation: nn.Module) -> float | None:
 
 
 def is_norm(norm: nn.Module) -> bool:
-    """Whether a norm computes what `layer_of` takes it for: statistics are those of this process."""
-    if type(norm).forward is nn.SyncBatchNorm.forward:
-        return not (torch.distributed.is_available() and torch.distributed.is_initialized())
-    return type(norm).forward is _BatchNorm.forward
+    """Whether a norm computes what `layer_of` takes it for, whatever library's it is."""
+    return type(norm).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
 
 
 def mask_of(dropout: nn.Dropout2d, feats: Tensor, channels: int) -> Tensor | None:

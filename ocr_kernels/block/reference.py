@@ -7,12 +7,12 @@ stored: each tile of it is made where the next product reads it, in both passes.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ocr_kernels.block.norms import Contexts, Gradients, Layer, Moments, Norm, Settings, statistics_of
 from ocr_kernels.core.activations import activate_
 from ocr_kernels.core.layout import in_format, is_channels_last, statistics_dtype
 
@@ -22,34 +22,6 @@ TILE = 2048
 """Pixels at a time on a CPU, whose cache then holds what is between two products."""
 
 
-class Layer(NamedTuple):
-    """A norm and an activation: rho(gain * (h - mean) / sqrt(var + eps) + shift), mean and var over all pixels of h.
-
-    Where eps is negative there is no mean and no var: rho(gain * h + shift).
-    """
-
-    gain: Tensor  # [channels]
-    shift: Tensor
-    slope: float  # of rho: 0 is ReLU, 1 none
-    eps: float
-
-    @property
-    def has_statistics(self) -> bool:
-        return self.eps >= 0
-
-
-class Settings(NamedTuple):
-    """What is no tensor; one entry for each of phi's two layers, rho, and z's."""
-
-    scale: float  # of the scores
-    slopes: Sequence[float]
-    eps: Sequence[float]
-    context_first: bool  # of what the fusing product takes
-
-    def layers(self, vectors: Sequence[Tensor]) -> list[Layer]:
-        return [Layer(*each) for each in zip(vectors[::2], vectors[1::2], self.slopes, self.eps, strict=True)]
-
-
 # The definition
 
 
@@ -57,10 +29,12 @@ def ocr_block(
     feats: Tensor, key: Tensor, pixel_in: Tensor, pixel_out: Tensor, fusing: Tensor, contexts: Tensor,
     vectors: Sequence[Tensor], mask: Tensor, settings: Settings,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """z `[B, O, *S]`, and the mean and variance of each layer in one vector (Eqs. 3, 5, 6).
+    """z `[B, O, *S]`, and the statistics of all layers, as `statistics_of` has them (Eqs. 3, 5, 6).
 
     q_i = phi(x_i),  w_i = softmax_k(scale * q_i . key_k),  y_i = rho(sum_k w_ik u_k),  z_i = rho(G [y_i, x_i])
     """
+    if any(settings.groups):
+        raise NotImplementedError("second derivatives, forward mode and exports of statistics that processes share")
     x = feats.flatten(2)
     first, second, up, last = settings.layers(vectors)
     statistics: list[Tensor] = []
@@ -83,7 +57,8 @@ def ocr_block(
     z = applied(last, fusing @ torch.cat([context, x] if settings.context_first else [x, context], 1))
     if len(mask):
         z = z * mask[:, :, None]
-    return z.view(*z.shape[:2], *feats.shape[2:]), torch.cat(statistics)
+    counts = z.new_full((4,), x.shape[0] * x.shape[2])
+    return z.view(*z.shape[:2], *feats.shape[2:]), torch.cat([*statistics, counts])
 
 
 # Tiles
@@ -107,7 +82,7 @@ class Tiles:
 
     def __init__(self, maps: Tensor) -> None:
         self.maps = maps
-        self.pixels = min(TILE if maps.is_cpu else 16 * TILE, maps.shape[2])
+        self.pixels = max(1, min(TILE if maps.is_cpu else 16 * TILE, maps.shape[2]))
         self.memory: dict[str, Tensor] = {}
 
     def __iter__(self) -> Iterator[tuple[int, slice]]:
@@ -123,98 +98,42 @@ class Tiles:
         return self.memory[name][:, : part.stop - part.start]
 
 
-class Norm:
-    """A layer and its statistics, for tiles `[channels, T]`; what a channel has is `[channels, 1]`."""
-
-    def __init__(self, layer: Layer, mean: Tensor | None = None, var: Tensor | None = None) -> None:
-        self.layer = layer
-        self.gain, self.shift = layer.gain[:, None], layer.shift[:, None]
-        zeros = torch.zeros_like(self.gain)
-        if mean is None or var is None or not layer.has_statistics:
-            mean, var = zeros, zeros + 1
-        self.mean, self.var = mean.view_as(zeros), var.view_as(zeros)
-        self.rstd = (self.var + layer.eps).rsqrt() if layer.has_statistics else zeros + 1
-        self.factor = self.gain * self.rstd
-        self.offset = self.shift - self.mean * self.factor
-
-    def before(self, h: Tensor, out: Tensor) -> Tensor:
-        """What the activation is taken of."""
-        return torch.mul(h, self.factor, out=out).add_(self.offset)
-
-    def __call__(self, h: Tensor, out: Tensor) -> Tensor:
-        return activate_(self.before(h, out), self.layer.slope)
+def before(norm: Norm, h: Tensor, out: Tensor) -> Tensor:
+    """What the activation is taken of, of a tile `[channels, T]`."""
+    return torch.mul(h, norm.factor, out=out).add_(norm.offset)
 
 
-class Moments:
-    """Means, and sums of squares about them, of tiles that are added one after the other."""
-
-    def __init__(self, layer: Layer) -> None:
-        self.layer = layer
-        self.count = 0
-        self.mean = self.squares = torch.zeros_like(layer.gain[:, None])
-
-    def add(self, h: Tensor, spare: Tensor) -> None:
-        """A tile; `spare` is memory of its size."""
-        if self.layer.has_statistics:
-            mean = h.mean(1, keepdim=True, dtype=spare.dtype)
-            self.merge(h.shape[1], mean, torch.sub(h, mean, out=spare).square_().sum(1, keepdim=True))
-
-    def merge(self, count: int, mean: Tensor, squares: Tensor) -> None:
-        total, difference = self.count + count, mean - self.mean
-        self.squares = self.squares + squares + difference.square() * (self.count * count / total)
-        self.mean = self.mean + difference * (count / total)
-        self.count = total
-
-    def norm(self) -> Norm:
-        return Norm(self.layer, self.mean, self.squares / max(self.count, 1))
+def activated(norm: Norm, h: Tensor, out: Tensor) -> Tensor:
+    return activate_(before(norm, h, out), norm.layer.slope)
 
 
-class Gradients:
-    """The two sums over pixels of a layer's backward pass, and then that pass itself."""
-
-    def __init__(self, norm: Norm, count: int) -> None:
-        self.norm, self.count = norm, count
-        self.shift = torch.zeros_like(norm.gain)  # sum of the gradients of what the activation is taken of
-        self.gain = torch.zeros_like(norm.gain)  # sum of those times what is normalised
-
-    def add(self, grad: Tensor, h: Tensor, spare: Tensor) -> None:
-        """A tile, whose h was normalised; `spare` is memory of its size."""
-        self.shift += grad.sum(1, keepdim=True)
-        self.gain += torch.sub(h, self.norm.mean, out=spare).mul_(grad).sum(1, keepdim=True).mul_(self.norm.rstd)
-
-    def through(self, grad: Tensor, h: Tensor, out: Tensor) -> Tensor:
-        """The gradient of h: factor * (grad - shift / count - normalised h * gain / count)."""
-        torch.mul(grad, self.norm.factor, out=out)
-        if self.norm.layer.has_statistics:
-            slope = -self.norm.factor * self.norm.rstd * self.gain / self.count
-            out.addcmul_(h, slope).sub_(self.norm.factor * self.shift / self.count + self.norm.mean * slope)
-        return out
+def add_moments(moments: Moments, h: Tensor, spare: Tensor) -> None:
+    """Those of a tile; `spare` is memory of its size."""
+    if moments.layer.has_statistics:
+        mean = h.mean(1, keepdim=True, dtype=spare.dtype)
+        moments.add(h.shape[1], mean, torch.sub(h, mean, out=spare).square_().sum(1, keepdim=True))
 
 
-class Contexts:
-    """y = rho(sum_k w_k u_k) of tiles of weights; its statistics follow from the moments of the weights."""
+def add_gradients(gradients: Gradients, grad: Tensor, h: Tensor, spare: Tensor) -> None:
+    """The sums of a tile, whose h was normalised; `spare` is memory of its size."""
+    products = torch.sub(h, gradients.norm.mean, out=spare).mul_(grad)
+    gradients.add(grad.sum(1, keepdim=True), products.sum(1, keepdim=True))
 
-    def __init__(self, contexts: Tensor, weights: Tensor, tiles: Tiles, dtype: torch.dtype) -> None:
-        self.u = contexts.to(dtype)  # [B, Y, K]
-        self.mean_weights = weights.mean(2, keepdim=True, dtype=dtype)  # [B, K, 1]
-        batch, regions, pixels = weights.shape
-        self.covariance = self.u.new_zeros((batch, regions, regions))  # centred: digits would be lost otherwise
-        for image, part in tiles:
-            centred = weights[image][:, part] - self.mean_weights[image]
-            self.covariance[image].addmm_(centred, centred.t())
-        self.covariance /= pixels
-        self.means = self.u @ self.mean_weights  # [B, Y, 1]
 
-    def moments(self, layer: Layer, pixels: int) -> Moments:
-        moments = Moments(layer)
-        variances = ((self.u @ self.covariance) * self.u).sum(2, keepdim=True)
-        for mean, variance in zip(self.means, variances, strict=True):
-            moments.merge(pixels, mean, variance * pixels)
-        return moments
+def through(affine: tuple[Tensor, Tensor, Tensor], grad: Tensor, h: Tensor, out: Tensor) -> Tensor:
+    """The gradient of h."""
+    factor, slope, offset = affine
+    return torch.mul(grad, factor, out=out).addcmul_(h, slope).add_(offset)
 
-    def before(self, norm: Norm, image: int, weights: Tensor) -> Tensor:
-        """What the activation is taken of, `[Y, T]`."""
-        return torch.addmm(norm.offset, norm.factor * self.u[image], weights.to(self.u.dtype))
+
+def contexts_of(u: Tensor, weights: Tensor, tiles: Tiles) -> Contexts:
+    batch, regions, pixels = weights.shape
+    mean_weights = weights.mean(2, keepdim=True, dtype=u.dtype) if pixels else u.new_zeros((batch, regions, 1))
+    covariance = u.new_zeros((batch, regions, regions))
+    for image, part in tiles:
+        centred = weights[image][:, part] - mean_weights[image]
+        covariance[image].addmm_(centred, centred.t())
+    return Contexts(u, mean_weights, covariance / max(pixels, 1), pixels)
 
 
 def activation_backward_(grad: Tensor, activated: Tensor, slope: float) -> Tensor:
@@ -244,7 +163,7 @@ def forward(
     moments = Moments(layers[0])
     for image, part in tiles:
         h = torch.mm(pixel_in, x[image][:, part], out=hidden_in[image][:, part])
-        moments.add(h, tiles.empty("depth", depth, part, exact))
+        add_moments(moments, h, tiles.empty("depth", depth, part, exact))
     first = query = moments.norm()
     second = Norm(layers[1])
     hidden = hidden_in
@@ -252,28 +171,28 @@ def forward(
         moments = Moments(layers[1])
         for image, part in tiles:
             spare = tiles.empty("depth", depth, part, exact)
-            inner = first(hidden_in[image][:, part], spare).to(dtype)
-            moments.add(torch.mm(pixel_out, inner, out=hidden_out[image][:, part]), spare)
+            inner = activated(first, hidden_in[image][:, part], spare).to(dtype)
+            add_moments(moments, torch.mm(pixel_out, inner, out=hidden_out[image][:, part]), spare)
         second = query = moments.norm()
         hidden = hidden_out
     keys = settings.scale * key.to(exact).mT  # [B, K, D]
     for image, part in tiles:
-        q = query(hidden[image][:, part], tiles.empty("depth", depth, part, exact))
+        q = activated(query, hidden[image][:, part], tiles.empty("depth", depth, part, exact))
         weights[image][:, part] = torch.softmax(keys[image] @ q, 0)
 
-    y = Contexts(contexts, weights, tiles, exact)
-    up = y.moments(layers[2], x.shape[2]).norm()
+    y = contexts_of(contexts.to(exact), weights, tiles)
+    up = y.norm(layers[2])
     moments = Moments(layers[3])
     for image, part in tiles:
         both, _ = _joined(y, up, image, part, x, weights, settings, tiles)
-        moments.add(torch.mm(fusing, both, out=fused[image][:, part]), tiles.empty("outputs", outputs, part, exact))
+        h = torch.mm(fusing, both, out=fused[image][:, part])
+        add_moments(moments, h, tiles.empty("outputs", outputs, part, exact))
     last = moments.norm()
     for image, part in tiles:
-        out = last(fused[image][:, part], tiles.empty("outputs", outputs, part, exact))
+        out = activated(last, fused[image][:, part], tiles.empty("outputs", outputs, part, exact))
         z[image][:, part] = out.mul_(mask[image][:, None]) if len(mask) else out
-    statistics = [vector.flatten() for norm in (first, second, up, last) for vector in (norm.mean, norm.var)]
     maps = (each.unflatten(2, feats.shape[2:]) for each in (z, hidden_in, hidden_out, weights, fused))
-    return *maps, torch.cat(statistics)
+    return *maps, statistics_of((first, second, up, last))
 
 
 def _joined(
@@ -285,7 +204,8 @@ def _joined(
     sizes = [contexts, channels] if settings.context_first else [channels, contexts]
     inside, pixels = both.split(sizes)[:: 1 if settings.context_first else -1]
     pixels.copy_(x[image][:, part])
-    inside.copy_(activate_(y.before(up, image, weights[image][:, part]), up.layer.slope))
+    made = torch.addmm(up.offset, up.factor * y.u[image], weights[image][:, part].to(y.u.dtype))
+    inside.copy_(activate_(made, up.layer.slope))
     return both, inside
 
 
@@ -303,25 +223,23 @@ def backward(
     hidden_in, hidden_out, weights, fused = (each.flatten(2) for each in maps)
     incoming = grad.flatten(2)
     layers = settings.layers(vectors)
-    known = statistics.split([len(layer.gain) for layer in layers for _ in range(2)])
-    first, second, up, last = (Norm(*each) for each in zip(layers, known[::2], known[1::2], strict=True))
-    count = x.shape[0] * x.shape[2]
+    first, second, up, last = Norm.known(layers, statistics)
     depth, outputs, channels = len(pixel_in), len(fusing), x.shape[1]
     need_feats = needs[0]
     need_phi = any((*needs[:4], *needs[6:10]))
-    y = Contexts(contexts, weights, tiles, exact)
+    y = contexts_of(contexts.to(exact), weights, tiles)
     dx = empty_maps(x, channels if need_feats else 0)
 
     def of_z(image: int, part: slice) -> Tensor:
         """The gradient of what the last activation is taken of."""
-        before = last.before(fused[image][:, part], tiles.empty("outputs", outputs, part, exact))
+        taken = before(last, fused[image][:, part], tiles.empty("outputs", outputs, part, exact))
         d = tiles.empty("grad", outputs, part, exact).copy_(incoming[image][:, part])
-        return activation_backward_(d.mul_(mask[image][:, None]) if len(mask) else d, before, last.layer.slope)
+        return activation_backward_(d.mul_(mask[image][:, None]) if len(mask) else d, taken, last.layer.slope)
 
-    dlast = Gradients(last, count)
+    dlast = Gradients(last)
     for image, part in tiles:
-        d = of_z(image, part)
-        dlast.add(d, fused[image][:, part], tiles.empty("outputs", outputs, part, exact))
+        add_gradients(dlast, of_z(image, part), fused[image][:, part], tiles.empty("outputs", outputs, part, exact))
+    affine = dlast.affine()
     contexts_of_y = len(up.gain)
     halves = fusing.split([contexts_of_y, channels] if settings.context_first else [channels, contexts_of_y], 1)
     on_context, on_pixels = (half.t().contiguous() for half in halves[:: 1 if settings.context_first else -1])
@@ -331,7 +249,7 @@ def backward(
     total = torch.zeros_like(y.means)  # sum_i dy_i
     for image, part in tiles:
         d = of_z(image, part)
-        d = dlast.through(d, fused[image][:, part], d).to(dtype)
+        d = through(affine, d, fused[image][:, part], d).to(dtype)
         both, inside = _joined(y, up, image, part, x, weights, settings, tiles)
         if needs[4]:
             dfusing += d @ both.t()
@@ -343,50 +261,43 @@ def backward(
         outer[image].addmm_(dy, weights[image][:, part].t().to(exact))
         torch.mm((up.factor * y.u[image]).t(), dy, out=dweights[image][:, part])
 
-    # rho's norm: what it takes from the gradients of the contexts and the weights is of rank K
-    dup = Gradients(up, count)
-    dup.shift = total.sum(0)
-    centred = (y.u * (outer - total * y.mean_weights.mT)).sum(2, keepdim=True)
-    dup.gain = (centred + (y.means - up.mean) * total).sum(0) * up.rstd
-    slope = up.factor * up.rstd * dup.gain / count * up.layer.has_statistics  # [Y, 1]
-    offset = up.factor * dup.shift / count * up.layer.has_statistics - slope * up.mean
-    moments = y.covariance + y.mean_weights @ y.mean_weights.mT
-    dcontexts = up.factor * outer - x.shape[2] * (offset * y.mean_weights.mT + slope * (y.u @ moments))
-    matrix, column = y.u.mT @ (slope * y.u), y.u.mT @ offset  # [B, K, K], [B, K, 1]
+    dup, dcontexts, matrix, column = y.backward(up, outer, total)
 
     # the softmax, and phi
     query, hidden = (second, hidden_out) if len(pixel_out) else (first, hidden_in)
     keys = settings.scale * key.to(exact)  # [B, D, K]
     dkey = torch.zeros_like(keys)
     dquery = empty_maps(x, depth if need_phi else 0)
-    dphi = [Gradients(first, count), Gradients(second, count)]
+    dphi = [Gradients(first), Gradients(second)]
     dpixel_in, dpixel_out = torch.zeros_like(pixel_in, dtype=exact), torch.zeros_like(pixel_out, dtype=exact)
     outermost = dphi[len(pixel_out) > 0]
     for image, part in tiles if need_phi else ():
         w, dw = weights[image][:, part].to(exact), dweights[image][:, part]
-        dw = dw.sub_(matrix[image] @ w).sub_(column[image])
+        dw = dw.addmm_(matrix[image], w).add_(column[image])
         dw -= dw.gather(0, w.argmax(0, keepdim=True))  # a peak's gradient is then what is left, not rounding
         dscores = w * (dw - (w * dw).sum(0, keepdim=True))
-        q = query(hidden[image][:, part], tiles.empty("depth", depth, part, exact))
+        q = activated(query, hidden[image][:, part], tiles.empty("depth", depth, part, exact))
         d = torch.mm(keys[image], dscores, out=tiles.empty("grad of depth", depth, part, exact))
         d = activation_backward_(d, q, query.layer.slope)
         dkey[image].addmm_(q, dscores.t(), alpha=settings.scale)
-        outermost.add(d, hidden[image][:, part], q)
+        add_gradients(outermost, d, hidden[image][:, part], q)
         dquery[image][:, part] = d
     turned = pixel_out.t().contiguous()
+    affine = dphi[1].affine() if need_phi and len(pixel_out) else affine
     for image, part in tiles if need_phi and len(pixel_out) else ():
         spare = tiles.empty("grad of depth", depth, part, exact)
-        d = dphi[1].through(dquery[image][:, part], hidden_out[image][:, part], spare).to(dtype)
-        q = first(hidden_in[image][:, part], tiles.empty("depth", depth, part, exact))
+        d = through(affine, dquery[image][:, part], hidden_out[image][:, part], spare).to(dtype)
+        q = activated(first, hidden_in[image][:, part], tiles.empty("depth", depth, part, exact))
         dpixel_out += d @ q.to(dtype).t()
         d = torch.mm(turned, d, out=dquery[image][:, part])
         d = activation_backward_(d.to(exact), q, first.layer.slope)
-        dphi[0].add(d, hidden_in[image][:, part], q)
+        add_gradients(dphi[0], d, hidden_in[image][:, part], q)
         dquery[image][:, part] = d
     turned = pixel_in.t().contiguous()
+    affine = dphi[0].affine() if need_phi else affine
     for image, part in tiles if need_phi else ():
         spare = tiles.empty("grad of depth", depth, part, exact)
-        d = dphi[0].through(dquery[image][:, part], hidden_in[image][:, part], spare).to(dtype)
+        d = through(affine, dquery[image][:, part], hidden_in[image][:, part], spare).to(dtype)
         if needs[2]:
             dpixel_in += d @ x[image][:, part].t()
         if need_feats:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ocr_kernels.block import reference
-from ocr_kernels.block.reference import Settings
+from ocr_kernels.block.norms import Settings
 from ocr_kernels.core.backends import implementation, is_offered
 from ocr_kernels.core.derivatives import Op
 from ocr_kernels.core.layout import empty_in_format, pixels, statistics_dtype
@@ -31,7 +31,7 @@ _ARGUMENTS = (
     "Tensor gain_in, Tensor shift_in, Tensor gain_out, Tensor shift_out, Tensor gain_up, Tensor shift_up, "
     "Tensor gain_z, Tensor shift_z, Tensor mask"
 )
-_SETTINGS = "float scale, float[] slopes, float[] eps, bool context_first"
+_SETTINGS = "float scale, float[] slopes, float[] eps, str[] groups, bool context_first"
 
 
 def is_used_on(device: torch.device, training: bool) -> bool:
@@ -54,13 +54,13 @@ def _allocate(*args: Any) -> tuple[Tensor, ...]:
     feats, key, pixel_in, pixel_out, fusing, contexts = args[:6]
     maps = [empty_in_format(feats, len(each)) for each in (fusing, pixel_in, pixel_out)]
     channels = 2 * (len(pixel_in) + len(pixel_out) + contexts.shape[1] + len(fusing))
-    statistics = feats.new_empty(channels, dtype=statistics_dtype(feats))
+    statistics = feats.new_empty(channels + 4, dtype=statistics_dtype(feats))
     return *maps, empty_in_format(feats, key.shape[2]), empty_in_format(feats, len(fusing)), statistics
 
 
 def _forward(*args: Any) -> tuple[Tensor, ...]:
     tensors, settings, backend = _split(args)
-    if not tensors[0].numel():
+    if not tensors[0].numel() and not any(settings.groups):
         return tuple(out.zero_() for out in _allocate(*args))
     kernels = implementation("block", backend, tensors[0].device.type, IMPLEMENTED)
     out: tuple[Tensor, ...] = kernels.forward(*_grouped(tensors), settings)
@@ -86,7 +86,7 @@ def _allocate_gradients(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
 def _backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
     tensors, saved = args[: TENSORS + 1], args[TENSORS + 1 : TENSORS + 6]
     *settings, needs, backend = args[TENSORS + 6 :]
-    if not grad.numel():  # sums over no pixels
+    if not grad.numel() and not any(settings[3]):  # sums over no pixels
         return tuple(gradient.zero_() for gradient in _allocate_gradients(grad, *args))
     kernels = implementation("block", backend, grad.device.type, IMPLEMENTED)
     dfeats, *others = kernels.backward(grad, *_grouped(tensors), saved, Settings(*settings), needs)

@@ -20,9 +20,17 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ocr_kernels.core.calls import has_own_forward
-from ocr_kernels.core.layout import DTYPES
 from ocr_kernels.models.block_trace import Call, Map, Node, Own, Ref, Tracer, Unmatched, tensor_at
-from ocr_kernels.models.block_weights import BlockPlan, Layer, Resizing, functions_of, globals_of, own_classes, present
+from ocr_kernels.models.block_weights import (
+    DTYPES,
+    BlockPlan,
+    Layer,
+    Resizing,
+    functions_of,
+    globals_of,
+    own_classes,
+    present,
+)
 from ocr_kernels.models.classifier import matrix_of
 
 VERIFICATION_BOUND = 1e-4

@@ -86,6 +86,13 @@ def _through(module: nn.Module, pairs: tuple[Pair, ...], columns: Tensor) -> Ten
 # Finding it
 
 
+class _Local(nn.modules.batchnorm._BatchNorm):
+    """A SyncBatchNorm while one process finds out what it computes: the others may do something else meanwhile."""
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        pass
+
+
 def plan_training(module: nn.Module, plan: BlockPlan, forward: Callable[..., Any]) -> TrainingPlan | str:
     """How `module`, whose plan for inference is known, computes step 4 in training; or why the op cannot."""
     if plan.resizing is not None:
@@ -142,6 +149,9 @@ def _off(module: nn.Module, plan: BlockPlan, candidate: TrainingPlan, forward: C
     """Why a plan is wrong: in training, with random weights in float64, it gives something else."""
     with quiet([*module.parameters(), *module.buffers()]):
         trial = copied(module).double().train()
+        for part in trial.modules():
+            if isinstance(part, nn.SyncBatchNorm):
+                part.__class__ = _Local  # type: ignore[assignment]
         for tensor in (*trial.parameters(), *trial.buffers()):
             if tensor.is_floating_point():
                 tensor.copy_(torch.rand_like(tensor) + 0.5 if tensor.dim() < 2 else torch.randn_like(tensor))

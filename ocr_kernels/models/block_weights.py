@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import sys
 from types import FunctionType, ModuleType
 from typing import Any, NamedTuple
 
@@ -19,6 +20,9 @@ from ocr_kernels.core.activations import activate_
 from ocr_kernels.core.backends import BACKENDS
 from ocr_kernels.core.layout import in_format
 from ocr_kernels.models.block_trace import Call, Program, Ref
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""Of folded weights, which are made in float32."""
 
 
 class Layer(NamedTuple):
@@ -205,7 +209,7 @@ class BlockPlan:
                 layer = layer._modules.get(child)
                 if layer is None:
                     return False
-            if type(layer).__qualname__ != name:
+            if _class_of(layer).__qualname__ != name:
                 return False
             if present(layer) != tensors:
                 return False
@@ -213,6 +217,15 @@ class BlockPlan:
                 if getattr(layer, attribute, None) != value:
                     return False
         return True
+
+
+def _class_of(layer: nn.Module) -> type:
+    """Its class, without what `torch.distributed.fsdp.fully_shard` puts before it."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    wrapper = getattr(fsdp, "FSDPModule", None)
+    if wrapper is None or not isinstance(layer, wrapper):
+        return type(layer)
+    return next(base for base in type(layer).__mro__[1:] if base is not wrapper)
 
 
 def present(layer: nn.Module) -> tuple[str, ...]:

@@ -1,0 +1,188 @@
+"""What the block's norms do to channels: statistics, what follows from them, and the sums of the backward pass.
+
+All that is here is as small as the channels and regions are; pixels are the backends' own. Vectors are `[channels, 1]`,
+in the dtype of statistics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, distributed
+
+
+class Layer(NamedTuple):
+    """A norm and an activation: rho(gain * (h - mean) / sqrt(var + eps) + shift), mean and var over all pixels of h.
+
+    Where eps is negative there is no mean and no var: rho(gain * h + shift).
+    """
+
+    gain: Tensor  # [channels]
+    shift: Tensor
+    slope: float  # of rho: 0 is ReLU, 1 none
+    eps: float
+    group: str  # the processes that share statistics; empty: this one alone
+
+    @property
+    def has_statistics(self) -> bool:
+        return self.eps >= 0
+
+
+class Settings(NamedTuple):
+    """What is no tensor; one entry for each of phi's two layers, rho, and z's."""
+
+    scale: float  # of the scores
+    slopes: Sequence[float]
+    eps: Sequence[float]
+    groups: Sequence[str]
+    context_first: bool  # of what the fusing product takes
+
+    def layers(self, vectors: Sequence[Tensor]) -> list[Layer]:
+        settings = self.slopes, self.eps, self.groups
+        return [Layer(*each) for each in zip(vectors[::2], vectors[1::2], *settings, strict=True)]
+
+
+class Norm:
+    """A layer and its statistics: it makes factor * h + offset of h."""
+
+    def __init__(
+        self, layer: Layer, mean: Tensor | None = None, var: Tensor | None = None, count: Tensor | int = 1
+    ) -> None:
+        self.layer = layer
+        self.gain, self.shift = layer.gain[:, None], layer.shift[:, None]
+        zeros = torch.zeros_like(self.gain)
+        if mean is None or var is None or not layer.has_statistics:
+            mean, var = zeros, zeros + 1
+        self.mean, self.var, self.count = mean.view_as(zeros), var.view_as(zeros), count
+        self.rstd = (self.var + layer.eps).rsqrt() if layer.has_statistics else zeros + 1
+        self.factor = self.gain * self.rstd
+        self.offset = self.shift - self.mean * self.factor
+
+    @classmethod
+    def known(cls, layers: Sequence[Layer], statistics: Tensor) -> list[Norm]:
+        """Those of a forward pass, of the vector that `statistics_of` made."""
+        sizes = [len(layer.gain) for layer in layers for _ in range(2)]
+        *vectors, counts = statistics.split([*sizes, len(layers)])
+        return [cls(*each) for each in zip(layers, vectors[::2], vectors[1::2], counts, strict=True)]
+
+
+def statistics_of(norms: Sequence[Norm]) -> Tensor:
+    """The mean and the variance of each layer, and over how many pixels they were taken, in one vector."""
+    vectors = [vector.flatten() for norm in norms for vector in (norm.mean, norm.var)]
+    counts = [torch.as_tensor(norm.count, dtype=norm.mean.dtype, device=norm.mean.device).view(1) for norm in norms]
+    return torch.cat([*vectors, *counts])
+
+
+class Moments:
+    """Means, and sums of squares about them, of parts that are added one after the other."""
+
+    def __init__(self, layer: Layer) -> None:
+        self.layer = layer
+        self.count: Tensor | int = 0
+        self.mean = self.squares = torch.zeros_like(layer.gain[:, None])
+
+    def add(self, count: Tensor | int, mean: Tensor, squares: Tensor) -> None:
+        total, difference = self.count + count, mean - self.mean
+        self.squares = self.squares + squares + difference.square() * (self.count * count / total)
+        self.mean = self.mean + difference * (count / total)
+        self.count = total
+
+    def add_all(self, counts: Tensor, means: Tensor, squares: Tensor) -> None:
+        """Parts `[parts, channels, 1]`, and how many pixels `[parts, 1, 1]` each has, some perhaps none."""
+        total = counts.sum(0)
+        mean = (counts * means).sum(0) / total
+        self.add(total, mean, (squares + counts * (means - mean).square()).sum(0))
+
+    def norm(self) -> Norm:
+        """With the statistics of all processes of the layer's group."""
+        if self.layer.group and self.layer.has_statistics:
+            count = torch.as_tensor(self.count, dtype=self.mean.dtype, device=self.mean.device).expand_as(self.mean)
+            parts = _gathered(torch.stack((count, self.mean, self.squares)), self.layer.group)
+            everywhere = Moments(self.layer._replace(group=""))
+            everywhere.add_all(parts[:, 0, :1], parts[:, 1], parts[:, 2])
+            self.count, self.mean, self.squares = everywhere.count, everywhere.mean, everywhere.squares
+        taken = self.count if isinstance(self.count, Tensor) else max(self.count, 1)
+        return Norm(self.layer, self.mean, self.squares / taken, taken)
+
+
+class Gradients:
+    """The two sums over pixels of a layer's backward pass, and what follows from them for each pixel."""
+
+    def __init__(self, norm: Norm) -> None:
+        self.norm = norm
+        self.shift = torch.zeros_like(norm.gain)  # sum of the gradients of what the activation is taken of
+        self.gain = torch.zeros_like(norm.gain)  # sum of those times what is normalised
+
+    def add(self, grad: Tensor, grad_h: Tensor) -> None:
+        """Sums over pixels of the gradients, and of those times h - mean."""
+        self.shift = self.shift + grad
+        self.gain = self.gain + grad_h * self.norm.rstd
+
+    def centred(self) -> tuple[Tensor, Tensor, Tensor]:
+        """a, b, c of the gradient of h: a * (grad - b) + c * (h - mean), from the sums of the layer's processes."""
+        norm = self.norm
+        if not norm.layer.has_statistics:
+            return norm.factor, 0 * norm.factor, 0 * norm.factor
+        shift, gain = self.shift, self.gain
+        if norm.layer.group:
+            shift, gain = _gathered(torch.stack((shift, gain)), norm.layer.group).sum(0)
+        return norm.factor, shift / norm.count, -norm.factor * norm.rstd * gain / norm.count
+
+    def affine(self) -> tuple[Tensor, Tensor, Tensor]:
+        """a, b, c of the same gradient: a * grad + b * h + c."""
+        factor, mean_grad, slope = self.centred()
+        return factor, slope, -(factor * mean_grad + self.norm.mean * slope)
+
+
+def _processes(name: str) -> distributed.ProcessGroup:
+    find: Any = distributed.distributed_c10d
+    group: distributed.ProcessGroup = find._resolve_process_group(name)
+    return group
+
+
+def _gathered(tensor: Tensor, group: str) -> Tensor:
+    """`[processes, *shape]`, in the order of their ranks: sums of them are the same everywhere."""
+    processes = _processes(group)
+    parts = tensor.new_empty((processes.size() * len(tensor), *tensor.shape[1:]))
+    distributed.all_gather_into_tensor(parts, tensor.contiguous(), group=processes)
+    return parts.view(-1, *tensor.shape)
+
+
+class Contexts:
+    """y = rho(u w): its statistics and its norm's gradients, which follow from the moments of the weights."""
+
+    def __init__(self, u: Tensor, mean_weights: Tensor, covariance: Tensor, pixels: int) -> None:
+        self.u = u  # [B, Y, K]
+        self.mean_weights = mean_weights  # [B, K, 1]
+        self.covariance = covariance  # [B, K, K], centred: digits would be lost otherwise
+        self.pixels = pixels  # of an image
+        self.means = u @ mean_weights  # [B, Y, 1]
+
+    def norm(self, layer: Layer) -> Norm:
+        moments = Moments(layer)
+        if len(self.u) and self.pixels:
+            variances = ((self.u @ self.covariance) * self.u).sum(2, keepdim=True)
+            counts = self.u.new_full((len(self.u), 1, 1), self.pixels)
+            moments.add_all(counts, self.means, variances * self.pixels)
+            moments.count = len(self.u) * self.pixels
+        return moments.norm()
+
+    def backward(self, norm: Norm, outer: Tensor, total: Tensor) -> tuple[Gradients, Tensor, Tensor, Tensor]:
+        """Of sum_i dy_i w_i' `[B, Y, K]` and sum_i dy_i `[B, Y, 1]`, dy after the activation's backward pass.
+
+        The norm's gradients, that of u, and the matrix `[B, K, K]` and the column `[B, K, 1]` that
+        dw_i = (factor u)' dy_i + matrix w_i + column takes.
+        """
+        gradients = Gradients(norm)
+        centred = (self.u * (outer - total * self.mean_weights.mT)).sum(2, keepdim=True)
+        gradients.add(total.sum(0), (centred + (self.means - norm.mean) * total).sum(0))
+        factor, mean_grad, slope = gradients.centred()
+        row, pixels = self.mean_weights.mT, self.pixels
+        du = factor * (outer - total * row) + pixels * slope * (self.u @ self.covariance)
+        du += (
+            factor * (total - pixels * mean_grad) + pixels * slope * (self.means - norm.mean)
+        ) * row  # 0 of one image
+        column = self.u.mT @ (-factor * mean_grad - slope * norm.mean).expand(len(self.u), -1, -1)
+        return gradients, du, self.u.mT @ (slope * self.u), column
