@@ -37,6 +37,7 @@ from triton.runtime.jit import JITFunction
 
 import ocr_kernels.attention.triton
 import ocr_kernels.block.triton
+import ocr_kernels.block.triton_inference
 import ocr_kernels.core.triton_host
 import ocr_kernels.gather.triton
 from benchmarks.cases import CASES, Case
@@ -58,7 +59,12 @@ MATRIX = {"mma": r"\bmma\.sync", "wgmma": r"\bwgmma\.mma_async", "tcgen05": r"\b
 COPIES = {"cp.async": r"\bcp\.async\.c[ag]\b", "TMA": r"\bcp\.async\.bulk\."}
 
 
-OPS = ocr_kernels.gather.triton, ocr_kernels.attention.triton, ocr_kernels.block.triton
+OPS = (
+    ocr_kernels.gather.triton,
+    ocr_kernels.attention.triton,
+    ocr_kernels.block.triton,
+    ocr_kernels.block.triton_inference,
+)
 REGISTERS = 2048  # of a multiprocessor, for each lane of a warp
 
 

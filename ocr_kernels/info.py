@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 import ocr_kernels
-from ocr_kernels.block.registration import FOR_INFERENCE
+from ocr_kernels.block.registration import IMPLEMENTED
 from ocr_kernels.core import libraries
 from ocr_kernels.core.backends import BACKENDS, available_backends, resolve_backend
 
@@ -41,7 +41,7 @@ def collect() -> dict[str, Any]:
         "chosen": {
             kind + suffix: _chosen(kind, implemented)
             for kind in ("cpu", "cuda")[: 2 if gpus else 1]
-            for suffix, implemented in (("", BACKENDS), (", ocr_block", FOR_INFERENCE))
+            for suffix, implemented in (("", BACKENDS), (", ocr_block", IMPLEMENTED))
         },
         "library": {kind: _library(kind) for kind in ("cpu", "cuda")},
         "versions": {

@@ -69,7 +69,7 @@ class SpatialOCR(_NoScript, reference.SpatialOCR):
         Where gradients are wanted or a norm takes the statistics of the batch, all that pixels go through is one op;
         else `replace_ocr_modules` makes it one, which keeps the norms folded from call to call.
         """
-        is_wanted = (torch.is_grad_enabled() or self.training) and is_used_on(feats.device, training=True)
+        is_wanted = (torch.is_grad_enabled() or self.training) and is_used_on(feats.device)
         slopes = self._slopes() if is_wanted else None
         if slopes is None or feats.dim() != 4 or not feats.is_floating_point() or is_recorded():
             return super().forward(feats, proxy_feats)

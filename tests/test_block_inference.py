@@ -543,7 +543,7 @@ def test_memory_of_the_kernels(
     inputs, weights = draw(device, own_dtype, batch=1, spatial=(1030,)), fold(Head().to(device, own_dtype))
     whole = [block(*inputs, weights, output, backend=backend) for output in ("features", "logits", "classes")]
     if backend == "triton":
-        head = importlib.import_module("ocr_kernels.block.triton")
+        head = importlib.import_module("ocr_kernels.block.triton_inference")
         made = []
         right = head._empty_pixels
         monkeypatch.setattr(head, "_empty_pixels", lambda *a: made.append(right(*a)) or made[-1])

@@ -14,7 +14,7 @@ from ops import ATTENTION, DTYPES, GATHER, Op, all_dtypes, both_ops
 
 import ocr_kernels
 from ocr_kernels import available_backends, pixel_region_attention, spatial_gather, use_backend
-from ocr_kernels.block.registration import FOR_INFERENCE as BLOCK_BACKENDS
+from ocr_kernels.block.registration import IMPLEMENTED as BLOCK_BACKENDS
 from ocr_kernels.core.backends import resolve_backend
 from ocr_kernels.modules import SpatialOCR
 from ocr_kernels.testing import LAYOUTS, Layout

@@ -15,7 +15,6 @@ from torch.autograd import forward_ad
 
 from ocr_kernels.block import reference
 from ocr_kernels.block.registration import (
-    FOR_INFERENCE,
     IMPLEMENTED,
     ocr_block_inference_op,
     ocr_block_op,
@@ -90,8 +89,7 @@ def ocr_block(
         scale: factor on the scores; `None` means `D ** -0.5`.
         context_first: whether g takes `[y, x]`, or `[x, y]`.
         mask: what z is multiplied by, `[B, O]`, as Dropout2d does; float32, or float64 for float64.
-        backend: `"reference"` or, where no derivative is wanted and statistics are known, `"triton"`; `None` chooses
-            (see `ocr_kernels.use_backend`).
+        backend: `"reference"` or `"triton"`; `None` chooses (see `ocr_kernels.use_backend`).
 
     Returns:
         z, `[B, O, *S]`, or logits, `[B, L, *S]`, in the dtype and the memory format (contiguous or channels last) of
@@ -213,7 +211,7 @@ def _infer(
         slopes = [1.0 if layer is None else float(layer.slope) for layer in layers.values()]
         if left_to_compiler(feats, backend) and 0 not in feats.shape:
             return reference.infer_whole(feats, key, contexts, weights, scale, slopes, output)
-        chosen = resolve_backend(feats.device, backend, FOR_INFERENCE)
+        chosen = resolve_backend(feats.device, backend, IMPLEMENTED)
         out: Tensor = ocr_block_inference_op(feats, key, contexts, weights, scale, slopes, output, chosen)
         return out
 

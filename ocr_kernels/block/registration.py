@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ocr_kernels.block import reference
 from ocr_kernels.block.norms import Settings
-from ocr_kernels.core.backends import implementation, is_offered
+from ocr_kernels.core.backends import implementation, is_offered, resolve_backend
 from ocr_kernels.core.derivatives import Op
 from ocr_kernels.core.layout import empty_in_format, pixels, statistics_dtype
 from ocr_kernels.core.registration import (
@@ -23,8 +23,7 @@ from ocr_kernels.core.registration import (
     register_op,
 )
 
-IMPLEMENTED = ("reference",)
-FOR_INFERENCE = ("reference", "triton")
+IMPLEMENTED = ("reference", "triton")
 TENSORS = 14  # that have a derivative: feats, key, three matrices, contexts and eight vectors; the mask is the next
 _ARGUMENTS = (
     "Tensor feats, Tensor key, Tensor pixel_in, Tensor pixel_out, Tensor fusing, Tensor contexts, "
@@ -34,9 +33,10 @@ _ARGUMENTS = (
 _SETTINGS = "float scale, float[] slopes, float[] eps, str[] groups, bool context_first"
 
 
-def is_used_on(device: torch.device, training: bool) -> bool:
-    """Whether modules use the op: with a derivative it pays on a CPU, where a GPU has no kernels for it yet."""
-    return is_offered(IMPLEMENTED, by_default=device.type == "cpu") if training else is_offered(FOR_INFERENCE)
+def is_used_on(device: torch.device) -> bool:
+    """Whether modules use the op: on a GPU without Triton its passes in plain PyTorch are slower than layers."""
+    by_default = device.type == "cpu" or resolve_backend(device, implemented=IMPLEMENTED) != "reference"
+    return is_offered(IMPLEMENTED, by_default)
 
 
 # Arguments have been checked by the public call. contexts are u, [B, Y, K], in the dtype of statistics, as the vectors
@@ -230,7 +230,7 @@ def _infer(
 ) -> Tensor:
     out = _allocate_inference(feats, key, contexts, weights, scale, slopes, output, backend)
     if out.numel():
-        implementation("block", backend, feats.device.type, FOR_INFERENCE).infer(
+        implementation("block", backend, feats.device.type, IMPLEMENTED).infer(
             out, feats, key, contexts, weights, scale, slopes, output
         )
     return out

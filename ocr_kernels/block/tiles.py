@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ocr_kernels.core.triton_host import Problem, Tile, TileTable, has_wgmma, is_scattered
+from ocr_kernels.core.triton_host import ANY, Problem, Tile, TileTable, has_wgmma, is_scattered
 
 MOST = 256  # regions, and channels of keys, that fit in a program's registers
 
@@ -41,3 +41,46 @@ FUSE = TileTable(
 
 # A product with nothing else in it.
 LINEAR = TileTable({2: (Tile(channels=32, outputs=128, pixels=128, stages=2),)})
+
+# Of kernels that have no product: they go over a map once.
+PASS = Tile(channels=32, pixels=128)
+
+# All regions, then pixels, then channels of keys.
+REGION_WEIGHTS = TileTable(
+    {
+        2: (
+            Tile(regions=64, channels=64, pixels=128, stages=2),
+            Tile(regions=256, channels=32, pixels=64, stages=2),
+        ),
+        4: (
+            Tile(regions=64, channels=32, pixels=64, stages=2),
+            Tile(regions=256, channels=32, pixels=32, stages=2),
+        ),
+        8: (Tile(regions=256, channels=16, pixels=16),),
+    }
+)
+
+# Regions at a time, then pixels, then channels of contexts.
+CONTEXTS = TileTable(
+    {
+        2: (Tile(regions=64, up_to=ANY, channels=64, pixels=128, stages=2),),
+        4: (Tile(regions=32, up_to=ANY, channels=64, pixels=64, stages=2),),
+        8: (Tile(regions=16, up_to=ANY, channels=32, pixels=32),),
+    }
+)
+
+# All regions, then pixels; the product is of 32-bit numbers at least.
+SOFTMAX_GRADIENT = TileTable(
+    {
+        4: (
+            Tile(regions=32, pixels=128),
+            Tile(regions=64, pixels=64),
+            Tile(regions=128, pixels=32),
+            Tile(regions=256, pixels=16),
+        ),
+        8: (
+            Tile(regions=64, pixels=32),
+            Tile(regions=256, pixels=16),
+        ),
+    }
+)

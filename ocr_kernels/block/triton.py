@@ -1,11 +1,9 @@
-"""Step 4 for inference in Triton: two kernels from pixels to z, and a third one to class logits.
+"""Step 4 with a derivative in Triton: PyTorch's products, and between two of them one kernel over the pixels.
 
-The first makes every pixel's softmax over the regions, the second the fusing product with y rebuilt in every tile, so
-feats pass through memory twice and neither y nor anything of D channels is stored. Where that does not pay (float32,
-whose products take no matrix units, and D or K above 256) PyTorch's own products run, as the reference has them.
-
-Every tensor of pixels is addressed as `[B, channels, N]` with its strides, so both memory formats are read in place.
-Tiles are `[pixels, channels]`: what one product leaves in registers then enters the next one from there.
+Maps are `[B, channels, N]` with their strides, so both memory formats are read in place. A norm's statistics are made
+of sums over splits of the pixels, added in a fixed order; the norm and the activation are applied where the next
+kernel reads, or in one pass before a product of PyTorch's. Up to 256 regions, phi's last norm, the scores and their
+softmax are one kernel, as is the softmax's backward pass with what rho's norm takes from it.
 """
 
 from __future__ import annotations
@@ -17,272 +15,503 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ocr_kernels.block import reference, tiles
+from ocr_kernels.block import tiles
+from ocr_kernels.block.norms import Contexts, Gradients, Layer, Moments, Norm, Settings, statistics_of
+from ocr_kernels.block.reference import activation_backward_, empty_maps, maps_of
+from ocr_kernels.block.triton_inference import activated, infer
+from ocr_kernels.core.layout import statistics_dtype
 from ocr_kernels.core.triton_device import (
     add_product,
+    finite,
     image_of,
     load_tile,
     narrow,
-    product,
-    rows_of,
+    split_of_program,
     store_tile,
     tile_of_program,
-    transposed,
 )
 from ocr_kernels.core.triton_host import (
     Problem,
     aligned_rows,
-    alignment,
     cdiv,
     constants,
     device_facts,
     numbers_of,
-    padded,
-    round_up,
+    split,
 )
 
+__all__ = ["backward", "forward", "infer"]
+
 
 @triton.jit
-def add_channels(
-    total, pixels, weight, n0, o0,
-    NUMBERS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_N: tl.constexpr,
+def column_of(vector, c0, C, BLOCK_C: tl.constexpr):
+    """[BLOCK_C, 1] of a vector [C], zeros after it."""
+    c = c0 + tl.arange(0, BLOCK_C)
+    return tl.load(vector + c, mask=c < C, other=0.0)[:, None]
+
+
+@triton.jit
+def masked(grad, taken, SLOPE: tl.constexpr):
+    """The gradient of what an activation was taken of. NaN lets it pass, as in PyTorch."""
+    if SLOPE != 1:
+        grad = tl.where(taken <= 0, grad * SLOPE if SLOPE != 0 else 0.0, grad)
+    return grad
+
+
+@triton.jit(do_not_specialize=["N", "splits"])
+def ocr_block_moments_kernel(
+    partial,  # [B, splits, 2, C]: means, and sums of squares about them
+    h, h_strides,  # [B, C, N]
+    C, N, split_length, splits,
+    NUMBERS: tl.constexpr, ALIGNMENT: tl.constexpr, INT64: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """total + sum over channels of pixels[n, c] * weight[c, o], a [BLOCK_N, BLOCK_O] tile."""
-    for c0 in range(0, pixels.width, BLOCK_C):
-        x = load_tile(pixels, n0, c0, BLOCK_N, BLOCK_C)
-        total = add_product(total, x, load_tile(weight, c0, o0, BLOCK_C, BLOCK_O), NUMBERS)
-    return total
-
-
-@triton.jit
-def matrix_of(weight, OUTPUTS, CHANNELS):
-    """A contiguous weight [OUTPUTS, CHANNELS] as it enters products of pixels, [CHANNELS, OUTPUTS]."""
-    return transposed(rows_of(weight, OUTPUTS, CHANNELS, CHANNELS))
-
-
-@triton.jit
-def add_bias(total, bias, o0, OUTPUTS):
-    """total + bias[o], a [pixels, outputs] tile."""
-    o = o0 + tl.arange(0, total.shape[1])
-    return total + tl.load(bias + o, mask=o < OUTPUTS, other=0.0)[None, :]
-
-
-@triton.jit
-def activated(x, SLOPE: tl.constexpr):
-    """x where it is positive, SLOPE * x elsewhere. NaN stays."""
-    if SLOPE == 0:  # 0 for -inf, too
-        x = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    elif SLOPE != 1:
-        x = tl.where(x > 0, x, x * SLOPE)
-    return x
+    """Of a split of the pixels, about the mean of its first tile, which leaves nothing to cancel."""
+    c0, _, program, start = split_of_program(C, 1, splits, split_length, BLOCK_C, 1)
+    h = image_of(h, h_strides, tl.cast(program // splits, tl.int64), C, N, ALIGNMENT, INT64)
+    end = tl.minimum(start + split_length, N)
+    about = load_tile(h, c0, start, BLOCK_C, BLOCK_N).to(NUMBERS.accumulator)
+    about = tl.sum(about, 1) / tl.minimum(end - start, BLOCK_N)
+    total = tl.zeros([BLOCK_C, BLOCK_N], NUMBERS.accumulator)
+    squares = tl.zeros([BLOCK_C, BLOCK_N], NUMBERS.accumulator)
+    for n0 in range(start, end, BLOCK_N):
+        x = load_tile(h, c0, n0, BLOCK_C, BLOCK_N).to(NUMBERS.accumulator) - about[:, None]
+        x = tl.where((n0 + tl.arange(0, BLOCK_N) < end)[None, :], x, 0.0)
+        total += x
+        squares += x * x
+    off = tl.sum(total, 1)
+    c = c0 + tl.arange(0, BLOCK_C)
+    partial += tl.cast(program, tl.int64) * 2 * C + c
+    tl.store(partial, about + off / (end - start), mask=c < C)
+    tl.store(partial + C, tl.sum(squares, 1) - off * off / (end - start), mask=c < C)
 
 
 @triton.jit(do_not_specialize=["N"])
-def ocr_block_weights_kernel(
-    weights,  # [B, N, row_length]: the softmax over K regions, lifted, and zeros after them
-    feats, feats_strides,  # [B, C, N]
-    key, key_strides,  # [B, D, row_length]
-    pixel_in,  # [D, C]
-    pixel_in_bias,  # [D]
-    pixel_out,  # [D, D], of the second layer of phi
-    pixel_out_bias,  # [D]
-    C, D, K, N, row_length, scale: tl.float64,
-    LAYERS: tl.constexpr,  # of phi; pixel_out is not read where it is 1
-    SLOPE: tl.constexpr, OUT_SLOPE: tl.constexpr,  # of the first layer and the second
+def ocr_block_apply_kernel(
+    out, out_strides,  # [B, C, N]
+    h, h_strides,  # [B, C, N]
+    factor, offset,  # [C]
+    mask,  # [B, C]
+    C, N,
+    SLOPE: tl.constexpr, MASKED: tl.constexpr,
     NUMBERS: tl.constexpr, ALIGNMENT: tl.constexpr, INT64: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_D: tl.constexpr,  # all of D
-    BLOCK_O: tl.constexpr,  # channels of q that are made at a time
-    BLOCK_K: tl.constexpr,  # all of K
-    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """A program owns a tile of pixels: phi, the scores and their softmax, with nothing stored in between."""
+    """A norm and an activation, and dropout's mask."""
+    tile, n0, image = tile_of_program(tl.cdiv(C, BLOCK_C), N, BLOCK_N)
+    c0 = tile * BLOCK_C
+    out = image_of(out, out_strides, image, C, N, ALIGNMENT, INT64)
+    h = image_of(h, h_strides, image, C, N, ALIGNMENT, INT64)
+    x = load_tile(h, c0, n0, BLOCK_C, BLOCK_N).to(NUMBERS.accumulator)
+    x = activated(x * column_of(factor, c0, C, BLOCK_C) + column_of(offset, c0, C, BLOCK_C), SLOPE)
+    if MASKED:
+        x *= column_of(mask + image * C, c0, C, BLOCK_C)
+    store_tile(out, x, c0, n0)
+
+
+@triton.jit
+def gradient_before_activation(
+    grad, h, factor, offset, mask, image, c0, n0,
+    SLOPE: tl.constexpr, MASKED: tl.constexpr, NUMBERS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """A tile of the gradient of what the activation is taken of, and the tile of h."""
+    C = h.height
+    x = load_tile(h, c0, n0, BLOCK_C, BLOCK_N).to(NUMBERS.accumulator)
+    d = load_tile(grad, c0, n0, BLOCK_C, BLOCK_N).to(NUMBERS.accumulator)
+    if MASKED:
+        d *= column_of(mask + image * C, c0, C, BLOCK_C)
+    taken = x * column_of(factor, c0, C, BLOCK_C) + column_of(offset, c0, C, BLOCK_C)
+    return masked(d, taken, SLOPE), x
+
+
+@triton.jit(do_not_specialize=["N", "splits"])
+def ocr_block_gradient_sums_kernel(
+    partial,  # [B, splits, 2, C]: sums of the gradients, and of those times h - mean
+    grad, grad_strides,  # [B, C, N]
+    h, h_strides,  # [B, C, N]
+    factor, offset, mean,  # [C]
+    mask,  # [B, C]
+    C, N, split_length, splits,
+    SLOPE: tl.constexpr, MASKED: tl.constexpr,
+    NUMBERS: tl.constexpr, ALIGNMENT: tl.constexpr, INT64: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    c0, _, program, start = split_of_program(C, 1, splits, split_length, BLOCK_C, 1)
+    image = tl.cast(program // splits, tl.int64)
+    grad = image_of(grad, grad_strides, image, C, N, ALIGNMENT, INT64)
+    h = image_of(h, h_strides, image, C, N, ALIGNMENT, INT64)
+    about = column_of(mean, c0, C, BLOCK_C)
+    total = tl.zeros([BLOCK_C, BLOCK_N], NUMBERS.accumulator)
+    products = tl.zeros([BLOCK_C, BLOCK_N], NUMBERS.accumulator)
+    for n0 in range(start, tl.minimum(start + split_length, N), BLOCK_N):
+        d, x = gradient_before_activation(
+            grad, h, factor, offset, mask, image, c0, n0, SLOPE, MASKED, NUMBERS, BLOCK_C, BLOCK_N
+        )
+        total += d
+        products += d * (x - about)
+    c = c0 + tl.arange(0, BLOCK_C)
+    partial += tl.cast(program, tl.int64) * 2 * C + c
+    tl.store(partial, tl.sum(total, 1), mask=c < C)
+    tl.store(partial + C, tl.sum(products, 1), mask=c < C)
+
+
+@triton.jit(do_not_specialize=["N"])
+def ocr_block_gradient_kernel(
+    out, out_strides,  # [B, C, N]: the gradient of h
+    grad, grad_strides,  # [B, C, N]
+    h, h_strides,  # [B, C, N]
+    factor, offset,  # [C]
+    slope, constant,  # [C]: it is factor * d + slope * h + constant
+    mask,  # [B, C]
+    C, N,
+    SLOPE: tl.constexpr, MASKED: tl.constexpr,
+    NUMBERS: tl.constexpr, ALIGNMENT: tl.constexpr, INT64: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    tile, n0, image = tile_of_program(tl.cdiv(C, BLOCK_C), N, BLOCK_N)
+    c0 = tile * BLOCK_C
+    out = image_of(out, out_strides, image, C, N, ALIGNMENT, INT64)
+    grad = image_of(grad, grad_strides, image, C, N, ALIGNMENT, INT64)
+    h = image_of(h, h_strides, image, C, N, ALIGNMENT, INT64)
+    d, x = gradient_before_activation(
+        grad, h, factor, offset, mask, image, c0, n0, SLOPE, MASKED, NUMBERS, BLOCK_C, BLOCK_N
+    )
+    d = d * column_of(factor, c0, C, BLOCK_C) + x * column_of(slope, c0, C, BLOCK_C)
+    store_tile(out, d + column_of(constant, c0, C, BLOCK_C), c0, n0)
+
+
+@triton.jit(do_not_specialize=["N"])
+def ocr_block_region_weights_kernel(
+    weights, weights_strides,  # [B, K, N]
+    h, h_strides,  # [B, D, N]
+    key, key_strides,  # [B, D, row_length], of which K are regions
+    factor, offset,  # [D]
+    D, K, N, row_length, scale: tl.float64,
+    SLOPE: tl.constexpr,
+    NUMBERS: tl.constexpr, ALIGNMENT: tl.constexpr, INT64: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """w = softmax_k(scale * key_k . rho(factor * h + offset)), of a tile of pixels and all regions."""
     _, n0, image = tile_of_program(1, N, BLOCK_N)
-    weights = rows_of(weights + image * N * row_length, N, row_length, row_length)
-    feats = transposed(image_of(feats, feats_strides, image, C, N, ALIGNMENT, INT64))
+    weights = image_of(weights, weights_strides, image, K, N, ALIGNMENT, INT64)
+    h = image_of(h, h_strides, image, D, N, ALIGNMENT, INT64)
     key = image_of(key, key_strides, image, D, row_length, 1, False)
-    pixel_in, pixel_out = matrix_of(pixel_in, D, C), matrix_of(pixel_out, D, D)
-
-    hidden = tl.zeros([BLOCK_N, BLOCK_D], NUMBERS.accumulator)
-    hidden = add_channels(hidden, feats, pixel_in, n0, 0, NUMBERS, BLOCK_C, BLOCK_D, BLOCK_N)
-    hidden = narrow(activated(add_bias(hidden, pixel_in_bias, 0, D), SLOPE), NUMBERS.dot)
-    scores = tl.zeros([BLOCK_N, BLOCK_K], NUMBERS.accumulator)
-    if LAYERS == 1:
-        scores = add_product(scores, hidden, load_tile(key, 0, 0, BLOCK_D, BLOCK_K), NUMBERS)
-    else:
-        for d0 in range(0, D, BLOCK_O):
-            q = product(hidden, load_tile(pixel_out, 0, d0, BLOCK_D, BLOCK_O), NUMBERS)
-            q = narrow(activated(add_bias(q, pixel_out_bias, d0, D), OUT_SLOPE), NUMBERS.dot)
-            scores = add_product(scores, q, load_tile(key, d0, 0, BLOCK_O, BLOCK_K), NUMBERS)
-    factor = tl.full((), scale, NUMBERS.accumulator)
-    scores = tl.where((tl.arange(0, BLOCK_K) < K)[None, :], scores * factor, float("-inf"))
-    w = tl.exp(scores - tl.max(scores, 1)[:, None])
-    store_tile(weights, w / (tl.sum(w, 1) / NUMBERS.lift)[:, None], n0, 0)
+    scores = tl.zeros([BLOCK_K, BLOCK_N], NUMBERS.accumulator)
+    for c0 in range(0, D, BLOCK_C):
+        q = load_tile(h, c0, n0, BLOCK_C, BLOCK_N).to(NUMBERS.accumulator)
+        q = activated(q * column_of(factor, c0, D, BLOCK_C) + column_of(offset, c0, D, BLOCK_C), SLOPE)
+        k = load_tile(key, c0, 0, BLOCK_C, BLOCK_K)
+        scores = add_product(scores, tl.trans(k), narrow(q, NUMBERS.dot), NUMBERS)
+    scores *= tl.full((), scale, NUMBERS.accumulator)
+    scores = tl.where((tl.arange(0, BLOCK_K) < K)[:, None], scores, float("-inf"))
+    w = tl.exp(scores - finite(tl.max(scores, 0))[None, :])
+    store_tile(weights, w / tl.sum(w, 0)[None, :], 0, n0)
 
 
 @triton.jit(do_not_specialize=["N"])
-def ocr_block_fuse_kernel(
-    out, out_strides,  # [B, O, N]
-    feats, feats_strides,  # [B, C, N]
-    weights,  # [B, N, row_length], lifted
-    contexts, context_strides,  # [B, Y, row_length]: u
-    up_bias,  # [Y]
-    context,  # [O, Y]: G_y
-    pixels,  # [O, C]: G_x
-    bias,  # [O]
-    C, Y, OUTPUTS, N, row_length,
-    REGION_TILES: tl.constexpr,  # ceil(K / BLOCK_K)
-    UP_SLOPE: tl.constexpr, SLOPE: tl.constexpr,  # of y and of z
+def ocr_block_contexts_kernel(
+    out, out_strides,  # [B, Y, N]
+    weights, weights_strides,  # [B, K, N]
+    u, u_strides,  # [B, Y, row_length], of which K are regions
+    offset,  # [Y]
+    Y, K, N, row_length,
+    SLOPE: tl.constexpr,
     NUMBERS: tl.constexpr, ALIGNMENT: tl.constexpr, INT64: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """z = rho(G_y y + G_x x + g), with y = rho(u w + up_bias) rebuilt for each tile."""
-    tile, n0, image = tile_of_program(tl.cdiv(OUTPUTS, BLOCK_O), N, BLOCK_N)
-    o0 = tile * BLOCK_O
-    out = transposed(image_of(out, out_strides, image, OUTPUTS, N, ALIGNMENT, INT64))
-    feats = transposed(image_of(feats, feats_strides, image, C, N, ALIGNMENT, INT64))
-    weights = rows_of(weights + image * N * row_length, N, row_length, row_length)
-    u = transposed(image_of(contexts, context_strides, image, Y, row_length, 1, False))
-    context, pixels = matrix_of(context, OUTPUTS, Y), matrix_of(pixels, OUTPUTS, C)
-
-    total = tl.zeros([BLOCK_N, BLOCK_O], NUMBERS.accumulator)
-    total = add_channels(total, feats, pixels, n0, o0, NUMBERS, BLOCK_C, BLOCK_O, BLOCK_N)
-    if REGION_TILES == 1:
-        w = load_tile(weights, n0, 0, BLOCK_N, BLOCK_K)
-    for c0 in range(0, Y, BLOCK_C):
-        y = tl.zeros([BLOCK_N, BLOCK_C], NUMBERS.accumulator)
-        for k0 in tl.static_range(0, REGION_TILES * BLOCK_K, BLOCK_K):
-            if REGION_TILES > 1:  # too many regions to hold their weights
-                w = load_tile(weights, n0, k0, BLOCK_N, BLOCK_K)
-            y = add_product(y, w, load_tile(u, k0, c0, BLOCK_K, BLOCK_C), NUMBERS)
-        y = narrow(activated(add_bias(y / NUMBERS.lift, up_bias, c0, Y), UP_SLOPE), NUMBERS.dot)
-        total = add_product(total, y, load_tile(context, c0, o0, BLOCK_C, BLOCK_O), NUMBERS)
-    store_tile(out, activated(add_bias(total, bias, o0, OUTPUTS), SLOPE), n0, o0)
+    """y = rho(u w + offset)."""
+    tile, n0, image = tile_of_program(tl.cdiv(Y, BLOCK_C), N, BLOCK_N)
+    c0 = tile * BLOCK_C
+    out = image_of(out, out_strides, image, Y, N, ALIGNMENT, INT64)
+    weights = image_of(weights, weights_strides, image, K, N, ALIGNMENT, INT64)
+    u = image_of(u, u_strides, image, Y, row_length, 1, False)
+    y = tl.zeros([BLOCK_C, BLOCK_N], NUMBERS.accumulator)
+    for k0 in range(0, K, BLOCK_K):
+        w = load_tile(weights, k0, n0, BLOCK_K, BLOCK_N)
+        y = add_product(y, load_tile(u, c0, k0, BLOCK_C, BLOCK_K), w, NUMBERS)
+    store_tile(out, activated(y + column_of(offset, c0, Y, BLOCK_C), SLOPE), c0, n0)
 
 
 @triton.jit(do_not_specialize=["N"])
-def ocr_block_linear_kernel(
-    out, out_strides,  # [B, O, N]
-    pixels, pixels_strides,  # [B, C, N]
-    weight,  # [O, C]
-    bias,  # [O]
-    C, OUTPUTS, N,
-    NUMBERS: tl.constexpr, ALIGNMENT: tl.constexpr, OUT_ALIGNMENT: tl.constexpr, INT64: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_N: tl.constexpr,
+def ocr_block_softmax_gradient_kernel(
+    dscores, dscores_strides,  # [B, K, N]
+    dweights, dweights_strides,  # [B, K, N]: what dw is without rho's norm
+    weights, weights_strides,  # [B, K, N]
+    matrix, matrix_strides,  # [B, K, row_length], of which K are regions
+    column,  # [B, K]
+    K, N, row_length,
+    NUMBERS: tl.constexpr, WIDE: tl.constexpr, ALIGNMENT: tl.constexpr, INT64: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """weight @ pixels + bias: a 1x1 convolution."""
-    tile, n0, image = tile_of_program(tl.cdiv(OUTPUTS, BLOCK_O), N, BLOCK_N)
-    o0 = tile * BLOCK_O
-    out = transposed(image_of(out, out_strides, image, OUTPUTS, N, OUT_ALIGNMENT, INT64))
-    pixels = transposed(image_of(pixels, pixels_strides, image, C, N, ALIGNMENT, INT64))
-    total = tl.zeros([BLOCK_N, BLOCK_O], NUMBERS.accumulator)
-    total = add_channels(total, pixels, matrix_of(weight, OUTPUTS, C), n0, o0, NUMBERS, BLOCK_C, BLOCK_O, BLOCK_N)
-    store_tile(out, add_bias(total, bias, o0, OUTPUTS), n0, o0)
+    """w * (dw - sum_k w dw), with dw = dweights + matrix w + column, of a tile of pixels and all regions."""
+    _, n0, image = tile_of_program(1, N, BLOCK_N)
+    dscores = image_of(dscores, dscores_strides, image, K, N, ALIGNMENT, INT64)
+    dweights = image_of(dweights, dweights_strides, image, K, N, ALIGNMENT, INT64)
+    weights = image_of(weights, weights_strides, image, K, N, ALIGNMENT, INT64)
+    matrix = image_of(matrix, matrix_strides, image, K, row_length, 1, False)
+    w = load_tile(weights, 0, n0, BLOCK_K, BLOCK_N).to(NUMBERS.accumulator)
+    dw = load_tile(dweights, 0, n0, BLOCK_K, BLOCK_N).to(NUMBERS.accumulator)
+    dw += column_of(column + image * K, 0, K, BLOCK_K)
+    dw = add_product(dw, load_tile(matrix, 0, 0, BLOCK_K, BLOCK_K), w, WIDE)
+    # what dw exceeds that of the highest weight by: a peak's gradient is then what is left, not rounding
+    dw -= tl.max(tl.where(w == tl.max(w, 0)[None, :], dw, float("-inf")), 0)[None, :]
+    dw = tl.where((tl.arange(0, BLOCK_K) < K)[:, None], dw, 0.0)
+    store_tile(dscores, w * (dw - tl.sum(w * dw, 0)[None, :]), 0, n0)
 
 
-PIXELS_AT_ONCE = 32768  # where z is an intermediate result
+# Launching them
 
 
-def infer(
-    out: Tensor,
-    feats: Tensor,
-    key: Tensor,
-    contexts: Tensor,
-    weights: Sequence[Tensor],
-    scale: float,
-    slopes: Sequence[float],
-    output: str,
-) -> None:
-    """Fill `out`, in its own strides: z [B, O, *S], logits [B, L, *S], or the classes [B, *S]."""
-    if numbers_of(feats).itemsize > 2 or max(key.shape[1:]) > tiles.MOST:
-        reference.infer(out, feats, key, contexts, weights, scale, slopes, output)
-        return
-    layers, (up_bias, context, pixels, bias, *classifier) = reference.split_weights(weights)
-    whole, result = feats.flatten(2), out.flatten(1 if output == "classes" else 2)
+def _pass(*maps: Tensor) -> dict[str, object]:
+    """Arguments of a kernel that goes over these maps."""
+    return constants(tiles.PASS, numbers_of(maps[-1]), maps)
+
+
+def _programs(maps: Tensor) -> tuple[int]:
+    batch, channels, pixels = maps.shape
+    return (batch * cdiv(channels, tiles.PASS.channels) * cdiv(pixels, tiles.PASS.pixels),)
+
+
+def _splits(maps: Tensor) -> tuple[tuple[int], int, Tensor]:
+    """The grid of a kernel that sums over pixels, the length of a split, and the memory that it fills."""
+    batch, channels, pixels = maps.shape
+    programs = batch * cdiv(channels, tiles.PASS.channels)
+    wanted = 4 * device_facts(maps.device).multiprocessors
+    split_length, splits = split(pixels, tiles.PASS.pixels, programs, wanted)
+    partial = maps.new_empty((batch, splits, 2, channels, 1), dtype=statistics_dtype(maps))
+    return (programs * splits,), split_length, partial
+
+
+def _norm(layer: Layer, h: Tensor) -> Norm:
+    """With the statistics of the map that it is for."""
+    moments = Moments(layer)
+    batch, channels, pixels = h.shape
+    if layer.has_statistics and h.numel():
+        grid, split_length, partial = _splits(h)
+        splits = partial.shape[1]
+        ocr_block_moments_kernel[grid](partial, h, h.stride(), channels, pixels, split_length, splits, **_pass(h))
+        counts = pixels - split_length * torch.arange(splits, dtype=partial.dtype, device=h.device)
+        counts = counts.clamp(max=split_length).repeat(batch).view(-1, 1, 1)
+        moments.add_all(counts, *partial.flatten(0, 1).unbind(1))
+        moments.count = batch * pixels
+    return moments.norm()
+
+
+def _apply(norm: Norm, h: Tensor, mask: Tensor | None = None) -> Tensor:
+    """rho of a map, times the mask where it has elements."""
+    out = empty_maps(h, h.shape[1])
+    _, channels, pixels = h.shape
+    is_masked = mask is not None and len(mask) > 0
+    if h.numel():
+        ocr_block_apply_kernel[_programs(h)](
+            out, out.stride(), h, h.stride(), norm.factor, norm.offset, mask if is_masked else norm.factor,
+            channels, pixels, SLOPE=norm.layer.slope, MASKED=is_masked, **_pass(out, h),
+        )  # fmt: skip
+    return out
+
+
+def _gradients(norm: Norm, grad: Tensor, h: Tensor, mask: Tensor | None = None) -> tuple[Gradients, Tensor]:
+    """The sums of a layer's backward pass, and the gradient of h, both of the gradient after its activation."""
+    gradients, out = Gradients(norm), empty_maps(h, h.shape[1])
+    _, channels, pixels = h.shape
+    is_masked = mask is not None and len(mask) > 0
+    factors = mask if is_masked else norm.factor
+    flags = {"SLOPE": norm.layer.slope, "MASKED": is_masked}
+    if h.numel():
+        grid, split_length, partial = _splits(h)
+        ocr_block_gradient_sums_kernel[grid](
+            partial, grad, grad.stride(), h, h.stride(), norm.factor, norm.offset, norm.mean, factors,
+            channels, pixels, split_length, partial.shape[1], **flags, **_pass(grad, h),
+        )  # fmt: skip
+        gradients.add(*partial.sum((0, 1)))
+    _, slope, constant = gradients.affine()
+    if h.numel():
+        ocr_block_gradient_kernel[_programs(h)](
+            out, out.stride(), grad, grad.stride(), h, h.stride(), norm.factor, norm.offset, slope, constant, factors,
+            channels, pixels, **flags, **_pass(out, grad, h),
+        )  # fmt: skip
+    return gradients, out
+
+
+def _times(matrix: Tensor, maps: Tensor, out: Tensor | None = None, add: bool = False) -> Tensor:
+    """matrix @ maps, of `[outputs, channels]` or `[B, outputs, channels]`; into `out` or added to it, where given."""
+    out = empty_maps(maps, matrix.shape[-2]) if out is None else out
+    if maps.stride(1) == 1 and matrix.dim() == 2:  # one product, whatever B is
+        rows = out.mT.flatten(0, 1)
+        torch.addmm(rows, maps.mT.flatten(0, 1), matrix.t(), beta=int(add), out=rows)
+    else:
+        torch.baddbmm(out, matrix.expand(len(maps), *matrix.shape[-2:]), maps, beta=int(add), out=out)
+    return out
+
+
+def _wide_product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b of `[B, rows, columns]`, in the dtype of statistics."""
+    exact = statistics_dtype(a)
+    if a.is_cuda and a.dtype.itemsize == 2:
+        return torch.bmm(a, b, out_dtype=exact)
+    return torch.bmm(a.to(exact), b.to(exact))
+
+
+def _over_pixels(a: Tensor, b: Tensor) -> Tensor:
+    """sum_i a_i b_i' over the pixels of all images."""
+    if a.stride(1) == b.stride(1) == 1:
+        return _wide_product(a.mT.flatten(0, 1).t()[None], b.mT.flatten(0, 1)[None])[0]
+    return _wide_product(a, b.mT).sum(0)
+
+
+def _region_weights(query: Norm, hidden: Tensor, key: Tensor, scale: float) -> Tensor:
+    """w `[B, K, N]`."""
+    batch, depth, pixels = hidden.shape
     regions = key.shape[2]
-    step = whole.shape[2] if output == "features" else pixels_at_once(*whole.shape[::2])
-    with torch.cuda.device_of(feats):
-        key, contexts = aligned_rows(key, contexts)
-        if output != "features":
-            some_z = _empty_pixels(whole, len(bias), step, whole.dtype)
-        if output == "classes":  # of logits that are not rounded to 16 bits
-            some_logits = _empty_pixels(whole, len(classifier[0]), step, torch.float32)
-        for start in range(0, whole.shape[2], step):
-            x, part = whole[..., start : start + step], result[..., start : start + step]
-            z = part if output == "features" else some_z[..., : x.shape[2]]
-            w = _region_weights(x, key, regions, layers, scale, slopes)
-            _fuse(z, x, w, contexts, regions, up_bias, context, pixels, bias, slopes)
-            if output == "logits":
-                _linear(part, z, *classifier)
-            if output == "classes":
-                logits = some_logits[..., : x.shape[2]]
-                _linear(logits, z, *classifier)
-                part.copy_(logits.argmax(1))
-
-
-def pixels_at_once(batch: int, pixels: int) -> int:
-    """How many of each image, in equal steps of whole tiles, which leaves their addresses as aligned as the first."""
-    most = max(1024, PIXELS_AT_ONCE // batch // 128 * 128)
-    return round_up(cdiv(pixels, cdiv(pixels, most)), 128)
-
-
-def _empty_pixels(like: Tensor, channels: int, pixels: int, dtype: torch.dtype) -> Tensor:
-    """[B, channels, pixels] in the memory format of `like` [B, C, N], and aligned whatever N is."""
-    pixels = round_up(min(pixels, like.shape[2]))
-    if like.stride(1) == 1:
-        return like.new_empty((len(like), pixels, channels), dtype=dtype).transpose(1, 2)
-    return like.new_empty((len(like), channels, pixels), dtype=dtype)
-
-
-def _region_weights(
-    feats: Tensor,
-    key: Tensor,
-    regions: int,
-    layers: Sequence[tuple[Tensor, Tensor]],
-    scale: float,
-    slopes: Sequence[float],
-) -> Tensor:
-    """w [B, N, row_length], lifted."""
-    batch, channels, pixels = feats.shape
-    _, key_channels, row_length = key.shape
-    weights = feats.new_empty((batch, pixels, row_length))
-    numbers = numbers_of(feats)
-    problem = Problem(numbers.itemsize, device_facts(feats.device), channels, regions, outputs=key_channels)
-    tile = tiles.WEIGHTS.choose(problem)
-    ocr_block_weights_kernel[(batch * cdiv(pixels, tile.pixels),)](
-        weights, feats, feats.stride(), key, key.stride(), *layers[0], *layers[-1],
-        channels, key_channels, regions, pixels, row_length, scale,
-        LAYERS=len(layers), SLOPE=slopes[0], OUT_SLOPE=slopes[1],
-        BLOCK_D=padded(key_channels), **constants(tile, numbers, (feats,)),
-    )  # fmt: skip
+    weights = empty_maps(hidden, regions)
+    if regions > tiles.MOST:
+        scores = _wide_product(key.mT.contiguous(), _apply(query, hidden))
+        return weights.copy_(torch.softmax(scale * scores, 1))
+    if hidden.numel():
+        rows, _ = aligned_rows(key, key)
+        problem = Problem(numbers_of(hidden).itemsize, device_facts(hidden.device), depth, regions)
+        tile = tiles.REGION_WEIGHTS.choose(problem)
+        ocr_block_region_weights_kernel[(batch * cdiv(pixels, tile.pixels),)](
+            weights, weights.stride(), hidden, hidden.stride(), rows, rows.stride(), query.factor, query.offset,
+            depth, regions, pixels, rows.shape[2], scale, SLOPE=query.layer.slope,
+            **constants(tile, numbers_of(hidden), (weights, hidden), (rows,)),
+        )  # fmt: skip
     return weights
 
 
-def _fuse(
-    out: Tensor, feats: Tensor, weights: Tensor, contexts: Tensor, regions: int,
-    up_bias: Tensor, context: Tensor, pixels: Tensor, bias: Tensor, slopes: Sequence[float],
-) -> None:  # fmt: skip
-    """Fill out [B, O, N]."""
-    batch, channels, length = feats.shape
-    outputs = out.shape[1]
-    numbers, device = numbers_of(feats), device_facts(feats.device)
-    scattered = alignment(feats, out) == 1 and feats.stride(1) != 1
-    tile = tiles.FUSE.choose(Problem(numbers.itemsize, device, channels, regions, outputs, scattered))
-    ocr_block_fuse_kernel[(batch * cdiv(length, tile.pixels) * cdiv(outputs, tile.outputs),)](
-        out, out.stride(), feats, feats.stride(), weights, contexts, contexts.stride(),
-        up_bias, context, pixels, bias, channels, len(up_bias), outputs, length, weights.shape[2],
-        REGION_TILES=cdiv(regions, tile.regions), UP_SLOPE=slopes[2], SLOPE=slopes[3],
-        **constants(tile, numbers, (feats, out)),
-    )  # fmt: skip
+def _contexts_of(u: Tensor, weights: Tensor) -> Contexts:
+    batch, regions, pixels = weights.shape
+    if not pixels:
+        return Contexts(u, u.new_zeros((batch, regions, 1)), u.new_zeros((batch, regions, regions)), pixels)
+    mean = weights.mean(2, keepdim=True, dtype=u.dtype)
+    centred = weights - mean
+    return Contexts(u, mean, torch.bmm(centred, centred.mT) / pixels, pixels)
 
 
-def _linear(out: Tensor, pixels: Tensor, weight: Tensor, bias: Tensor) -> None:
-    """Fill out [B, O, N] with weight @ pixels + bias."""
-    batch, channels, length = pixels.shape
-    outputs = out.shape[1]
-    numbers = numbers_of(pixels)
-    tile = tiles.LINEAR.choose(Problem(numbers.itemsize, device_facts(pixels.device), channels, outputs=outputs))
-    ocr_block_linear_kernel[(batch * cdiv(length, tile.pixels) * cdiv(outputs, tile.outputs),)](
-        out, out.stride(), pixels, pixels.stride(), weight, bias, channels, outputs, length,
-        OUT_ALIGNMENT=alignment(out), **constants(tile, numbers, (pixels,), (out,)),
-    )  # fmt: skip
+def _contexts(y: Contexts, up: Norm, weights: Tensor, out: Tensor) -> Tensor:
+    """Fill `out` `[B, Y, N]` with y."""
+    batch, channels, pixels = out.shape
+    regions = weights.shape[1]
+    if out.numel():
+        u, _ = aligned_rows((up.factor * y.u).to(out.dtype), y.u[:, :0].to(out.dtype))
+        numbers, device = numbers_of(out), device_facts(out.device)
+        tile = tiles.CONTEXTS.choose(Problem(numbers.itemsize, device, channels, regions))
+        ocr_block_contexts_kernel[(batch * cdiv(channels, tile.channels) * cdiv(pixels, tile.pixels),)](
+            out, out.stride(), weights, weights.stride(), u, u.stride(), up.offset,
+            channels, regions, pixels, u.shape[2], SLOPE=up.layer.slope,
+            **constants(tile, numbers, (out, weights), (u,)),
+        )  # fmt: skip
+    return out
+
+
+def _softmax_gradient(dweights: Tensor, weights: Tensor, matrix: Tensor, column: Tensor) -> Tensor:
+    """That of the scores `[B, K, N]`, in the dtype of the weights."""
+    batch, regions, pixels = weights.shape
+    dscores = empty_maps(weights, regions)
+    if regions > tiles.MOST:
+        w = weights.to(dweights.dtype)
+        dw = torch.baddbmm(dweights + column, matrix, w)
+        dw -= dw.gather(1, w.argmax(1, keepdim=True))
+        return dscores.copy_(w * (dw - (w * dw).sum(1, keepdim=True)))
+    if weights.numel():
+        rows, _ = aligned_rows(matrix, matrix)
+        wide = numbers_of(dweights)
+        tile = tiles.SOFTMAX_GRADIENT.choose(Problem(wide.itemsize, device_facts(weights.device), 0, regions))
+        ocr_block_softmax_gradient_kernel[(batch * cdiv(pixels, tile.pixels),)](
+            dscores, dscores.stride(), dweights, dweights.stride(), weights, weights.stride(), rows, rows.stride(),
+            column.contiguous(), regions, pixels, rows.shape[2], WIDE=wide,
+            **constants(tile, numbers_of(weights), (dscores, dweights, weights), (rows,)),
+        )  # fmt: skip
+    return dscores
+
+
+# The two passes
+
+
+def forward(
+    feats: Tensor, key: Tensor, pixel_in: Tensor, pixel_out: Tensor, fusing: Tensor, contexts: Tensor,
+    vectors: Sequence[Tensor], mask: Tensor, settings: Settings,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """z `[B, O, *S]`, what the backward pass reads (h of both layers of phi, w, G [y, x]), and the statistics."""
+    x, exact, layers = maps_of(feats), statistics_dtype(feats), settings.layers(vectors)
+    with torch.cuda.device_of(feats):
+        hidden_in = hidden = _times(pixel_in, x)
+        first = query = _norm(layers[0], hidden)
+        hidden_out, second = empty_maps(x, len(pixel_out)), Norm(layers[1])
+        if len(pixel_out):
+            hidden_out = hidden = _times(pixel_out, _apply(first, hidden_in))
+            second = query = _norm(layers[1], hidden)
+        weights = _region_weights(query, hidden, key, settings.scale)
+        y = _contexts_of(contexts.to(exact), weights)
+        up = y.norm(layers[2])
+        both = empty_maps(x, fusing.shape[1])
+        inside, outside = _halves(both, len(up.gain), settings)
+        outside.copy_(x)
+        _contexts(y, up, weights, inside)
+        fused = _times(fusing, both)
+        last = _norm(layers[3], fused)
+        z = _apply(last, fused, mask)
+    maps = (each.unflatten(2, feats.shape[2:]) for each in (z, hidden_in, hidden_out, weights, fused))
+    return *maps, statistics_of((first, second, up, last))
+
+
+def _halves(tensor: Tensor, contexts: int, settings: Settings) -> tuple[Tensor, Tensor]:
+    """What belongs to y and what to x, along the second dimension."""
+    others = tensor.shape[1] - contexts
+    if settings.context_first:
+        return tensor[:, :contexts], tensor[:, contexts:]
+    return tensor[:, others:], tensor[:, :others]
+
+
+def backward(
+    grad: Tensor, feats: Tensor, key: Tensor, pixel_in: Tensor, pixel_out: Tensor, fusing: Tensor, contexts: Tensor,
+    vectors: Sequence[Tensor], mask: Tensor, saved: Sequence[Tensor], settings: Settings, needs: Sequence[bool],
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """The gradients of feats, in its dtype, and of key, the three matrices, contexts and the vectors.
+
+    Products that only gradients take part in which are not needed are left out; such gradients are anything.
+    """
+    x, exact, layers = maps_of(feats), statistics_dtype(feats), settings.layers(vectors)
+    *maps, statistics = saved
+    hidden_in, hidden_out, weights, fused = (each.flatten(2) for each in maps)
+    first, second, up, last = Norm.known(layers, statistics)
+    need_feats, need_phi = needs[0], any((*needs[:4], *needs[6:10]))
+    dx = empty_maps(x, x.shape[1] if need_feats else 0)
+    with torch.cuda.device_of(feats):
+        dlast, d = _gradients(last, grad.flatten(2), fused, mask)
+        on_context, on_pixels = _halves(fusing, len(up.gain), settings)
+        y = _contexts_of(contexts.to(exact), weights)
+        inside = _contexts(y, up, weights, empty_maps(x, len(up.gain)))
+        dfusing = fusing.new_empty(fusing.shape, dtype=exact)
+        if needs[4]:
+            for half, of in zip(_halves(dfusing, len(up.gain), settings), (inside, x), strict=True):
+                half.copy_(_over_pixels(d, of))
+        if need_feats:
+            _times(on_pixels.t(), d, dx)
+        dy = activation_backward_(_times(on_context.t(), d), inside, up.layer.slope)
+        del d, inside
+        dup, dcontexts, matrix, column = y.backward(
+            up, _wide_product(dy, weights.mT), dy.sum(2, keepdim=True, dtype=exact)
+        )
+
+        dkey, dphi = torch.zeros_like(key, dtype=exact), [Gradients(first), Gradients(second)]
+        dpixel_in, dpixel_out = torch.zeros_like(pixel_in, dtype=exact), torch.zeros_like(pixel_out, dtype=exact)
+        if need_phi:
+            query, hidden = (second, hidden_out) if len(pixel_out) else (first, hidden_in)
+            dweights = _wide_product((up.factor * y.u).mT.to(dy.dtype), dy)
+            dscores = _softmax_gradient(dweights, weights, matrix, column)
+            del dy, dweights
+            dkey = settings.scale * _wide_product(_apply(query, hidden), dscores.mT)
+            d = _times((settings.scale * key.to(exact)).to(key.dtype), dscores)
+            del dscores
+            if len(pixel_out):
+                dphi[1], d = _gradients(second, d, hidden_out)
+                dpixel_out = _over_pixels(d, _apply(first, hidden_in))
+                d = _times(pixel_out.t(), d)
+            dphi[0], d = _gradients(first, d, hidden_in)
+            if needs[2]:
+                dpixel_in = _over_pixels(d, x)
+            if need_feats:
+                _times(pixel_in.t(), d, dx, add=True)
+    sums = [each.flatten() for layer in (*dphi, dup, dlast) for each in (layer.gain, layer.shift)]
+    return dx.unflatten(2, feats.shape[2:]), dkey, dpixel_in, dpixel_out, dfusing, dcontexts, *sums

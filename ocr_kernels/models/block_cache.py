@@ -60,7 +60,7 @@ class BlockCache:
             return None
         if not isinstance(feats, Tensor) or not isinstance(regions, Tensor):
             return None
-        if not is_used_on(feats.device, training=True) or not plan.fits(module):
+        if not is_used_on(feats.device) or not plan.fits(module):
             return None
         if self.snapshot is not None and not torch.compiler.is_compiling() and not self.snapshot.has_code():
             return None

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ocr_kernels import block
 from ocr_kernels.attention import pixel_region_attention
 from ocr_kernels.block.reference import convolved
-from ocr_kernels.block.registration import FOR_INFERENCE
+from ocr_kernels.block.registration import IMPLEMENTED
 from ocr_kernels.core.activations import activate_
 from ocr_kernels.core.backends import BACKENDS
 from ocr_kernels.core.layout import in_format
@@ -135,7 +135,7 @@ class BlockPlan:
     @property
     def implemented(self) -> tuple[str, ...]:
         """The backends of what it runs."""
-        return FOR_INFERENCE if self.resizing is None else BACKENDS
+        return IMPLEMENTED if self.resizing is None else BACKENDS
 
     def weights(self, module: nn.Module, dtype: torch.dtype) -> Folded:
         """The folded weights of `module`, made of its present parameters and buffers in float32."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ocr_kernels import modules
-from ocr_kernels.block.registration import FOR_INFERENCE, is_used_on
+from ocr_kernels.block.registration import IMPLEMENTED, is_used_on
 from ocr_kernels.core.backends import resolve_backend
 from ocr_kernels.core.calls import has_own_forward
 from ocr_kernels.models.block_cache import BlockCache
@@ -250,7 +250,7 @@ def _as_a_block(
             replacement.block = BlockCache(plan)
             replacement.block.watch(module)
             not_in_training = replacement.block.plan_training(module)
-            if not is_used_on(device_of(module), training=True):
+            if not is_used_on(device_of(module)):
                 not_in_training = not_in_training or f"it has no kernels for {device_of(module).type}"
             before = row.computations if isinstance(row, Swapped) else ()
             found = row if isinstance(row, Swapped) else Swapped(name, type(module).__qualname__)
@@ -290,5 +290,5 @@ def _joining(module: nn.Module, replacements: dict[nn.Module, Replacement]) -> t
     copies = joined(type(module), tuple(joins)) if joins else {}
     if not copies:
         return None
-    row = Swapped("", type(module).__qualname__, ("logits",), _backend(module, module, *FOR_INFERENCE), *worst)
+    row = Swapped("", type(module).__qualname__, ("logits",), _backend(module, module, *IMPLEMENTED), *worst)
     return Replacement(module, (type(module),), copies, joins=tuple(joins)), row
