@@ -41,6 +41,7 @@ import ocr_kernels.block.triton_inference
 import ocr_kernels.core.triton_host
 import ocr_kernels.gather.triton
 from benchmarks.cases import CASES, Case
+from ocr_kernels.block.norms import Settings
 from ocr_kernels.core.layout import statistics_dtype
 from ocr_kernels.core.triton_host import DeviceFacts
 
@@ -165,6 +166,27 @@ class BlockShape(Shape):
         ocr_kernels.block.triton.infer(logits, feats, key, contexts, weights, 1.0, (0.0,) * 4, "logits")
 
 
+class TrainingShape(Shape):
+    """A case of training by the block, with BatchNorm's statistics and Dropout2d's mask."""
+
+    def launch(self) -> None:
+        case = self.case
+        batch, channels, depth, regions = case.batch, case.channels, case.key_channels, case.regions
+        exact = torch.promote_types(self.dtype, torch.float32)
+
+        def empty(*shape: int, dtype: torch.dtype = self.dtype) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device="meta")
+
+        feats = empty(batch, channels, case.height, case.width).contiguous(memory_format=self.memory_format)
+        matrices = [empty(depth, channels), empty(depth, depth), empty(channels, 2 * channels)]
+        contexts = empty(batch, channels, regions, dtype=exact)
+        vectors = [empty(n, dtype=exact) for n in (depth, depth, channels, channels) for _ in range(2)]
+        tensors = feats, empty(batch, depth, regions), *matrices, contexts, vectors, empty(batch, channels, dtype=exact)
+        settings = Settings(1.0, (0.0,) * 4, (1e-5,) * 4, ("",) * 4, True)
+        z, *saved = ocr_kernels.block.triton.forward(*tensors, settings)
+        ocr_kernels.block.triton.backward(z, *tensors, saved, settings, (True,) * 14)
+
+
 def shapes(quick: bool) -> list[Shape]:
     """Every case in every dtype and format; or a case for each row of the tile tables, and what else matters."""
     cityscapes, coco = CASES["cityscapes-inference"], CASES["coco-stuff"]
@@ -177,7 +199,8 @@ def shapes(quick: bool) -> list[Shape]:
     if not quick:
         dtypes = torch.bfloat16, torch.float16, torch.float32
         every = list(itertools.product([*CASES.values(), even], dtypes, FORMATS))
-        return [*(Shape(*shape) for shape in every), *rarer, *(BlockShape(*shape) for shape in every)]
+        blocks = [kind(*shape) for kind in (BlockShape, TrainingShape) for shape in every]
+        return [*(Shape(*shape) for shape in every), *rarer, *blocks]
     return [
         *(Shape(case, dtype) for dtype in (torch.bfloat16, torch.float32) for case in rows),
         Shape(even, torch.float16),
@@ -188,6 +211,10 @@ def shapes(quick: bool) -> list[Shape]:
         *(BlockShape(case, torch.bfloat16, torch.channels_last) for case in (cityscapes, even)),
         *(BlockShape(case, dtype) for case, dtype in ((even, torch.float16), (coco, torch.bfloat16))),
         *(BlockShape(case, torch.float32) for case in (cityscapes, even)),
+        *(TrainingShape(case, torch.bfloat16) for case in rows),
+        *(TrainingShape(case, dtype) for case in (cityscapes, even) for dtype in (torch.float16, torch.float32)),
+        *(TrainingShape(case, torch.bfloat16, torch.channels_last) for case in (cityscapes, coco)),
+        TrainingShape(even, torch.float64),
     ]
 
 
@@ -199,7 +226,7 @@ def random_shapes(count: int = 200) -> list[Shape]:
         replace(case, batch=draw.randint(1, 8), height=draw.randint(16, 256), width=draw.randint(16, 256))
         for _ in range(count)
     ]
-    return [kind(case, torch.bfloat16) for kind in (Shape, BlockShape) for case in cases]
+    return [kind(case, torch.bfloat16) for kind in (Shape, BlockShape, TrainingShape) for case in cases]
 
 
 Position = tuple[int, ...]  # an argument's position, and an element's in it where it is a tuple

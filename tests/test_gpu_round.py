@@ -362,7 +362,9 @@ def test_the_slowest_are_profiled(share: journal.Share) -> None:
     ]
 
 
-@pytest.mark.parametrize("name", ["native gather", "native attention", "triton gather", "triton attention", "block"])
+@pytest.mark.parametrize(
+    "name", ["native gather", "native attention", "triton gather", "triton attention", "block", "training"]
+)
 def test_smoke_on_a_cpu(name: str) -> None:
     regions, least = ("K=1 ", "1x1") if "triton" in name else ("K=", "33x31")
     for subject, run in smoke.subjects(CPU, ["native", "triton"]).items():

@@ -140,6 +140,42 @@ def test_pixels_of_block(regions: int, memory_format: torch.memory_format) -> No
     assert {name: counts.unique().tolist() for name, counts in reads.items()} == {n: [c] for n, c in expected.items()}
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "channels_last"])
+@pytest.mark.parametrize("regions", [19, 171])
+def test_pixels_of_block_in_training(regions: int, memory_format: torch.memory_format) -> None:
+    """How often the kernels between PyTorch's products read each map that is saved, and write what they make."""
+    channels, depth, outputs = 70, 40, 50
+    feats = draw(2, channels, 9, 31, dtype=torch.bfloat16, memory_format=memory_format)
+    matrices = [draw(*shape, dtype=torch.bfloat16) for shape in ((depth, channels), (depth, depth), (outputs, 120))]
+    contexts = draw(2, 50, regions, dtype=torch.float32)
+    vectors = [draw(n, dtype=torch.float32) for n in (depth, depth, 50, outputs) for _ in range(2)]
+    tensors = (
+        feats,
+        draw(2, depth, regions, dtype=torch.bfloat16),
+        *matrices,
+        contexts,
+        *vectors,
+        torch.rand(2, outputs),
+    )
+    settings = 1.0, (0.0,) * 4, (1e-5,) * 4, ("",) * 4, True
+
+    def times_read(launches: Iterable[Launch], tensor: Tensor) -> list[int]:
+        return sum(launch.loads.counts(tensor) for launch in launches).unique().tolist()
+
+    with record_traffic() as launches:
+        z, *saved = block._forward(*tensors, *settings, "triton")
+    hidden_in, hidden_out, weights, fused, _ = saved
+    (softmax,) = (launch for launch in launches if launch.name == "ocr_block_region_weights_kernel")
+    assert_once([softmax], read=[hidden_out], written=[weights])
+    for each in (hidden_in, hidden_out, fused):
+        assert times_read(launches, each) == [2, 3]  # a split's first tile once more
+    grad = draw(*z.shape, dtype=torch.bfloat16, memory_format=memory_format)
+    with record_traffic() as launches:
+        block._backward(grad, *tensors, *saved, *settings, [True] * 14, "triton")
+    assert [times_read(launches, each) for each in (hidden_in, hidden_out, fused, grad)] == [[3], [3], [2], [2]]
+
+
 @pytest.fixture
 def spatial_size(monkeypatch: pytest.MonkeyPatch) -> tuple[int, int]:
     """Makes the device 4 of an H200's 132 multiprocessors; their share of the pixels of an image of 256x512.

@@ -52,7 +52,9 @@ def kernels() -> dict[str, Callable[[], object]]:
             runs[str(job)] = partial(times.launch, job)
     for case, layout in product(NAMED, LAYOUTS[:2]):
         size = smoke.Size(torch.bfloat16, case.regions, case.batch, (case.height, case.width), layout)
-        runs[f"head {case.name} {layout}"] = partial(smoke.launch_block, size, device, case.channels, case.key_channels)
+        for launch in (smoke.launch_block, smoke.launch_training):
+            name = f"{launch.__name__.removeprefix('launch_')} {case.name} {layout}"
+            runs[name] = partial(launch, size, device, case.channels, case.key_channels)
     return {name: partial(compiled, run) for name, run in runs.items()}
 
 

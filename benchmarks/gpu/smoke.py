@@ -17,7 +17,7 @@ import ocr_kernels
 from benchmarks.gpu.journal import Skipped, work
 from ocr_kernels import testing
 from ocr_kernels.attention.reference import pixel_region_attention
-from ocr_kernels.block import Layer, ocr_block
+from ocr_kernels.block import Layer, Norm, ocr_block
 from ocr_kernels.block.functional import Output
 from ocr_kernels.gather.reference import spatial_gather
 
@@ -64,14 +64,17 @@ Launched = tuple[Sequence[Tensor], Callable[[], Sequence[Tensor]], float]
 
 
 def launches(device: torch.device, backends: Sequence[str]) -> dict[str, Callable[[], Launched]]:
-    """Both ops on each backend, forward and backward, and the block for inference."""
+    """Both ops on each backend, forward and backward, and the block for inference and in training."""
     found: dict[str, Callable[[], Launched]] = {
         f"{backend} {op} {size}": partial(launch_op, op, backend, size, device)
         for size in SIZES
         for op in OPS
         for backend in backends
     }
-    return found | {f"block {size}": partial(launch_block, size, device) for size in BLOCK_SIZES}
+    found |= {f"block {size}": partial(launch_block, size, device) for size in BLOCK_SIZES}
+    return found | {
+        f"training {size}": partial(launch_training, size, device) for size in SIZES if size.spatial != (1, 1)
+    }
 
 
 def launch_op(op: str, backend: str, size: Size, device: torch.device) -> Launched:
@@ -133,6 +136,39 @@ def launch_block(size: Size, device: torch.device, channels: int = CHANNELS, key
         return [run(*inputs, backend="reference")]
 
     return [result], exact, BOUNDS[size.dtype]
+
+
+def launch_training(size: Size, device: torch.device, channels: int = CHANNELS, keys: int = 40) -> Launched:
+    """z and all gradients, with the statistics of the batch; no activation, whose kinks would magnify rounding."""
+    c, d, k = channels, keys, size.regions
+    exact = torch.promote_types(size.dtype, torch.float32)
+    shapes = [(size.batch, d, k), (size.batch, d, k), (d, c), (d, d), (c, d), (c, 2 * c)]
+    generator = torch.Generator(device).manual_seed(0)
+
+    def draw(*shape: int, dtype: torch.dtype = size.dtype) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device, dtype=torch.float32).to(dtype)
+
+    inputs = [testing.lay_out(draw(size.batch, c, *size.spatial), size.layout)]
+    inputs += [draw(*shape) * (1.0 if len(shape) == 3 else shape[-1] ** -0.5) for shape in shapes]
+    inputs += [1 + draw(n, dtype=exact) / 4 for n in (d, d, c, c)]
+    grad = draw(size.batch, c, *size.spatial)
+
+    def run(inputs: Sequence[Tensor], grad: Tensor, backend: str | None = None) -> Sequence[Tensor]:
+        inputs = [tensor.detach().requires_grad_() for tensor in inputs]
+        feats, key, value, *matrices, g1, g2, g3, g4 = inputs
+        first, second, up, fusing = (
+            Layer(matrix, None, Norm(gain), 1.0) for matrix, gain in zip(matrices, (g1, g2, g3, g4), strict=True)
+        )
+        z = ocr_block(feats, key, value, [first, second], up, fusing, backend=backend)
+        return z, *torch.autograd.grad(z, inputs, grad)
+
+    with testing.poisoned_memory():
+        results = run(inputs, grad)
+
+    def expected() -> Sequence[Tensor]:
+        return run([tensor.cpu().double() for tensor in inputs], grad.cpu().double(), "reference")
+
+    return results, expected, BOUNDS[size.dtype]
 
 
 def check(results: Sequence[Tensor], exact: Callable[[], Sequence[Tensor]], bound: float) -> dict[str, float]:

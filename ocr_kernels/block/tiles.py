@@ -49,12 +49,13 @@ PASS = Tile(channels=32, pixels=128)
 REGION_WEIGHTS = TileTable(
     {
         2: (
-            Tile(regions=64, channels=64, pixels=128, stages=2),
+            Tile(regions=64, channels=64, pixels=128, stages=2, when=has_wgmma),
+            Tile(regions=64, channels=32, pixels=64, stages=2),
             Tile(regions=256, channels=32, pixels=64, stages=2),
         ),
         4: (
             Tile(regions=64, channels=32, pixels=64, stages=2),
-            Tile(regions=256, channels=32, pixels=32, stages=2),
+            Tile(regions=256, channels=16, pixels=16, stages=2),
         ),
         8: (Tile(regions=256, channels=16, pixels=16),),
     }
@@ -69,18 +70,18 @@ CONTEXTS = TileTable(
     }
 )
 
-# All regions, then pixels; the product is of 32-bit numbers at least.
+# All regions, then pixels, then regions of the product.
 SOFTMAX_GRADIENT = TileTable(
     {
+        2: (
+            Tile(regions=64, channels=32, pixels=128, stages=2, when=has_wgmma),
+            Tile(regions=128, channels=32, pixels=64, stages=2),
+            Tile(regions=256, channels=32, pixels=32, stages=2),
+        ),
         4: (
-            Tile(regions=32, pixels=128),
-            Tile(regions=64, pixels=64),
-            Tile(regions=128, pixels=32),
-            Tile(regions=256, pixels=16),
+            Tile(regions=64, channels=16, pixels=64, stages=2),
+            Tile(regions=256, channels=16, pixels=16, stages=2),
         ),
-        8: (
-            Tile(regions=64, pixels=32),
-            Tile(regions=256, pixels=16),
-        ),
+        8: (Tile(regions=256, channels=16, pixels=16),),
     }
 )

@@ -63,19 +63,19 @@ def ocr_block_moments_kernel(
     partial,  # [B, splits, 2, C]: means, and sums of squares about them
     h, h_strides,  # [B, C, N]
     C, N, split_length, splits,
-    NUMBERS: tl.constexpr, ALIGNMENT: tl.constexpr, INT64: tl.constexpr,
+    ACCUMULATOR: tl.constexpr, ALIGNMENT: tl.constexpr, INT64: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Of a split of the pixels, about the mean of its first tile, which leaves nothing to cancel."""
     c0, _, program, start = split_of_program(C, 1, splits, split_length, BLOCK_C, 1)
     h = image_of(h, h_strides, tl.cast(program // splits, tl.int64), C, N, ALIGNMENT, INT64)
     end = tl.minimum(start + split_length, N)
-    about = load_tile(h, c0, start, BLOCK_C, BLOCK_N).to(NUMBERS.accumulator)
+    about = load_tile(h, c0, start, BLOCK_C, BLOCK_N).to(ACCUMULATOR)
     about = tl.sum(about, 1) / tl.minimum(end - start, BLOCK_N)
-    total = tl.zeros([BLOCK_C, BLOCK_N], NUMBERS.accumulator)
-    squares = tl.zeros([BLOCK_C, BLOCK_N], NUMBERS.accumulator)
+    total = tl.zeros([BLOCK_C, BLOCK_N], ACCUMULATOR)
+    squares = tl.zeros([BLOCK_C, BLOCK_N], ACCUMULATOR)
     for n0 in range(start, end, BLOCK_N):
-        x = load_tile(h, c0, n0, BLOCK_C, BLOCK_N).to(NUMBERS.accumulator) - about[:, None]
+        x = load_tile(h, c0, n0, BLOCK_C, BLOCK_N).to(ACCUMULATOR) - about[:, None]
         x = tl.where((n0 + tl.arange(0, BLOCK_N) < end)[None, :], x, 0.0)
         total += x
         squares += x * x
@@ -94,7 +94,7 @@ def ocr_block_apply_kernel(
     mask,  # [B, C]
     C, N,
     SLOPE: tl.constexpr, MASKED: tl.constexpr,
-    NUMBERS: tl.constexpr, ALIGNMENT: tl.constexpr, INT64: tl.constexpr,
+    ACCUMULATOR: tl.constexpr, ALIGNMENT: tl.constexpr, INT64: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """A norm and an activation, and dropout's mask."""
@@ -102,7 +102,7 @@ def ocr_block_apply_kernel(
     c0 = tile * BLOCK_C
     out = image_of(out, out_strides, image, C, N, ALIGNMENT, INT64)
     h = image_of(h, h_strides, image, C, N, ALIGNMENT, INT64)
-    x = load_tile(h, c0, n0, BLOCK_C, BLOCK_N).to(NUMBERS.accumulator)
+    x = load_tile(h, c0, n0, BLOCK_C, BLOCK_N).to(ACCUMULATOR)
     x = activated(x * column_of(factor, c0, C, BLOCK_C) + column_of(offset, c0, C, BLOCK_C), SLOPE)
     if MASKED:
         x *= column_of(mask + image * C, c0, C, BLOCK_C)
@@ -112,12 +112,12 @@ def ocr_block_apply_kernel(
 @triton.jit
 def gradient_before_activation(
     grad, h, factor, offset, mask, image, c0, n0,
-    SLOPE: tl.constexpr, MASKED: tl.constexpr, NUMBERS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
+    SLOPE: tl.constexpr, MASKED: tl.constexpr, ACCUMULATOR: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """A tile of the gradient of what the activation is taken of, and the tile of h."""
     C = h.height
-    x = load_tile(h, c0, n0, BLOCK_C, BLOCK_N).to(NUMBERS.accumulator)
-    d = load_tile(grad, c0, n0, BLOCK_C, BLOCK_N).to(NUMBERS.accumulator)
+    x = load_tile(h, c0, n0, BLOCK_C, BLOCK_N).to(ACCUMULATOR)
+    d = load_tile(grad, c0, n0, BLOCK_C, BLOCK_N).to(ACCUMULATOR)
     if MASKED:
         d *= column_of(mask + image * C, c0, C, BLOCK_C)
     taken = x * column_of(factor, c0, C, BLOCK_C) + column_of(offset, c0, C, BLOCK_C)
@@ -133,7 +133,7 @@ def ocr_block_gradient_sums_kernel(
     mask,  # [B, C]
     C, N, split_length, splits,
     SLOPE: tl.constexpr, MASKED: tl.constexpr,
-    NUMBERS: tl.constexpr, ALIGNMENT: tl.constexpr, INT64: tl.constexpr,
+    ACCUMULATOR: tl.constexpr, ALIGNMENT: tl.constexpr, INT64: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     c0, _, program, start = split_of_program(C, 1, splits, split_length, BLOCK_C, 1)
@@ -141,11 +141,11 @@ def ocr_block_gradient_sums_kernel(
     grad = image_of(grad, grad_strides, image, C, N, ALIGNMENT, INT64)
     h = image_of(h, h_strides, image, C, N, ALIGNMENT, INT64)
     about = column_of(mean, c0, C, BLOCK_C)
-    total = tl.zeros([BLOCK_C, BLOCK_N], NUMBERS.accumulator)
-    products = tl.zeros([BLOCK_C, BLOCK_N], NUMBERS.accumulator)
+    total = tl.zeros([BLOCK_C, BLOCK_N], ACCUMULATOR)
+    products = tl.zeros([BLOCK_C, BLOCK_N], ACCUMULATOR)
     for n0 in range(start, tl.minimum(start + split_length, N), BLOCK_N):
         d, x = gradient_before_activation(
-            grad, h, factor, offset, mask, image, c0, n0, SLOPE, MASKED, NUMBERS, BLOCK_C, BLOCK_N
+            grad, h, factor, offset, mask, image, c0, n0, SLOPE, MASKED, ACCUMULATOR, BLOCK_C, BLOCK_N
         )
         total += d
         products += d * (x - about)
@@ -165,7 +165,7 @@ def ocr_block_gradient_kernel(
     mask,  # [B, C]
     C, N,
     SLOPE: tl.constexpr, MASKED: tl.constexpr,
-    NUMBERS: tl.constexpr, ALIGNMENT: tl.constexpr, INT64: tl.constexpr,
+    ACCUMULATOR: tl.constexpr, ALIGNMENT: tl.constexpr, INT64: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     tile, n0, image = tile_of_program(tl.cdiv(C, BLOCK_C), N, BLOCK_N)
@@ -174,7 +174,7 @@ def ocr_block_gradient_kernel(
     grad = image_of(grad, grad_strides, image, C, N, ALIGNMENT, INT64)
     h = image_of(h, h_strides, image, C, N, ALIGNMENT, INT64)
     d, x = gradient_before_activation(
-        grad, h, factor, offset, mask, image, c0, n0, SLOPE, MASKED, NUMBERS, BLOCK_C, BLOCK_N
+        grad, h, factor, offset, mask, image, c0, n0, SLOPE, MASKED, ACCUMULATOR, BLOCK_C, BLOCK_N
     )
     d = d * column_of(factor, c0, C, BLOCK_C) + x * column_of(slope, c0, C, BLOCK_C)
     store_tile(out, d + column_of(constant, c0, C, BLOCK_C), c0, n0)
@@ -240,8 +240,10 @@ def ocr_block_softmax_gradient_kernel(
     matrix, matrix_strides,  # [B, K, row_length], of which K are regions
     column,  # [B, K]
     K, N, row_length,
-    NUMBERS: tl.constexpr, WIDE: tl.constexpr, ALIGNMENT: tl.constexpr, INT64: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
+    NUMBERS: tl.constexpr, ALIGNMENT: tl.constexpr, INT64: tl.constexpr,
+    BLOCK_C: tl.constexpr,  # regions of the product at a time
+    BLOCK_K: tl.constexpr,  # all of K
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """w * (dw - sum_k w dw), with dw = dweights + matrix w + column, of a tile of pixels and all regions."""
     _, n0, image = tile_of_program(1, N, BLOCK_N)
@@ -249,10 +251,12 @@ def ocr_block_softmax_gradient_kernel(
     dweights = image_of(dweights, dweights_strides, image, K, N, ALIGNMENT, INT64)
     weights = image_of(weights, weights_strides, image, K, N, ALIGNMENT, INT64)
     matrix = image_of(matrix, matrix_strides, image, K, row_length, 1, False)
+    dw = tl.zeros([BLOCK_K, BLOCK_N], NUMBERS.accumulator)
+    for k0 in range(0, K, BLOCK_C):
+        part = load_tile(weights, k0, n0, BLOCK_C, BLOCK_N)
+        dw = add_product(dw, load_tile(matrix, 0, k0, BLOCK_K, BLOCK_C), part, NUMBERS)
+    dw += load_tile(dweights, 0, n0, BLOCK_K, BLOCK_N) + column_of(column + image * K, 0, K, BLOCK_K)
     w = load_tile(weights, 0, n0, BLOCK_K, BLOCK_N).to(NUMBERS.accumulator)
-    dw = load_tile(dweights, 0, n0, BLOCK_K, BLOCK_N).to(NUMBERS.accumulator)
-    dw += column_of(column + image * K, 0, K, BLOCK_K)
-    dw = add_product(dw, load_tile(matrix, 0, 0, BLOCK_K, BLOCK_K), w, WIDE)
     # what dw exceeds that of the highest weight by: a peak's gradient is then what is left, not rounding
     dw -= tl.max(tl.where(w == tl.max(w, 0)[None, :], dw, float("-inf")), 0)[None, :]
     dw = tl.where((tl.arange(0, BLOCK_K) < K)[:, None], dw, 0.0)
@@ -264,7 +268,8 @@ def ocr_block_softmax_gradient_kernel(
 
 def _pass(*maps: Tensor) -> dict[str, object]:
     """Arguments of a kernel that goes over these maps."""
-    return constants(tiles.PASS, numbers_of(maps[-1]), maps)
+    arguments = constants(tiles.PASS, numbers_of(maps[-1]), maps)
+    return arguments | {"ACCUMULATOR": arguments.pop("NUMBERS").accumulator}
 
 
 def _programs(maps: Tensor) -> tuple[int]:
@@ -368,7 +373,7 @@ def _region_weights(query: Norm, hidden: Tensor, key: Tensor, scale: float) -> T
         scores = _wide_product(key.mT.contiguous(), _apply(query, hidden))
         return weights.copy_(torch.softmax(scale * scores, 1))
     if hidden.numel():
-        rows, _ = aligned_rows(key, key)
+        rows, _ = aligned_rows(key, key[:, :0])
         problem = Problem(numbers_of(hidden).itemsize, device_facts(hidden.device), depth, regions)
         tile = tiles.REGION_WEIGHTS.choose(problem)
         ocr_block_region_weights_kernel[(batch * cdiv(pixels, tile.pixels),)](
@@ -414,13 +419,13 @@ def _softmax_gradient(dweights: Tensor, weights: Tensor, matrix: Tensor, column:
         dw -= dw.gather(1, w.argmax(1, keepdim=True))
         return dscores.copy_(w * (dw - (w * dw).sum(1, keepdim=True)))
     if weights.numel():
-        rows, _ = aligned_rows(matrix, matrix)
-        wide = numbers_of(dweights)
-        tile = tiles.SOFTMAX_GRADIENT.choose(Problem(wide.itemsize, device_facts(weights.device), 0, regions))
+        rows, _ = aligned_rows(matrix.to(weights.dtype), matrix[:, :0].to(weights.dtype))
+        numbers = numbers_of(weights)
+        tile = tiles.SOFTMAX_GRADIENT.choose(Problem(numbers.itemsize, device_facts(weights.device), regions, regions))
         ocr_block_softmax_gradient_kernel[(batch * cdiv(pixels, tile.pixels),)](
             dscores, dscores.stride(), dweights, dweights.stride(), weights, weights.stride(), rows, rows.stride(),
-            column.contiguous(), regions, pixels, rows.shape[2], WIDE=wide,
-            **constants(tile, numbers_of(weights), (dscores, dweights, weights), (rows,)),
+            column.contiguous(), regions, pixels, rows.shape[2],
+            **constants(tile, numbers, (dscores, dweights, weights), (rows,)),
         )  # fmt: skip
     return dscores
 
