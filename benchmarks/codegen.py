@@ -183,8 +183,9 @@ class TrainingShape(Shape):
         vectors = [empty(n, dtype=exact) for n in (depth, depth, channels, channels) for _ in range(2)]
         tensors = feats, empty(batch, depth, regions), *matrices, contexts, vectors, empty(batch, channels, dtype=exact)
         settings = Settings(1.0, (0.0,) * 4, (1e-5,) * 4, ("",) * 4, True)
-        z, *saved = ocr_kernels.block.triton.forward(*tensors, settings)
-        ocr_kernels.block.triton.backward(z, *tensors, saved, settings, (True,) * 14)
+        kernels: Any = ocr_kernels.block.triton
+        z, *saved = kernels.forward(*tensors, settings)
+        kernels.backward(z, *tensors, saved, settings, (True,) * 14)
 
 
 def shapes(quick: bool) -> list[Shape]:
