@@ -334,30 +334,25 @@ def gradients(module: nn.Module, args: Any, grad: Tensor) -> list[Tensor]:
 
 
 @on_each_backend
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("training", [True, False])
-def test_module(training: bool, layout: Any, dtype: torch.dtype) -> None:
-    plain, ours = (module.train(training) for module in pair(dtype, dropout=0.3, act_layer=nn.LeakyReLU))
-    assert_parity(ours, plain, inputs(dtype, layout, (32, 24)))
-
-
-@on_each_backend
-@pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("training", [True, False])
-def test_norms(training: bool, norm: str) -> None:
-    plain, ours = (module.train(training) for module in pair(norm_layer=NORMS[norm], dropout=0.3))
-    for step in range(2):  # what a cumulative average is made of, too
-        args = inputs()
-        torch.manual_seed(step)
-        with CountOps() as ops:
-            found = ours(*args)
-        assert ops.block == 1
-        torch.manual_seed(step)
-        torch.testing.assert_close(found, plain(*args), rtol=1e-4, atol=1e-5)
-    assert dict(ours.named_buffers()).keys() == dict(plain.named_buffers()).keys()
-    for name, buffer in plain.named_buffers():
-        torch.testing.assert_close(ours.get_buffer(name), buffer, rtol=1e-4, atol=1e-5)
+def test_regions_that_are_nearly_alike(training: bool) -> None:
+    """As before a network is trained: what they have in common must not take the digits of the rest."""
+    plain, ours = (module.train(training) for module in pair(norm_layer=nn.Identity, dropout=0.0))
+    for module in (plain, ours):  # norms on the pixels' side alone
+        module.object_context_block.f_up[1][0] = nn.BatchNorm2d(CHANNELS).train(training)
+        module.conv_bn_dropout[1][0] = nn.BatchNorm2d(12).train(training)
+    ratios = []
+    for _ in range(3):
+        feats, regions = inputs(size=(40, 40))
+        regions = (3 * regions[:, :, :1].abs() + 1e-4 * regions).detach()
+        grad = torch.randn(B, 12, 40, 40)
+        results = []
+        for module, dtype in ((ours, torch.float32), (plain, torch.float32), (copy.deepcopy(plain), torch.float64)):
+            args = [arg.detach().to(dtype).requires_grad_() for arg in (feats, regions)]
+            out = module.to(dtype)(*args)
+            results.append([out, *torch.autograd.grad(out, [*args, *module.parameters()], grad.to(dtype))])
+        ratios.append([((a - c).norm() / (b - c).norm()).item() for a, b, c in zip(*results, strict=True) if c.any()])
+    assert max(map(statistics.median, zip(*ratios, strict=True))) <= 1.5
 
 
 def test_frozen_norms_in_training() -> None:

@@ -151,38 +151,43 @@ def _gathered(tensor: Tensor, group: str) -> Tensor:
 
 
 class Contexts:
-    """y = rho(u w): its statistics and its norm's gradients, which follow from the moments of the weights."""
+    """y = rho(u w): its statistics and its norm's gradients, which follow from the moments of the weights.
+
+    Regions may be nearly alike, as they are before a network is trained. What they have in common is taken out first,
+    since weights add up to 1: u w = means + centred w. Norms magnify the rest.
+    """
 
     def __init__(self, u: Tensor, mean_weights: Tensor, covariance: Tensor, pixels: int) -> None:
-        self.u = u  # [B, Y, K]
         self.mean_weights = mean_weights  # [B, K, 1]
-        self.covariance = covariance  # [B, K, K], centred: digits would be lost otherwise
+        self.covariance = covariance  # [B, K, K], of weights less their means
         self.pixels = pixels  # of an image
         self.means = u @ mean_weights  # [B, Y, 1]
+        self.centred = u - self.means  # [B, Y, K]
 
     def norm(self, layer: Layer) -> Norm:
         moments = Moments(layer)
-        if len(self.u) and self.pixels:
-            variances = ((self.u @ self.covariance) * self.u).sum(2, keepdim=True)
-            counts = self.u.new_full((len(self.u), 1, 1), self.pixels)
+        if self.means.numel() and self.pixels:
+            variances = ((self.centred @ self.covariance) * self.centred).sum(2, keepdim=True)
+            counts = self.centred.new_full((len(self.means), 1, 1), self.pixels)
             moments.add_all(counts, self.means, variances * self.pixels)
-            moments.count = len(self.u) * self.pixels
+            moments.count = len(self.means) * self.pixels
         return moments.norm()
 
-    def backward(self, norm: Norm, outer: Tensor, total: Tensor) -> tuple[Gradients, Tensor, Tensor, Tensor]:
-        """Of sum_i dy_i w_i' `[B, Y, K]` and sum_i dy_i `[B, Y, 1]`, dy after the activation's backward pass.
+    def normalised(self, norm: Norm) -> tuple[Tensor, Tensor]:
+        """A `[B, Y, K]` and b `[B, Y, 1]`: what rho's activation is taken of is A w + b."""
+        return norm.factor * self.centred, norm.factor * (self.means - norm.mean) + norm.shift
 
-        The norm's gradients, that of u, and the matrix `[B, K, K]` and the column `[B, K, 1]` that
-        dw_i = (factor u)' dy_i + matrix w_i + column takes.
+    def backward(self, norm: Norm, outer: Tensor, total: Tensor) -> tuple[Gradients, Tensor, Tensor, Tensor]:
+        """Of sum_i dy_i (w_i - mean)' `[B, Y, K]` and sum_i dy_i `[B, Y, 1]`, dy after the activation's backward pass.
+
+        The norm's gradients, that of u, and the matrix `[B, K, K]` and the column `[B, K, 1]` of
+        dw_i = A' dy_i + matrix w_i + column, less what all regions have in common, which a softmax does not feel.
         """
         gradients = Gradients(norm)
-        centred = (self.u * (outer - total * self.mean_weights.mT)).sum(2, keepdim=True)
-        gradients.add(total.sum(0), (centred + (self.means - norm.mean) * total).sum(0))
+        products = (self.centred * outer).sum(2, keepdim=True) + (self.means - norm.mean) * total
+        gradients.add(total.sum(0), products.sum(0))
         factor, mean_grad, slope = gradients.centred()
-        row, pixels = self.mean_weights.mT, self.pixels
-        du = factor * (outer - total * row) + pixels * slope * (self.u @ self.covariance)
-        du += (
-            factor * (total - pixels * mean_grad) + pixels * slope * (self.means - norm.mean)
-        ) * row  # 0 of one image
-        column = self.u.mT @ (-factor * mean_grad - slope * norm.mean).expand(len(self.u), -1, -1)
-        return gradients, du, self.u.mT @ (slope * self.u), column
+        off = slope * (self.means - norm.mean) - factor * mean_grad  # of a pixel whose weights are the mean ones
+        du = factor * outer + self.pixels * slope * (self.centred @ self.covariance)
+        du += (factor * total + self.pixels * off) * self.mean_weights.mT
+        return gradients, du, self.centred.mT @ (slope * self.centred), self.centred.mT @ off

@@ -182,9 +182,10 @@ def forward(
 
     y = contexts_of(contexts.to(exact), weights, tiles)
     up = y.norm(layers[2])
+    normalised = y.normalised(up)
     moments = Moments(layers[3])
     for image, part in tiles:
-        both, _ = _joined(y, up, image, part, x, weights, settings, tiles)
+        both, _ = _joined(normalised, up, image, part, x, weights, settings, tiles)
         h = torch.mm(fusing, both, out=fused[image][:, part])
         add_moments(moments, h, tiles.empty("outputs", outputs, part, exact))
     last = moments.norm()
@@ -196,15 +197,17 @@ def forward(
 
 
 def _joined(
-    y: Contexts, up: Norm, image: int, part: slice, x: Tensor, weights: Tensor, settings: Settings, tiles: Tiles
-) -> tuple[Tensor, Tensor]:
+    normalised: tuple[Tensor, Tensor], up: Norm, image: int, part: slice, x: Tensor, weights: Tensor,
+    settings: Settings, tiles: Tiles,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """What the fusing product takes of a tile, `[Y + C, T]`, and its part that is y."""
-    contexts, channels = y.u.shape[1], x.shape[1]
+    matrix, offset = (each[image] for each in normalised)
+    contexts, channels = len(offset), x.shape[1]
     both = tiles.empty("both", contexts + channels, part)
     sizes = [contexts, channels] if settings.context_first else [channels, contexts]
     inside, pixels = both.split(sizes)[:: 1 if settings.context_first else -1]
     pixels.copy_(x[image][:, part])
-    made = torch.addmm(up.offset, up.factor * y.u[image], weights[image][:, part].to(y.u.dtype))
+    made = torch.addmm(offset, matrix, weights[image][:, part].to(matrix.dtype))
     inside.copy_(activate_(made, up.layer.slope))
     return both, inside
 
@@ -245,12 +248,13 @@ def backward(
     on_context, on_pixels = (half.t().contiguous() for half in halves[:: 1 if settings.context_first else -1])
     dfusing = torch.zeros_like(fusing, dtype=exact)
     dweights = empty_maps(x, key.shape[2], exact)
-    outer = torch.zeros_like(y.u)  # sum_i dy_i w_i', [B, Y, K]
+    normalised = y.normalised(up)
+    outer = torch.zeros_like(y.centred)  # sum_i dy_i (w_i - mean)', [B, Y, K]
     total = torch.zeros_like(y.means)  # sum_i dy_i
     for image, part in tiles:
         d = of_z(image, part)
         d = through(affine, d, fused[image][:, part], d).to(dtype)
-        both, inside = _joined(y, up, image, part, x, weights, settings, tiles)
+        both, inside = _joined(normalised, up, image, part, x, weights, settings, tiles)
         if needs[4]:
             dfusing += d @ both.t()
         if need_feats:
@@ -258,8 +262,8 @@ def backward(
         dy = torch.mm(on_context, d, out=tiles.empty("contexts", len(on_context), part)).to(exact)
         dy = activation_backward_(dy, inside.to(exact), up.layer.slope)
         total[image] += dy.sum(1, keepdim=True)
-        outer[image].addmm_(dy, weights[image][:, part].t().to(exact))
-        torch.mm((up.factor * y.u[image]).t(), dy, out=dweights[image][:, part])
+        outer[image].addmm_(dy, (weights[image][:, part] - y.mean_weights[image]).t())
+        torch.mm(normalised[0][image].t(), dy, out=dweights[image][:, part])
 
     dup, dcontexts, matrix, column = y.backward(up, outer, total)
 

@@ -213,7 +213,7 @@ def ocr_block_contexts_kernel(
     out, out_strides,  # [B, Y, N]
     weights, weights_strides,  # [B, K, N]
     u, u_strides,  # [B, Y, row_length], of which K are regions
-    offset,  # [Y]
+    offset,  # [B, Y]
     Y, K, N, row_length,
     SLOPE: tl.constexpr,
     NUMBERS: tl.constexpr, ALIGNMENT: tl.constexpr, INT64: tl.constexpr,
@@ -229,7 +229,7 @@ def ocr_block_contexts_kernel(
     for k0 in range(0, K, BLOCK_K):
         w = load_tile(weights, k0, n0, BLOCK_K, BLOCK_N)
         y = add_product(y, load_tile(u, c0, k0, BLOCK_C, BLOCK_K), w, NUMBERS)
-    store_tile(out, activated(y + column_of(offset, c0, Y, BLOCK_C), SLOPE), c0, n0)
+    store_tile(out, activated(y + column_of(offset + image * Y, c0, Y, BLOCK_C), SLOPE), c0, n0)
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -393,16 +393,17 @@ def _contexts_of(u: Tensor, weights: Tensor) -> Contexts:
     return Contexts(u, mean, torch.bmm(centred, centred.mT) / pixels, pixels)
 
 
-def _contexts(y: Contexts, up: Norm, weights: Tensor, out: Tensor) -> Tensor:
+def _contexts(normalised: tuple[Tensor, Tensor], up: Norm, weights: Tensor, out: Tensor) -> Tensor:
     """Fill `out` `[B, Y, N]` with y."""
     batch, channels, pixels = out.shape
     regions = weights.shape[1]
     if out.numel():
-        u, _ = aligned_rows((up.factor * y.u).to(out.dtype), y.u[:, :0].to(out.dtype))
+        matrix = normalised[0].to(out.dtype)
+        u, _ = aligned_rows(matrix, matrix[:, :0])
         numbers, device = numbers_of(out), device_facts(out.device)
         tile = tiles.CONTEXTS.choose(Problem(numbers.itemsize, device, channels, regions))
         ocr_block_contexts_kernel[(batch * cdiv(channels, tile.channels) * cdiv(pixels, tile.pixels),)](
-            out, out.stride(), weights, weights.stride(), u, u.stride(), up.offset,
+            out, out.stride(), weights, weights.stride(), u, u.stride(), normalised[1].contiguous(),
             channels, regions, pixels, u.shape[2], SLOPE=up.layer.slope,
             **constants(tile, numbers, (out, weights), (u,)),
         )  # fmt: skip
@@ -452,7 +453,7 @@ def forward(
         both = empty_maps(x, fusing.shape[1])
         inside, outside = _halves(both, len(up.gain), settings)
         outside.copy_(x)
-        _contexts(y, up, weights, inside)
+        _contexts(y.normalised(up), up, weights, inside)
         fused = _times(fusing, both)
         last = _norm(layers[3], fused)
         z = _apply(last, fused, mask)
@@ -486,7 +487,8 @@ def backward(
         dlast, d = _gradients(last, grad.flatten(2), fused, mask)
         on_context, on_pixels = _halves(fusing, len(up.gain), settings)
         y = _contexts_of(contexts.to(exact), weights)
-        inside = _contexts(y, up, weights, empty_maps(x, len(up.gain)))
+        normalised = y.normalised(up)
+        inside = _contexts(normalised, up, weights, empty_maps(x, len(up.gain)))
         dfusing = fusing.new_empty(fusing.shape, dtype=exact)
         if needs[4]:
             for half, of in zip(_halves(dfusing, len(up.gain), settings), (inside, x), strict=True):
@@ -495,15 +497,14 @@ def backward(
             _times(on_pixels.t(), d, dx)
         dy = activation_backward_(_times(on_context.t(), d), inside, up.layer.slope)
         del d, inside
-        dup, dcontexts, matrix, column = y.backward(
-            up, _wide_product(dy, weights.mT), dy.sum(2, keepdim=True, dtype=exact)
-        )
+        outer = _wide_product(dy, (weights - y.mean_weights).to(dy.dtype).mT)
+        dup, dcontexts, matrix, column = y.backward(up, outer, dy.sum(2, keepdim=True, dtype=exact))
 
         dkey, dphi = torch.zeros_like(key, dtype=exact), [Gradients(first), Gradients(second)]
         dpixel_in, dpixel_out = torch.zeros_like(pixel_in, dtype=exact), torch.zeros_like(pixel_out, dtype=exact)
         if need_phi:
             query, hidden = (second, hidden_out) if len(pixel_out) else (first, hidden_in)
-            dweights = _wide_product((up.factor * y.u).mT.to(dy.dtype), dy)
+            dweights = _wide_product(normalised[0].mT.to(dy.dtype), dy)
             dscores = _softmax_gradient(dweights, weights, matrix, column)
             del dy, dweights
             dkey = settings.scale * _wide_product(_apply(query, hidden), dscores.mT)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from ocr_kernels.block.registration import is_used_on
 from ocr_kernels.core.backends import is_offered
@@ -22,6 +23,7 @@ from ocr_kernels.models.block_plan import plan_block
 from ocr_kernels.models.block_trace import tensor_at
 from ocr_kernels.models.block_training import TrainingPlan, plan_training
 from ocr_kernels.models.block_weights import DTYPES, BlockPlan, Folded, globals_of, own_classes
+from ocr_kernels.models.maps import Recorder
 
 _version_of = operator.attrgetter("_version")
 
@@ -81,7 +83,7 @@ class BlockCache:
         """The folded weights for a call with these pixels and regions; None where the module's own forward is to run.
 
         That is in training, where grad mode is on and anything requires grad, on float64, in traces, exports and
-        `torch.func` transforms, and where a layer has a hook.
+        `torch.func` transforms, inside `record_maps`, and where a layer has a hook.
         """
         if type(feats) is not Tensor or type(regions) is not Tensor or not _may_fold():
             return None
@@ -250,11 +252,16 @@ def _kept(values: Any) -> Any:
 def _may_fold() -> bool:
     if torch.compiler.is_compiling():
         return not torch.compiler._is_exporting_flag  # is_exporting() is true under any torch.compile of PyTorch 2.11
-    return not (  # no public function tells of the last two
+    return not (  # no public function tells of the last three
         torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
         or forward_ad._current_level >= 0
         or torch._C._are_functorch_transforms_active()
+        or (torch._C._len_torch_dispatch_stack() and any(map(_records, _get_current_dispatch_mode_stack())))
     )
+
+
+def _records(mode: object) -> bool:
+    return isinstance(mode, Recorder)
 
 
 def _is_watched_or_training(module: nn.Module) -> bool:
