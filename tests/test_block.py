@@ -333,26 +333,27 @@ def gradients(module: nn.Module, args: Any, grad: Tensor) -> list[Tensor]:
     return [out, *torch.autograd.grad(out, [args[0], *wanted], grad)]
 
 
-@on_each_backend
 @pytest.mark.parametrize("training", [True, False])
-def test_regions_that_are_nearly_alike(training: bool) -> None:
+def test_regions_that_are_nearly_alike(backend: str, training: bool) -> None:
     """As before a network is trained: what they have in common must not take the digits of the rest."""
     plain, ours = (module.train(training) for module in pair(norm_layer=nn.Identity, dropout=0.0))
     for module in (plain, ours):  # norms on the pixels' side alone
         module.object_context_block.f_up[1][0] = nn.BatchNorm2d(CHANNELS).train(training)
         module.conv_bn_dropout[1][0] = nn.BatchNorm2d(12).train(training)
     ratios = []
+    size = (40, 40) if backend == "reference" else (12, 16)
     for _ in range(3):
-        feats, regions = inputs(size=(40, 40))
+        feats, regions = inputs(size=size)
         regions = (3 * regions[:, :, :1].abs() + 1e-4 * regions).detach()
-        grad = torch.randn(B, 12, 40, 40)
+        grad = torch.randn(B, 12, *size)
         results = []
         for module, dtype in ((ours, torch.float32), (plain, torch.float32), (copy.deepcopy(plain), torch.float64)):
-            args = [arg.detach().to(dtype).requires_grad_() for arg in (feats, regions)]
-            out = module.to(dtype)(*args)
-            results.append([out, *torch.autograd.grad(out, [*args, *module.parameters()], grad.to(dtype))])
-        ratios.append([((a - c).norm() / (b - c).norm()).item() for a, b, c in zip(*results, strict=True) if c.any()])
-    assert max(map(statistics.median, zip(*ratios, strict=True))) <= 1.5
+            module, columns = module.to(dtype), regions.to(dtype).requires_grad_()
+            attention = module.object_context_block
+            wanted = [columns, *attention.f_object.parameters(), *attention.f_down.parameters()]
+            results.append(torch.autograd.grad(module(feats.detach().to(dtype), columns), wanted, grad.to(dtype)))
+        ratios.append([((a - c).norm() / (b - c).norm()).item() for a, b, c in zip(*results, strict=True)])
+    assert max(map(statistics.median, zip(*ratios, strict=True))) <= 1.2
 
 
 def test_frozen_norms_in_training() -> None:
