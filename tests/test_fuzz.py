@@ -131,6 +131,7 @@ def assert_like_eager(op: Op, actual: Sequence[Tensor | None], grad: Tensor, inp
         edge = (x.abs() > 0.9 * finfo.max) & (x.abs() < 1.1 * finfo.max)
         # Of a gradient it is the order of a sum's terms that makes an infinity of it or NaN.
         same = (of_kind(a) == of_kind(e)) | (of_kind(a) == of_kind(rounded)) | edge
+        same |= a.isfinite() & (x.abs() <= floor)  # in float64, too, all is rounding, of terms that cancel
         assert same.all(), f"result {i}: {a[~same][:4]}, eager {e[~same][:4]}, in float64 {x[~same][:4]}"
         finite = a.isfinite() & e.isfinite() & rounded.isfinite()
         if finite.any():

@@ -71,8 +71,12 @@ class Norm:
 def statistics_of(norms: Sequence[Norm]) -> Tensor:
     """The mean and the variance of each layer, and over how many pixels they were taken, in one vector."""
     vectors = [vector.flatten() for norm in norms for vector in (norm.mean, norm.var)]
-    counts = [torch.as_tensor(norm.count, dtype=norm.mean.dtype, device=norm.mean.device).view(1) for norm in norms]
-    return torch.cat([*vectors, *counts])
+    return torch.cat([*vectors, *(_on_device(norm.count, norm.mean).view(1) for norm in norms)])
+
+
+def _on_device(count: Tensor | int, like: Tensor) -> Tensor:
+    """Nothing waits for the device: it fills what a number is, and copies nothing."""
+    return count if isinstance(count, Tensor) else like.new_full((1,), count)
 
 
 class Moments:
@@ -98,7 +102,7 @@ class Moments:
     def norm(self) -> Norm:
         """With the statistics of all processes of the layer's group."""
         if self.layer.group and self.layer.has_statistics:
-            count = torch.as_tensor(self.count, dtype=self.mean.dtype, device=self.mean.device).expand_as(self.mean)
+            count = _on_device(self.count, self.mean).expand_as(self.mean)
             parts = _gathered(torch.stack((count, self.mean, self.squares)), self.layer.group)
             everywhere = Moments(self.layer._replace(group=""))
             everywhere.add_all(parts[:, 0, :1], parts[:, 1], parts[:, 2])
