@@ -356,3 +356,21 @@ def test_what_changes_in_training_is_seen() -> None:
     is_one_op()
     restore_ocr_modules(module)
     assert not is_one_op()
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_weights_that_are_channels_last(training: bool) -> None:
+    """As `model.to(memory_format=torch.channels_last)` leaves them."""
+    torch.manual_seed(0)
+    plain = reference.SpatialOCR(16, 8, 12, dropout=0.0).to(memory_format=torch.channels_last).train(training)
+    replaced = copy.deepcopy(plain)
+    rows = {row.name: row.computations for row in replace_ocr_modules(replaced).swapped}
+    assert rows[""] == ("block", "training"), rows
+    regions = torch.randn(2, 16, 5, 1)
+    for memory_format in (torch.channels_last, torch.contiguous_format):
+        feats = torch.randn(2, 16, 9, 7).contiguous(memory_format=memory_format)
+        with torch.set_grad_enabled(training), CountOps() as ops:
+            found = replaced(feats, regions)
+        assert (ops.block, ops.inference) == ((1, 0) if training else (0, 1))
+        torch.testing.assert_close(found, plain(feats, regions), rtol=1e-4, atol=1e-5)
+        assert found.is_contiguous(memory_format=memory_format)

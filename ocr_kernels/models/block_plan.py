@@ -255,14 +255,17 @@ def _shapes(module: nn.Module, example: tuple[Tensor, Tensor] | None) -> Iterato
 
 
 def copied(module: nn.Module, keep: bool = False) -> nn.Module:
-    """A copy in float32 on the CPU, or in its dtypes where it is, in eval mode, without hooks."""
+    """A copy in float32 on the CPU, contiguous, or in its dtypes and formats where it is, in eval mode, without hooks.
+
+    Weights that are channels last make results so, whatever the pixels are, which nobody asks a block for.
+    """
     memo: dict[int, Any] = {}
     for tensor in (*module.parameters(), *module.buffers()):
         values = torch.zeros_like(tensor, device="cpu") if tensor.is_meta else tensor.detach()
         if not keep:
             values = values.cpu()
             values = values.float() if values.is_floating_point() else values
-        values = values.clone()
+        values = values.clone(memory_format=torch.preserve_format if keep else torch.contiguous_format)
         memo[id(tensor)] = nn.Parameter(values, False) if isinstance(tensor, nn.Parameter) else values
     copied = copy.deepcopy(module, memo).eval()
     for part in copied.modules():
