@@ -34,7 +34,10 @@ def ocr_block(
     q_i = phi(x_i),  w_i = softmax_k(scale * q_i . key_k),  y_i = rho(sum_k w_ik u_k),  z_i = rho(G [y_i, x_i])
     """
     if any(settings.groups):
-        raise NotImplementedError("second derivatives, forward mode and exports of statistics that processes share")
+        raise RuntimeError(
+            "statistics that processes share have no second derivative, no forward mode and no export: use a norm of one "
+            "process there"
+        )
     x = feats.flatten(2)
     first, second, up, last = settings.layers(vectors)
     statistics: list[Tensor] = []
