@@ -35,8 +35,8 @@ def ocr_block(
     """
     if any(settings.groups):
         raise RuntimeError(
-            "statistics that processes share have no second derivative, no forward mode and no export: use a norm of one "
-            "process there"
+            "statistics that processes share have no second derivative, no forward mode and no export: "
+            "use a norm of one process there"
         )
     x = feats.flatten(2)
     first, second, up, last = settings.layers(vectors)
