@@ -218,21 +218,11 @@ def _allocate_inference(
     return empty_in_format(feats, weights[-1].shape[0])
 
 
-def _infer(
-    feats: Tensor,
-    key: Tensor,
-    contexts: Tensor,
-    weights: Sequence[Tensor],
-    scale: float,
-    slopes: Sequence[float],
-    output: str,
-    backend: str,
-) -> Tensor:
-    out = _allocate_inference(feats, key, contexts, weights, scale, slopes, output, backend)
+def _infer(feats: Tensor, *args: Any) -> Tensor:
+    *others, backend = args
+    out = _allocate_inference(feats, *args)
     if out.numel():
-        implementation("block", backend, feats.device.type, IMPLEMENTED).infer(
-            out, feats, key, contexts, weights, scale, slopes, output
-        )
+        implementation("block", backend, feats.device.type, IMPLEMENTED).infer(out, feats, *others)
     return out
 
 

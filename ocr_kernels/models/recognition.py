@@ -564,7 +564,7 @@ def _depends(deferred: Deferred, target: Any) -> bool:
 def _shares_memory(first: Tensor, second: Tensor) -> bool:
     try:
         return first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
-    except (RuntimeError, NotImplementedError):  # of a transform or a trace
+    except RuntimeError:  # of a transform or a trace
         return True
 
 

@@ -149,7 +149,7 @@ def _given(tensor: Tensor, grad: bool) -> Tensor:
 def _address(tensor: Tensor) -> int:
     try:
         return tensor.untyped_storage().data_ptr()
-    except (RuntimeError, NotImplementedError):  # of tensors that are not dense
+    except RuntimeError:  # of tensors that are not dense
         return id(tensor)
 
 
