@@ -21,7 +21,7 @@ from module_results import CountOps
 from torch import Tensor, nn
 
 from ocr_kernels import reference, replace_ocr_modules, restore_ocr_modules, use_backend
-from ocr_kernels.models.trial import error_of
+from ocr_kernels.models.trial import error_of, errors
 
 SHAPES = (2, 5, 3, 6), (2, 5, 4), (2, 6, 4)
 
@@ -749,6 +749,14 @@ def test_nan_against_a_number_is_an_error() -> None:
     assert error_of(torch.tensor([torch.inf]), torch.tensor([-torch.inf]))[0] == torch.inf
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_what_is_off_is_found_in_every_dtype(dtype: torch.dtype) -> None:
+    right = torch.linspace(-1, 1, 8, dtype=torch.float64)
+    wrong = right.to(dtype) * 1.1
+    assert errors(wrong, right.to(dtype), lambda: right).why_not() is not None
+    assert errors(right.to(dtype), right.to(dtype), lambda: right).why_not() is None
+
+
 def test_trials_in_several_threads() -> None:
     reports: list[Any] = []
 
@@ -762,6 +770,37 @@ def test_trials_in_several_threads() -> None:
     for thread in threads:
         thread.join()
     assert [[row.computations for row in report.swapped] for report in reports] == [[("gather",), ("attention",)]] * 4
+
+
+def draw_elsewhere_once(monkeypatch: pytest.MonkeyPatch, dropout: type[nn.Module]) -> list[Any]:
+    """While a dropout runs in training for the first time, another thread draws numbers; the list is not empty then."""
+    plain, drawn = dropout.forward, []
+
+    def forward(self: nn.Module, x: Tensor) -> Tensor:
+        if self.training and not drawn:
+            drawn.append(threading.Thread(target=torch.rand, args=(3,)))
+            drawn[0].start()
+            drawn[0].join()
+        return plain(self, x)
+
+    monkeypatch.setattr(dropout, "forward", forward)
+    return drawn
+
+
+def test_numbers_that_another_thread_draws_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    def attention_and_dropout(self, query, key, value):
+        return self.drop(torch.bmm(torch.bmm(rows(query), key).softmax(-1), value.mT))
+
+    drawn = draw_elsewhere_once(monkeypatch, nn.Dropout)
+    assert replace_ocr_modules(of(attention_and_dropout, drop=nn.Dropout(0.5)), example_inputs=inputs()).swapped
+    assert drawn
+
+
+def test_numbers_that_another_thread_draws_do_not_count_for_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = draw_elsewhere_once(monkeypatch, nn.Dropout2d)
+    report = replace_ocr_modules(reference.OCRHead(12, 4, 8, 6, dropout=0.5))
+    assert drawn
+    assert ("block", "training") in [row.computations[:2] for row in report.swapped if row.computations], report
 
 
 class Lazy(nn.Module):

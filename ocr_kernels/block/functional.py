@@ -329,7 +329,7 @@ def _check_layer(name: str, layer: Layer, axes: str, sizes: dict[str, int], feat
             check_shape(f"{name}.weight", weight, f"[{wanted}]", False)
         _check_as(f"{name}.weight", weight, feats)
     channels = sizes[axes[0]]
-    if not isinstance(layer.slope, (int, float)) or not math.isfinite(layer.slope):
+    if not isinstance(layer.slope, (int, float)) or not abs(layer.slope) < math.inf:
         raise TypeError(f"{name}.slope must be a finite number, but is {layer.slope!r}")
     norm = layer.norm or Norm()
     vectors = {"bias": layer.bias, "norm.weight": norm.weight, "norm.bias": norm.bias}

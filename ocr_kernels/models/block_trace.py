@@ -223,6 +223,8 @@ class Tracer(TorchDispatchMode):
         return Program(tuple(enumerate(self.paths)), tuple(enumerate(self.calls, first)), first + len(self.calls))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            self.obstacle = self.obstacle or "draws random numbers"
         out = func(*args, **(kwargs or {}))
         self._record(func, args, kwargs or {}, out)
         return out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from ocr_kernels.core.calls import is_plain_call
 from ocr_kernels.models.block_plan import copied, quiet
 from ocr_kernels.models.block_trace import Call
 from ocr_kernels.models.block_weights import BlockPlan, Layer
+from ocr_kernels.models.random_state import undisturbed
 
 BOUND = 1e-8
 """Largest relative difference at which two forwards in float64 count as equal."""
@@ -158,17 +160,21 @@ def _off(module: nn.Module, plan: BlockPlan, candidate: TrainingPlan, forward: C
         twin = copy.deepcopy(trial)
         for seed in range(2):
             feats, regions = (tensor.double() for tensor in plan.random_inputs(seed, 2, (7, 5, 3), 4 + seed))
-            results = []
-            for run, part in ((forward, trial), (candidate.compute, twin)):
-                torch.manual_seed(seed)
-                with torch.enable_grad():
-                    x, f = feats.clone().requires_grad_(), regions.clone().requires_grad_()
-                    out = run(part, x, f)
-                    gradients = torch.autograd.grad(out.square().sum(), [x, f])
-                results.append([out, *gradients, *part.buffers()])
-            for found, expected in zip(*results, strict=True):
+            runs = (forward, trial), (candidate.compute, twin)
+            calls = [functools.partial(_in_training, run, part, feats, regions, seed) for run, part in runs]
+            for found, expected in zip(*undisturbed([], *calls), strict=True):
                 largest = expected.abs().max().item() if expected.numel() else 0.0
                 error = (found - expected).abs().max().item() / (largest or 1.0) if expected.numel() else 0.0
                 if found.shape != expected.shape or not error <= BOUND or math.isnan(error):
                     return f"its forward computes something else in training (off by {error:.1e})"
     return ""
+
+
+def _in_training(run: Callable[..., Any], module: nn.Module, feats: Tensor, regions: Tensor, seed: int) -> list[Tensor]:
+    """A module's result, the gradients of its inputs, and its buffers after it."""
+    torch.default_generator.manual_seed(seed)  # of the CPU alone
+    with torch.enable_grad():
+        x, f = feats.clone().requires_grad_(), regions.clone().requires_grad_()
+        out = run(module, x, f)
+        gradients = torch.autograd.grad(out.square().sum(), [x, f])
+    return [out, *gradients, *(buffer.clone() for buffer in module.buffers())]

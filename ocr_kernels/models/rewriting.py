@@ -13,6 +13,7 @@ import dis
 import functools
 import inspect
 import linecache
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from types import CellType, CodeType, FunctionType
 from typing import Any
@@ -35,6 +36,7 @@ _ASKED = frozenset({"__class__", "__dict__", "data", "grad"}) | vars(Deferred).k
 _ASKED |= frozenset("call flipped is_result operands origin recognition scale softmaxed spatial value".split())  # noqa: SIM905
 """Attributes for which what stands for a tensor has no answer, or another."""
 _DEFINITIONS = ast.FunctionDef, ast.Lambda, ast.GeneratorExp
+_parsing = threading.Lock()  # Python's parser counts its depth for all threads together, and fails if that is off
 _UNSEEN = (
     *(ast.Global, ast.Nonlocal, ast.Yield, ast.YieldFrom, ast.Await, ast.Match),
     *(ast.AsyncFunctionDef, ast.ClassDef, ast.AsyncFor, ast.AsyncWith, ast.Try),
@@ -60,9 +62,10 @@ class Rewriter:
         if not isinstance(function, FunctionType):
             return f"its forward is a {type(function).__name__}, not a function"
         try:
-            found = self._found(function)
-            return found if isinstance(found, str) else _compiled(*found, function, rewrite)
-        except (OSError, SyntaxError, ValueError, RecursionError) as error:
+            with _parsing:
+                found = self._found(function)
+                return found if isinstance(found, str) else _compiled(*found, function, rewrite)
+        except (OSError, SyntaxError, ValueError, RecursionError, SystemError) as error:
             return f"its source cannot be read: {error}"
 
     def why_not(self, module_class: type[nn.Module]) -> str | None:

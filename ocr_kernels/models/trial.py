@@ -17,6 +17,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from ocr_kernels.core.calls import StandIn
+from ocr_kernels.models.random_state import forked_rng, undisturbed
 from ocr_kernels.models.recognition import Log
 from ocr_kernels.models.replacement import Replacement
 
@@ -64,7 +65,13 @@ def dry_run(
     args = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     args = () if isinstance(example_inputs, dict) else args
     args, kwargs = cloned((args, kwargs))
-    with _running, torch.no_grad(), forked_rng(model), preserved(model), torch.compiler.set_stance("force_eager"):
+    with (
+        _running,
+        torch.no_grad(),
+        forked_rng(_tensors(model)),
+        preserved(model),
+        torch.compiler.set_stance("force_eager"),
+    ):
         for module, replacement in replacements.items():
             vars(module)["forward"] = _Observer(replacement, findings)
         try:
@@ -99,9 +106,16 @@ def _compare(replacement: Replacement, finding: Finding) -> None:
     module, args, kwargs = replacement.module, finding.args, finding.kwargs
     observers = [(part, vars(part).pop("forward")) for part in module.modules() if _is_observed(part)]
     try:
-        grad = module.training
-        found, saved = _run(module, lambda a, k: replacement.follow(a, k, finding.log), args, kwargs, grad)
-        expected, saved_before = _run(module, lambda a, k: type(module).forward(module, *a, **k), args, kwargs, grad)
+        tensors, grad = _tensors(module), module.training
+
+        def ours() -> tuple[Any, int]:
+            finding.log = Log()
+            return _run(module, lambda a, k: replacement.follow(a, k, finding.log), args, kwargs, grad)
+
+        def own() -> tuple[Any, int]:
+            return _run(module, lambda a, k: type(module).forward(module, *a, **k), args, kwargs, grad)
+
+        (found, saved), (expected, saved_before) = undisturbed(tensors, ours, own)
         finding.saved_bytes = saved_before - saved if grad else None
         finding.own_bytes = saved_before if grad else None
         finding.errors = errors(found, expected, lambda: _exact(module, args, kwargs))
@@ -115,7 +129,9 @@ def saved_in_training(replacement: Replacement, finding: Finding) -> int | None:
     if finding.own_bytes is None:
         return None
     module = replacement.module
-    return finding.own_bytes - _run(module, lambda a, k: replacement(*a, **k), finding.args, finding.kwargs, True)[1]
+    with forked_rng(_tensors(module)):
+        saved = _run(module, lambda a, k: replacement(*a, **k), finding.args, finding.kwargs, True)[1]
+    return finding.own_bytes - saved
 
 
 def _is_observed(module: nn.Module) -> bool:
@@ -134,7 +150,7 @@ def _run(module: nn.Module, forward: Callable[[Any, Any], Any], args: Any, kwarg
             saved[_address(tensor)] = tensor.untyped_storage().nbytes()
         return tensor
 
-    with preserved(module), forked_rng(module), torch.set_grad_enabled(grad):
+    with preserved(module), torch.set_grad_enabled(grad):
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             out = forward(args, kwargs)
         return pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), out), sum(saved.values())
@@ -157,7 +173,7 @@ def _exact(module: nn.Module, args: Any, kwargs: Any) -> Any:
     """What the module's own forward gives in float64."""
     twin = copy.deepcopy(module).double()
     args, kwargs = pytree.tree_map_only(Tensor, _double, (args, kwargs))
-    with forked_rng(module), torch.autocast(device_of(module).type, enabled=False):
+    with forked_rng(_tensors(module)), torch.autocast(device_of(module).type, enabled=False):
         return type(twin).forward(twin, *args, **kwargs)
 
 
@@ -169,15 +185,16 @@ def errors(found: Any, expected: Any, exact: Callable[[], Any]) -> Errors:
     """How far `found` is off, from float64 if `exact` gives something near `expected`, else from `expected`."""
     outputs = [t for t in pytree.tree_leaves(expected) if isinstance(t, Tensor) and t.is_floating_point()]
     eps = max([torch.finfo(t.dtype).eps for t in outputs], default=0.0)
-    try:
-        truth = exact() if eps > torch.finfo(torch.float64).eps else None  # nothing is more exact than that
-        eager_error, eager_relative = error_of(expected, truth)
-        if eager_relative <= min(0.5, 64 * eps**0.5):
-            error, relative = error_of(found, truth)
-            largest = error / relative if relative else 0.0
-            return Errors(error, eager_error, relative, 4 * eager_error + 8 * eps * largest)
-    except Exception:  # a module may do anything in another dtype
-        pass
+    if eps > torch.finfo(torch.float64).eps:  # nothing is more exact than that
+        try:
+            truth = exact()
+            eager_error, eager_relative = error_of(expected, truth)
+            if eager_relative <= min(0.5, 64 * eps**0.5):
+                error, relative = error_of(found, truth)
+                largest = error / relative if relative else 0.0
+                return Errors(error, eager_error, relative, 4 * eager_error + 8 * eps * largest)
+        except Exception:  # a module may do anything in another dtype
+            pass
     error, relative = error_of(found, expected)
     return Errors(error, None, relative, 4 * eps**0.5 * (error / relative if relative else 0.0))
 
@@ -210,13 +227,12 @@ def cloned(tree: Any) -> Any:
 
 
 def device_of(module: nn.Module) -> torch.device:
-    tensors = (*module.parameters(), *module.buffers())
+    tensors = _tensors(module)
     return tensors[0].device if tensors else torch.device("cpu")
 
 
-def forked_rng(model: nn.Module) -> contextlib.AbstractContextManager[None]:
-    tensors = (*model.parameters(), *model.buffers())
-    return torch.random.fork_rng({t.device.index for t in tensors if t.device.type == "cuda"})
+def _tensors(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
 
 
 @contextlib.contextmanager
