@@ -32,7 +32,8 @@ def seeded() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that there are several, and one that is not full."""
-    monkeypatch.setattr(kernels, "TILE", 11)
+    monkeypatch.setattr(kernels, "TILE", 11 * C)
+    monkeypatch.setattr(kernels, "INFERENCE_TILE", 7 * C)
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ stored: each tile of it is made where the next product reads it, in both passes.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -18,8 +19,8 @@ from ocr_kernels.core.layout import in_format, is_channels_last, statistics_dtyp
 
 aten = torch.ops.aten
 
-TILE = 2048
-"""Pixels at a time on a CPU, whose cache then holds what is between two products."""
+TILE, INFERENCE_TILE = 2**19, 2**18
+"""Values of feats at a time on a CPU, whose cache then holds what is between two products."""
 
 
 # The definition
@@ -83,9 +84,9 @@ def empty_maps(like: Tensor, channels: int, dtype: torch.dtype | None = None, *s
 class Tiles:
     """Which pixels make a tile, and memory for what is made of one, the same for each."""
 
-    def __init__(self, maps: Tensor) -> None:
+    def __init__(self, maps: Tensor, values: int) -> None:
         self.maps = maps
-        self.pixels = max(1, min(TILE if maps.is_cpu else 16 * TILE, maps.shape[2]))
+        self.pixels = max(1, min((values if maps.is_cpu else 32 * values) // maps.shape[1], maps.shape[2]))
         self.memory: dict[str, Tensor] = {}
 
     def __iter__(self) -> Iterator[tuple[int, slice]]:
@@ -99,6 +100,29 @@ class Tiles:
         if name not in self.memory:
             self.memory[name] = empty_maps(self.maps, channels, dtype, 1, self.pixels)[0]
         return self.memory[name][:, : part.stop - part.start]
+
+
+@functools.cache
+def _has_products(dtype: torch.dtype) -> bool:
+    """Whether this machine's CPU multiplies matrices in a 16-bit dtype; else PyTorch does, 50 times as slowly."""
+    try:
+        if dtype == torch.bfloat16:
+            return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        return dtype != torch.float16 or bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+    except AttributeError:  # a PyTorch without oneDNN
+        return False
+
+
+def product_dtype(feats: Tensor) -> torch.dtype:
+    """What products of pixels are computed in: the dtype of feats, or float32 on a CPU that does not have it."""
+    return feats.dtype if not feats.is_cpu or _has_products(feats.dtype) else torch.float32
+
+
+def multiply(matrix: Tensor, tile: Tensor, out: Tensor, *, accumulate: bool = False) -> Tensor:
+    """The product, or `out` plus the product, in the dtype of the matrix; `out` is filled with it."""
+    if out.dtype == matrix.dtype:
+        return torch.addmm(out, matrix, tile, beta=int(accumulate), out=out)
+    return out.copy_(torch.addmm(out.to(matrix.dtype), matrix, tile) if accumulate else torch.mm(matrix, tile))
 
 
 def before(norm: Norm, h: Tensor, out: Tensor) -> Tensor:
@@ -156,8 +180,9 @@ def forward(
     vectors: Sequence[Tensor], mask: Tensor, settings: Settings,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """z `[B, O, *S]`, what the backward pass reads (h of both layers of phi, w, G [y, x]), and the statistics."""
-    x, dtype, exact = maps_of(feats), feats.dtype, statistics_dtype(feats)
-    tiles = Tiles(x)
+    x, dtype, exact = maps_of(feats), product_dtype(feats), statistics_dtype(feats)
+    pixel_in, pixel_out, fusing = (each.to(dtype) for each in (pixel_in, pixel_out, fusing))
+    tiles = Tiles(x, TILE)
     layers = settings.layers(vectors)
     depth, outputs, regions = len(pixel_in), len(fusing), key.shape[2]
     hidden_in, hidden_out = empty_maps(x, depth), empty_maps(x, len(pixel_out))
@@ -165,7 +190,7 @@ def forward(
 
     moments = Moments(layers[0])
     for image, part in tiles:
-        h = torch.mm(pixel_in, x[image][:, part], out=hidden_in[image][:, part])
+        h = multiply(pixel_in, x[image][:, part].to(dtype), hidden_in[image][:, part])
         add_moments(moments, h, tiles.empty("depth", depth, part, exact))
     first = query = moments.norm()
     second = Norm(layers[1])
@@ -175,7 +200,7 @@ def forward(
         for image, part in tiles:
             spare = tiles.empty("depth", depth, part, exact)
             inner = activated(first, hidden_in[image][:, part], spare).to(dtype)
-            add_moments(moments, torch.mm(pixel_out, inner, out=hidden_out[image][:, part]), spare)
+            add_moments(moments, multiply(pixel_out, inner, hidden_out[image][:, part]), spare)
         second = query = moments.norm()
         hidden = hidden_out
     keys = settings.scale * key.to(exact).mT  # [B, K, D]
@@ -189,7 +214,7 @@ def forward(
     moments = Moments(layers[3])
     for image, part in tiles:
         both, _ = _joined(normalised, up, image, part, x, weights, settings, tiles)
-        h = torch.mm(fusing, both, out=fused[image][:, part])
+        h = multiply(fusing, both, fused[image][:, part])
         add_moments(moments, h, tiles.empty("outputs", outputs, part, exact))
     last = moments.norm()
     for image, part in tiles:
@@ -206,7 +231,7 @@ def _joined(
     """What the fusing product takes of a tile, `[Y + C, T]`, and its part that is y."""
     matrix, offset = (each[image] for each in normalised)
     contexts, channels = len(offset), x.shape[1]
-    both = tiles.empty("both", contexts + channels, part)
+    both = tiles.empty("both", contexts + channels, part, product_dtype(x))
     sizes = [contexts, channels] if settings.context_first else [channels, contexts]
     inside, pixels = both.split(sizes)[:: 1 if settings.context_first else -1]
     pixels.copy_(x[image][:, part])
@@ -223,8 +248,9 @@ def backward(
 
     Products that only gradients take part in which are not needed are left out; such gradients are anything.
     """
-    x, dtype, exact = maps_of(feats), feats.dtype, statistics_dtype(feats)
-    tiles = Tiles(x)
+    x, dtype, exact = maps_of(feats), product_dtype(feats), statistics_dtype(feats)
+    pixel_in, pixel_out, fusing = (each.to(dtype) for each in (pixel_in, pixel_out, fusing))
+    tiles = Tiles(x, TILE)
     *maps, statistics = saved
     hidden_in, hidden_out, weights, fused = (each.flatten(2) for each in maps)
     incoming = grad.flatten(2)
@@ -261,8 +287,8 @@ def backward(
         if needs[4]:
             dfusing += d @ both.t()
         if need_feats:
-            torch.mm(on_pixels, d, out=dx[image][:, part])
-        dy = torch.mm(on_context, d, out=tiles.empty("contexts", len(on_context), part)).to(exact)
+            multiply(on_pixels, d, dx[image][:, part])
+        dy = multiply(on_context, d, tiles.empty("contexts", len(on_context), part, dtype)).to(exact)
         dy = activation_backward_(dy, inside.to(exact), up.layer.slope)
         total[image] += dy.sum(1, keepdim=True)
         outer[image].addmm_(dy, (weights[image][:, part] - y.mean_weights[image]).t())
@@ -296,7 +322,7 @@ def backward(
         d = through(affine, dquery[image][:, part], hidden_out[image][:, part], spare).to(dtype)
         q = activated(first, hidden_in[image][:, part], tiles.empty("depth", depth, part, exact))
         dpixel_out += d @ q.to(dtype).t()
-        d = torch.mm(turned, d, out=dquery[image][:, part])
+        d = multiply(turned, d, dquery[image][:, part])
         d = activation_backward_(d.to(exact), q, first.layer.slope)
         add_gradients(dphi[0], d, hidden_in[image][:, part], q)
         dquery[image][:, part] = d
@@ -306,9 +332,9 @@ def backward(
         spare = tiles.empty("grad of depth", depth, part, exact)
         d = through(affine, dquery[image][:, part], hidden_in[image][:, part], spare).to(dtype)
         if needs[2]:
-            dpixel_in += d @ x[image][:, part].t()
+            dpixel_in += d @ x[image][:, part].to(dtype).t()
         if need_feats:
-            dx[image][:, part].addmm_(turned, d)
+            multiply(turned, d, dx[image][:, part], accumulate=True)
     sums = [each.flatten() for layer in (*dphi, dup, dlast) for each in (layer.gain, layer.shift)]
     return dx.unflatten(2, feats.shape[2:]), dkey, dpixel_in, dpixel_out, dfusing, dcontexts, *sums
 
@@ -316,31 +342,53 @@ def backward(
 # Inference: statistics are known, and norms folded into the layers
 
 
-def infer_tile(
-    pixels: Tensor,
+def infer(
+    out: Tensor,
+    feats: Tensor,
     key: Tensor,
     contexts: Tensor,
     weights: Sequence[Tensor],
     scale: float,
     slopes: Sequence[float],
-) -> Tensor:
-    """z of T pixels `[T, C]` as `[T, O]`, or the classifier's logits `[T, L]`, with key `[K, D]` and u `[Y, K]`.
+    output: str,
+) -> None:
+    """Fill `out`: z `[B, O, *S]`, logits `[B, L, *S]` or classes `[B, *S]`.
 
     q_i = phi(x_i),  w_i = softmax_k(scale * q_i . key_k),  y_i = rho(sum_k w_ik u_k + b)  (Eqs. 3, 5),
     z_i = rho(G_y y_i + G_x x_i + g)  (Eq. 6)
-
-    Products are rounded to the dtype of the pixels, as PyTorch does; biases are added in their own.
     """
-    layers, (up_bias, on_context, on_pixels, bias, *classifier) = split_weights(weights)
-    dtype = pixels.dtype
-    query = pixels
-    for (weight, layer_bias), slope in zip(layers, slopes, strict=False):
-        query = activate_(_linear(query, weight, layer_bias), slope).to(dtype)  # [T, D]
-    scores = scale * _linear(query, key).to(up_bias.dtype)  # [T, K]
-    attention = F.softmax(scores, dim=1).to(dtype)
-    context = activate_(_linear(attention, contexts, up_bias), slopes[2]).to(dtype)  # y, [T, Y]
-    out = activate_(_linear(pixels, on_pixels, bias).add_(_linear(context, on_context)), slopes[3])  # z, [T, O]
-    return _linear(out.to(dtype), *classifier) if classifier else out
+    x, dtype = maps_of(feats), product_dtype(feats)
+    layers, (up_bias, on_context, on_pixels, bias, *classifier) = split_weights(
+        [each.to(dtype) if each.dim() > 1 else each for each in weights]
+    )
+    keys, contexts = key.to(dtype).mT.contiguous(), contexts.to(dtype)  # [B, K, D], [B, Y, K]
+    result = (out[:, None] if output == "classes" else out).flatten(2)
+    exact = torch.promote_types(dtype, bias.dtype)
+    tiles = Tiles(x, INFERENCE_TILE)
+    for image, part in tiles:
+        pixels = query = x[image][:, part].to(dtype)  # [C, T]
+        for i, ((weight, layer_bias), slope) in enumerate(zip(layers, slopes, strict=False)):
+            query = linear(weight, query, layer_bias[:, None], tiles.empty(f"query {i}", len(weight), part, exact))
+            query = activate_(query, slope).to(dtype)  # [D, T]
+        scores = torch.mm(keys[image], query, out=tiles.empty("scores", keys.shape[1], part, dtype))  # [K, T]
+        attention = F.softmax(scores.to(exact).mul_(scale), dim=0).to(dtype)
+        context = linear(contexts[image], attention, up_bias[:, None], tiles.empty("y", len(up_bias), part, exact))
+        context = activate_(context, slopes[2]).to(dtype)  # y, [Y, T]
+        out_tile = tiles.empty("z", len(bias), part, exact)
+        linear(on_context, context, linear(on_pixels, pixels, bias[:, None], out_tile), out_tile)
+        activate_(out_tile, slopes[3])  # z, [O, T]
+        if classifier:
+            weight, layer_bias = classifier
+            logits = tiles.empty("logits", len(weight), part, exact)
+            out_tile = linear(weight, out_tile.to(dtype), layer_bias[:, None], logits)
+        result[image][:, part] = out_tile.argmax(0) if output == "classes" else out_tile
+
+
+def linear(matrix: Tensor, tile: Tensor, added: Tensor, out: Tensor) -> Tensor:
+    """The product and what is added to it; if `out` has another dtype, the product is rounded to the matrix's first."""
+    if out.dtype == matrix.dtype:
+        return torch.addmm(added, matrix, tile, out=out)
+    return torch.add(torch.mm(matrix, tile), added, out=out)
 
 
 def query_of(feats: Tensor, weights: Sequence[Tensor], slopes: Sequence[float]) -> Tensor:
@@ -354,43 +402,6 @@ def split_weights(weights: Sequence[Tensor]) -> tuple[list[tuple[Tensor, Tensor]
     """The layers of phi, one or two, and the rest: both kinds of bias are vectors, so the third weight tells."""
     layers = 1 if weights[2].dim() == 1 else 2
     return [(weights[2 * i], weights[2 * i + 1]) for i in range(layers)], weights[2 * layers :]
-
-
-def _linear(pixels: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """W x + b of `[T, channels]`: with a bias in its dtype, else in that of the pixels.
-
-    A convolution of channels in last place is oneDNN's fastest product of float32 on a CPU.
-    """
-    fused = bias if bias is not None and bias.dtype == pixels.dtype else None
-    if pixels.is_cpu:
-        image = pixels.reshape(1, 1, *pixels.shape).permute(0, 3, 1, 2)  # [1, channels, 1, T]
-        out = F.conv2d(image, weight[:, :, None, None], fused)[0, :, 0].t()
-    else:
-        out = F.linear(pixels, weight, fused)
-    return out if bias is None or bias is fused else out + bias
-
-
-def infer(
-    out: Tensor,
-    feats: Tensor,
-    key: Tensor,
-    contexts: Tensor,
-    weights: Sequence[Tensor],
-    scale: float,
-    slopes: Sequence[float],
-    output: str,
-) -> None:
-    """Fill `out`: z `[B, O, *S]`, logits `[B, L, *S]` or classes `[B, *S]`."""
-    on_cpu = feats.is_cpu
-    tile = TILE if on_cpu else 16 * TILE
-    for image in range(feats.shape[0]):
-        pixels = feats[image].flatten(1).t()  # [N, C]
-        pixels = pixels.contiguous() if on_cpu else pixels  # a whole matrix is turned several times as fast as a part
-        result = out[image].view(-1) if output == "classes" else out[image].flatten(1).t()
-        k, u = key[image].t().contiguous(), contexts[image].contiguous()
-        for start in range(0, pixels.shape[0], tile):
-            part = infer_tile(pixels[start : start + tile].contiguous(), k, u, weights, scale, slopes)
-            result[start : start + tile] = part.argmax(1) if output == "classes" else part
 
 
 def infer_whole(
