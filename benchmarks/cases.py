@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import ocr_kernels
@@ -30,8 +31,9 @@ Pass = Literal["forward", "backward", "forward+backward"]
 PASSES: tuple[Pass, ...] = ("forward", "backward", "forward+backward")
 
 EAGER, COMPILED, AUTOTUNED, SDPA = "eager", "compile", "max-autotune", "sdpa"
+CHECKPOINTED = "checkpoint"  # eager, of which a training step keeps nothing and computes it again
 BACKBONE = "backbone"  # eager's, of which a network's time is the rest the head's
-PEERS = (EAGER, COMPILED, AUTOTUNED, SDPA)
+PEERS = (EAGER, COMPILED, AUTOTUNED, CHECKPOINTED, SDPA)
 SDPA_BACKENDS: dict[str, Any] = {
     "sdpa-flash": SDPBackend.FLASH_ATTENTION,
     "sdpa-cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -206,6 +208,17 @@ class Head(nn.Module):
         with use_backend(self.backend) if self.backend else nullcontext():
             out: list[Tensor] = self.head(feats)
         return out
+
+
+class Checkpointed(nn.Module):
+    """A module whose training step keeps its inputs alone, and runs its forward pass again."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *inputs: Tensor) -> Any:
+        return checkpoint(self.module, *inputs, use_reentrant=False)
 
 
 class Network(nn.Module):
@@ -395,6 +408,8 @@ class Workload:
         if AUTOTUNED in self.peers and self.device.type == "cuda":
             # Without CUDA graphs: they would copy the inputs, and what they save, launches, is not timed here.
             functions[AUTOTUNED] = _compiled(self.eager(), mode="max-autotune-no-cudagraphs")
+        if CHECKPOINTED in self.peers and self.subject.name not in OPS and "backward" in self.subject.passes:
+            functions[CHECKPOINTED] = Checkpointed(self.eager())  # type: ignore[arg-type]
         if SDPA in self.peers and self.subject.name == "attention":
             for name, kernel in SDPA_BACKENDS.items():
                 if self._accepts(kernel):

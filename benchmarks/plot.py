@@ -20,6 +20,7 @@ COLOURS = {
     EAGER: "#999999",
     COMPILED: "#56B4E9",
     AUTOTUNED: "#0072B2",
+    "checkpoint": "#F0E442",
     SDPA: "#CC79A7",
     "reference": "#E69F00",
     "triton": "#D55E00",

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.cases import BACKBONE, COMPILED, EAGER, PEERS, SDPA, sweep_of
+from benchmarks.cases import BACKBONE, CHECKPOINTED, COMPILED, EAGER, PEERS, SDPA, sweep_of
 from benchmarks.measure import EMPTY
 
 if TYPE_CHECKING:
@@ -192,7 +192,7 @@ def memory(results: Results) -> list[Grid]:
     """Saved for the backward pass, peak and first call, of ours beside eager and torch.compile."""
     header = ["subject", "case", "pass", "saved [MB]", "peak [MB]", "first call [s]"]
     timed = {name for result in results for name in result["times"]}
-    peers = [name for name in (EAGER, COMPILED) if name in timed]
+    peers = [name for name in (EAGER, COMPILED, CHECKPOINTED) if name in timed]
     grid = Grid(
         f"{' / '.join(['ours', *peers])}: saved for backward besides the inputs, the allocator's peak, first call",
         header,
