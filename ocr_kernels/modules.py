@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from ocr_kernels import reference
@@ -17,7 +16,7 @@ from ocr_kernels.block import ocr_block
 from ocr_kernels.block.layers import is_norm, is_pointwise, layer_of, mask_of, slope_of
 from ocr_kernels.block.registration import is_used_on
 from ocr_kernels.core.backends import left_to_compiler
-from ocr_kernels.core.calls import is_plain_call, is_recorded
+from ocr_kernels.core.calls import is_plain_call, is_recorded, is_taken_apart
 from ocr_kernels.gather import spatial_gather
 
 __all__ = [
@@ -66,11 +65,10 @@ class SpatialOCR(_NoScript, reference.SpatialOCR):
     def forward(self, feats: Tensor, proxy_feats: Tensor) -> Tensor:
         """Pixels x `[B, C, H, W]` and regions f `[B, C, K, 1]` to z `[B, out_channels, H, W]`.
 
-        Where gradients are wanted or a norm takes the statistics of the batch, all that pixels go through is one op;
-        else `replace_ocr_modules` makes it one, which keeps the norms folded from call to call.
+        All that pixels go through is one op. In inference it folds norms at each call; `replace_ocr_modules` keeps them
+        folded from call to call.
         """
-        is_wanted = (torch.is_grad_enabled() or self.training) and is_used_on(feats.device)
-        slopes = self._slopes() if is_wanted else None
+        slopes = None if is_taken_apart() or not is_used_on(feats.device) else self._slopes()
         if slopes is None or feats.dim() != 4 or not feats.is_floating_point() or is_recorded():
             return super().forward(feats, proxy_feats)
         attention = self.object_context_block

@@ -12,6 +12,7 @@ from module_results import CountOps, assert_same, results
 from torch import nn
 
 from ocr_kernels import modules, reference
+from ocr_kernels.core.calls import taken_apart
 
 NORM = ["weight", "bias", "running_mean", "running_var", "num_batches_tracked"]
 ATTENTION_KEYS = [
@@ -139,6 +140,23 @@ def test_head(scale: int, size: tuple[int, int], training: bool) -> None:
     assert found["output 0"].shape == found["output 1"].shape == (2, 5, *size)
     assert_same(found, results(expected, feats), 1e-11)
     assert_same(dict(ours.named_buffers()), dict(expected.named_buffers()), 1e-13)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_inference_is_one_op(memory_format: torch.memory_format) -> None:
+    plain, ours = pair("SpatialOCR", 8, 4, 8)
+    plain.eval(), ours.eval()
+    feats = torch.randn(2, 8, 5, 7, dtype=torch.float64).contiguous(memory_format=memory_format)
+    regions = torch.randn(2, 8, 3, 1, dtype=torch.float64)
+    with CountOps() as ops:
+        z = ours(feats, regions)
+    assert (ops.inference, ops.attention) == (1, 0)
+    assert z.is_contiguous(memory_format=memory_format)
+    torch.testing.assert_close(z, plain(feats, regions))
+    with CountOps() as ops, taken_apart():
+        ours(feats, regions)
+    assert (ops.inference, ops.attention) == (0, 1)
 
 
 def test_head_is_in_hrnets_order() -> None:

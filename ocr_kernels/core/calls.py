@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -42,3 +44,21 @@ def is_recorded() -> bool:
         torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
         or torch.compiler._is_exporting_flag  # is_exporting() is true under any torch.compile of PyTorch 2.11
     )
+
+
+_is_apart = False
+
+
+@contextlib.contextmanager
+def taken_apart() -> Iterator[None]:
+    """In here, modules that have one op for their layers run these one by one."""
+    global _is_apart
+    before, _is_apart = _is_apart, True
+    try:
+        yield
+    finally:
+        _is_apart = before
+
+
+def is_taken_apart() -> bool:
+    return _is_apart

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ocr_kernels.core.calls import has_own_forward
+from ocr_kernels.core.calls import has_own_forward, taken_apart
 from ocr_kernels.models.block_trace import Call, Map, Node, Own, Ref, Tracer, Unmatched, tensor_at
 from ocr_kernels.models.block_weights import (
     DTYPES,
@@ -281,6 +281,7 @@ def quiet(tensors: list[Tensor]) -> Iterator[None]:
     default = torch.get_default_dtype()
     with contextlib.ExitStack() as stack:
         stack.enter_context(forked_rng(tensors))
+        stack.enter_context(taken_apart())
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.device("cpu"))
