@@ -20,6 +20,7 @@ from benchmarks import __main__ as command
 from benchmarks import accuracy, cases, jobs, measure, plot, readme, report
 from benchmarks.cases import BACKBONE, CASES, NETWORKS, OPS, SUBJECTS, Case, Pass, Subject, Workload
 from ocr_kernels import cli, replace_ocr_modules
+from ocr_kernels.core import backends
 
 LAYERS = {name: subject for name, subject in SUBJECTS.items() if name not in NETWORKS}  # the networks need timm
 GATHER, ATTENTION, MODULE, HEAD, FOLDED_MODULE, FOLDED_HEAD = LAYERS.values()
@@ -53,6 +54,7 @@ def tiny() -> Iterator[None]:
         monkeypatch.setattr(torch, "compile", lambda function, **_: function)
         monkeypatch.setattr(torch.nn.Module, "compile", lambda *_, **__: None)
         monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+        monkeypatch.setattr(backends, "_problems", {})  # what is found out without it is forgotten after it
         for module in (cases, command):
             monkeypatch.setattr(module, "our_backends", lambda _: ["reference"])
         monkeypatch.setattr(measure, "measure_limits", lambda *_: measure.Limits(1e10, 1e11))
