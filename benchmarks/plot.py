@@ -124,12 +124,8 @@ def _bars(subject: str, lines: list[Result], setting: str) -> Figure | None:
         ax.set_ylabel(what)
     for ax in figure.axes[:-1]:
         ax.tick_params(labelbottom=False)
-    pairs = [pair for ax in figure.axes for pair in zip(*ax.get_legend_handles_labels(), strict=True)]
-    shown = {label: handle for handle, label in reversed(pairs)}
-    order = sorted(shown, key=[label for _, label in reversed(pairs)].index, reverse=True)
-    figure.axes[0].legend(
-        [shown[label] for label in order], order, ncols=5, frameon=False, loc="lower left", bbox_to_anchor=(0, 1)
-    )
+    handles, labels = max((ax.get_legend_handles_labels() for ax in figure.axes), key=lambda pair: len(pair[1]))
+    figure.axes[0].legend(handles, labels, ncols=5, frameon=False, loc="lower left", bbox_to_anchor=(0, 1))
     return figure
 
 

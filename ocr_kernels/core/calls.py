@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -46,19 +47,25 @@ def is_recorded() -> bool:
     )
 
 
-_is_apart = False
+_apart = 0  # threads and blocks that want modules taken apart
+_counting = threading.Lock()
 
 
 @contextlib.contextmanager
 def taken_apart() -> Iterator[None]:
     """In here, modules that have one op for their layers run these one by one."""
-    global _is_apart
-    before, _is_apart = _is_apart, True
+    _count(1)
     try:
         yield
     finally:
-        _is_apart = before
+        _count(-1)
+
+
+def _count(change: int) -> None:
+    global _apart
+    with _counting:
+        _apart += change
 
 
 def is_taken_apart() -> bool:
-    return _is_apart
+    return _apart > 0
