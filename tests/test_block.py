@@ -398,7 +398,7 @@ def test_without_gradients_in_eval_mode_nothing_is_kept() -> None:
     _, ours = pair()
     with torch.no_grad(), CountOps() as ops:
         ours.eval()(*inputs())
-    assert (ops.block, ops.attention) == (0, 1)
+    assert (ops.block, ops.inference, ops.attention) == (0, 1, 0)
 
 
 def test_saved_for_backward() -> None:
