@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import itertools
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from types import FunctionType
 from typing import Any
 
@@ -146,16 +147,15 @@ class Snapshot:
         self.layers = list(module.modules())
         self.classes = list(map(type, self.layers))
         self.attributes = list(map(vars, self.layers))
-        self.owners = self.attributes + [layer._modules for layer in self.layers if layer._modules]
-        self.sizes = list(map(len, self.owners))
+        self.sizes = list(map(len, self.attributes))
         self.settings = _reads((vars(layer), _settings_of(layer)) for layer in self.layers)
-        own = (owner for layer in self.layers for owner in (layer._modules, layer._parameters, layer._buffers))
-        self.tensors_and_layers = _reads((owner, tuple(owner)) for owner in own)
+        owned = [owner for layer in self.layers for owner in (layer._modules, layer._parameters, layer._buffers)]
+        self.owned, self.empty = [owner for owner in owned if owner], [owner for owner in owned if not owner]
+        self.owned_before = list(_values(self.owned))
         self.code = [vars(base) for base in {base for layer in self.layers for base in own_classes(layer)}]
         self.code_before = [tuple(code.values()) for code in self.code]
         self.settings += [(operator.itemgetter(*names), [globals]) for globals, names in globals_of(module)]
         self.settings_before = [list(map(_kept, map(get, owners))) for get, owners in self.settings]
-        self.tensors_and_layers_before = [list(map(get, owners)) for get, owners in self.tensors_and_layers]
         self.hooks = [h for layer in self.layers[1:] for h in (layer._forward_hooks, layer._forward_pre_hooks)]
         # no public function tells of hooks on all modules
         self.hooks += [torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks]
@@ -176,9 +176,10 @@ class Snapshot:
             self.dtype is dtype
             and self.countable
             and self.is_of(module)
-            and _are(self.settings, self.settings_before)
-            and _are(self.tensors_and_layers, self.tensors_and_layers_before)
-            and list(map(len, self.owners)) == self.sizes
+            and self.has_settings()
+            and _are(_values(self.owned), self.owned_before)
+            and not any(self.empty)
+            and list(map(len, self.attributes)) == self.sizes
             and self.has_code()
             and list(map(type, self.layers)) == self.classes
             and list(map(_version_of, self.tensors)) == self.versions
@@ -190,9 +191,13 @@ class Snapshot:
         return (
             list(module.modules()) == self.layers
             and list(map(type, self.layers)) == self.classes
-            and _are(self.settings, self.settings_before)
+            and self.has_settings()
             and self.has_code()
         )
+
+    def has_settings(self) -> bool:
+        """Whether the layers' attributes are what they were."""
+        return _are((list(map(get, owners)) for get, owners in self.settings), self.settings_before)
 
     def has_code(self) -> bool:
         """Whether classes, and what their methods are, are what they were."""
@@ -234,11 +239,15 @@ def _reads(owners: Iterable[tuple[dict[str, Any], tuple[str, ...]]]) -> Reads:
     return [(operator.itemgetter(*names), owners) for names, owners in alike.items()]
 
 
-def _are(reads: Reads, before: list[list[Any]]) -> bool:
-    """Whether the entries are what they were."""
+def _values(owners: list[dict[str, Any]]) -> Iterator[Any]:
+    return itertools.chain.from_iterable(map(dict.values, owners))
+
+
+def _are(values: Iterable[Any], before: list[Any]) -> bool:
+    """Whether values are what they were."""
     try:
-        return [list(map(get, owners)) for get, owners in reads] == before
-    except Exception:  # an entry is gone, or another tensor, which has no truth value
+        return list(values) == before
+    except Exception:  # one is gone, or another tensor, which has no truth value
         return False
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -17,8 +18,8 @@ from ocr_kernels.block import ocr_block
 from ocr_kernels.block.layers import is_norm, is_pointwise, layer_of, mask_of
 from ocr_kernels.core.calls import is_plain_call
 from ocr_kernels.models.block_plan import copied, quiet
-from ocr_kernels.models.block_trace import Call
-from ocr_kernels.models.block_weights import BlockPlan, Layer
+from ocr_kernels.models.block_trace import Call, Ref
+from ocr_kernels.models.block_weights import BlockPlan
 from ocr_kernels.models.random_state import undisturbed
 
 BOUND = 1e-8
@@ -102,49 +103,68 @@ def plan_training(module: nn.Module, plan: BlockPlan, forward: Callable[..., Any
     if any(isinstance(part, Call) for part in (*plan.key, *plan.value)):
         return "its regions go through more than layers, norms and slopes"
     dropouts = [
-        (path, part) for path, part in module.named_modules() if isinstance(part, nn.modules.dropout._DropoutNd)
+        path for path, part in module.named_modules() if type(part) in (nn.Dropout, nn.Dropout2d) and part.p > 0
     ]
-    dropouts = [(path, part) for path, part in dropouts if part.p > 0]
-    if len(dropouts) > 1 or any(type(part) not in (nn.Dropout, nn.Dropout2d) for _, part in dropouts):
-        return "it drops more than z"
     try:
+        (fusing,) = _pairs(module, plan, [plan.fusing.weight], plan.fusing.slope)
+        ups = _pairs(module, plan, [plan.up.weight, plan.context], plan.up.slope, besides=fusing)
+        if len(ups) > 1 or (not ups and plan.up.slope != 1):
+            return "its contexts go through more than one layer, or none, before they are joined"
         found = TrainingPlan(
-            pixels=tuple(_pair(module, plan, layer) for layer in plan.pixels),
-            key=tuple(_pair(module, plan, layer) for layer in plan.key if isinstance(layer, Layer)),
-            value=tuple(_pair(module, plan, layer) for layer in plan.value if isinstance(layer, Layer)),
-            up=None if plan.up.weight is None else _pair(module, plan, plan.up),
-            fusing=_pair(module, plan, plan.fusing),
+            pixels=_chain(module, plan, plan.pixels),
+            key=_chain(module, plan, plan.key),
+            value=_chain(module, plan, plan.value),
+            up=ups[0] if ups else None,
+            fusing=fusing,
             context_first=True,
             scale=plan.scale,
             transposed=plan.transposed,
-            dropout=dropouts[0][0] if dropouts else None,
+            dropout=None,
         )
+        if len(found.pixels) > 2:
+            return "its pixels go through more than two layers before they attend"
         if not found.fits(module):
             return "a layer has a hook, or is none that the op has"
-        reason = ""
-        for candidate in (found, dataclasses.replace(found, context_first=False)):
-            reason = _off(module, plan, candidate, forward)
-            if not reason:
+        reasons = []
+        for context_first, dropout in itertools.product((True, False), (*dropouts, None)):
+            candidate = dataclasses.replace(found, context_first=context_first, dropout=dropout)
+            reasons.append(_off(module, plan, candidate, forward))
+            if not reasons[-1]:
                 return candidate
-        return reason
+        return reasons[0]
     except Exception as error:
         return str(error)
 
 
-def _pair(module: nn.Module, plan: BlockPlan, layer: Layer) -> Pair:
-    """The modules whose tensors a layer was folded of."""
-    program = plan.program.pruned(tuple(ref for ref in (layer.weight, layer.bias) if ref is not None))
-    owners = {path.rpartition(".")[0]: None for _, path in program.sources}
-    norms = [path for path in owners if isinstance(module.get_submodule(path), nn.modules.batchnorm._NormBase)]
-    others = [path for path in owners if path not in norms]
-    if len(others) != 1 or len(norms) > 1:
-        raise ValueError("a layer is made of more than one convolution and one norm")
-    convolution = module.get_submodule(others[0])
-    if not is_pointwise(convolution) and type(convolution) is not nn.Linear:
-        raise ValueError(f"{others[0]} is a {type(convolution).__qualname__}")
-    if layer.slope < 0:
+def _chain(module: nn.Module, plan: BlockPlan, layers: tuple[Any, ...]) -> tuple[Pair, ...]:
+    return tuple(pair for layer in layers for pair in _pairs(module, plan, [layer.weight], layer.slope))
+
+
+def _pairs(
+    module: nn.Module, plan: BlockPlan, weights: list[Ref | None], slope: float, besides: Pair | None = None
+) -> tuple[Pair, ...]:
+    """The modules that matrices were folded of, in their order, but for those of a pair; the last has the slope."""
+    program = plan.program.pruned(tuple(weights))
+    owners = dict.fromkeys(path.rpartition(".")[0] for _, path in program.sources)
+    if "" in owners:
+        raise ValueError(f"{next(path for _, path in program.sources if '.' not in path)} takes part, in no layer")
+    if besides is not None:
+        own = {besides.convolution, besides.norm} - {None}
+        if not own <= owners.keys():
+            raise ValueError("it adds up projections of pixels and contexts")
+        owners = dict.fromkeys(path for path in owners if path not in own)
+    found: list[Pair] = []
+    for path in owners:
+        part = module.get_submodule(path)
+        if is_pointwise(part) or type(part) is nn.Linear:
+            found.append(Pair(path, None, 1.0))
+        elif is_norm(part) and found and found[-1].norm is None:
+            found[-1] = found[-1]._replace(norm=path)
+        else:
+            raise ValueError(f"{path}, a {type(part).__qualname__}, is no layer that the op has")
+    if slope < 0:
         raise ValueError("an activation has a negative slope")
-    return Pair(others[0], norms[0] if norms else None, layer.slope)
+    return (*found[:-1], found[-1]._replace(slope=slope)) if found else ()
 
 
 def _off(module: nn.Module, plan: BlockPlan, candidate: TrainingPlan, forward: Callable[..., Any]) -> str:
