@@ -123,7 +123,13 @@ def ocr_block(
     scale = key.shape[1] ** -0.5 if scale is None else float(scale)
     made_of = [feats, key, value, *_tensors(layers.values(), classifier if output != "features" else None)]
     if not takes_statistics and mask is None and not _is_differentiated(made_of):
-        return _infer(feats, key, value, layers, classifier, output, scale, context_first, backend)
+        kind = feats.device.type
+        casts = torch.is_autocast_enabled(kind) and feats.dtype != torch.float64
+        dtype = torch.get_autocast_dtype(kind) if casts else feats.dtype
+        with torch.autocast(kind, enabled=False):
+            options: Any = {"output": output, "scale": scale, "context_first": context_first, "dtype": dtype}
+            folded = fold_block(pixel, up, fusing, classifier, **options)
+            return folded.run(feats.to(dtype), key.to(dtype), value, backend)
     for name, layer in layers.items():
         if layer is not None and layer.slope < 0:
             raise ValueError(f"{name}.slope must be a number >= 0 where a derivative is wanted, but is {layer.slope}")
@@ -135,7 +141,7 @@ def ocr_block(
     exact = statistics_dtype(feats)
     vectors, eps, slopes, names = [], [], [], []
     for name, layer in layers.items():
-        gain, shift = (feats.new_empty(0),) * 2 if layer is None else _gain_and_shift(layer, value)
+        gain, shift = (feats.new_empty(0),) * 2 if layer is None else _gain_and_shift(layer, sizes["Y"], value)
         vectors += [gain.to(exact), shift.to(exact)]
         norm = layer.norm if layer is not None and name in takes_statistics else None
         eps.append(-1.0 if norm is None else norm.eps)
@@ -182,46 +188,69 @@ def _classified(z: Tensor, classifier: Classifier | None, output: Output) -> Ten
     return logits.argmax(1) if output == "classes" else in_format(logits, z)
 
 
-def _infer(
-    feats: Tensor, key: Tensor, value: Tensor, layers: dict[str, Layer | None], classifier: Classifier | None,
-    output: Output, scale: float, context_first: bool, backend: str | None,
-) -> Tensor:  # fmt: skip
-    """With norms folded into the matrices."""
-    kind = feats.device.type
-    casts = torch.is_autocast_enabled(kind) and feats.dtype != torch.float64
-    dtype = torch.get_autocast_dtype(kind) if casts else feats.dtype
-    feats, key = feats.to(dtype), key.to(dtype)
-    exact = statistics_dtype(feats)
-    with torch.autocast(kind, enabled=False):
-        folded = {name: _fold(layer, value, exact) for name, layer in layers.items() if layer is not None}
-        up, up_bias = folded.pop("up")
-        fusing, bias = folded.pop("fusing")
-        if up.dim() == 2:
-            contexts = torch.matmul(up.to(exact), value.to(exact)).to(dtype)
-        else:
-            contexts = (up[:, None] * value).to(dtype)
-        on_context, on_pixels = fusing.split([len(up_bias), feats.shape[1]][:: 1 if context_first else -1], 1)
-        if not context_first:
-            on_context, on_pixels = on_pixels, on_context
-        weights = [*itertools.chain(*folded.values()), up_bias, on_context, on_pixels, bias]
-        if output != "features" and classifier is not None:
-            weight, last = classifier
-            weights += [weight, bias.new_zeros(len(weight)) if last is None else last.to(exact)]
-        weights = [weight.to(dtype if weight.dim() == 2 else exact).contiguous() for weight in weights]
-        slopes = [1.0 if layer is None else float(layer.slope) for layer in layers.values()]
+class FoldedBlock(NamedTuple):
+    """Step 4 where every statistic is known, with the norms folded into the matrices. Made once for many calls."""
+
+    up: Tensor  # [Y, V], or [Y], by which values are multiplied
+    weights: list[Tensor]  # as the op takes them
+    slopes: list[float]
+    scale: float | None
+    output: Output
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.weights[0].dtype
+
+    def contexts(self, value: Tensor) -> Tensor:
+        """u `[B, Y, K]`, of value `[B, V, K]`."""
+        if self.up.dim() == 1:
+            return (self.up[:, None] * value).to(self.dtype)
+        return F.linear(value.mT.to(self.up.dtype), self.up).mT.to(self.dtype)
+
+    def with_classifier(self, weight: Tensor, bias: Tensor | None) -> FoldedBlock:
+        """That gives logits, by `[L, O]` and `[L]`."""
+        exact = self.up.new_zeros(len(weight)) if bias is None else bias.to(self.up.dtype)
+        return self._replace(weights=[*self.weights, weight.to(self.dtype).contiguous(), exact], output="logits")
+
+    def run(self, feats: Tensor, key: Tensor, value: Tensor, backend: str | None = None) -> Tensor:
+        """What `ocr_block` gives, without its checks, of feats and key in `dtype`; outside of autocast."""
+        scale = key.shape[1] ** -0.5 if self.scale is None else self.scale
+        arguments = feats, key, self.contexts(value), self.weights, scale, self.slopes, self.output
         if left_to_compiler(feats, backend) and 0 not in feats.shape:
-            return reference.infer_whole(feats, key, contexts, weights, scale, slopes, output)
-        chosen = resolve_backend(feats.device, backend, IMPLEMENTED)
-        out: Tensor = ocr_block_inference_op(feats, key, contexts, weights, scale, slopes, output, chosen)
+            return reference.infer_whole(*arguments)
+        out: Tensor = ocr_block_inference_op(*arguments, resolve_backend(feats.device, backend, IMPLEMENTED))
         return out
 
 
-def _fold(layer: Layer, value: Tensor, exact: torch.dtype) -> tuple[Tensor, Tensor]:
+def fold_block(
+    pixel: Sequence[Layer], up: Layer | None, fusing: Layer, classifier: Classifier | None = None,
+    *, output: Output = "features", scale: float | None = None, context_first: bool = True, dtype: torch.dtype,
+) -> FoldedBlock:  # fmt: skip
+    """The layers that `ocr_block` takes, folded for pixels of a dtype."""
+    layers = _named(pixel, up, fusing)
+    exact = torch.promote_types(dtype, torch.float32)
+    matrix: Any = fusing.weight
+    channels = pixel[0].weight.shape[1]  # type: ignore[union-attr]  # `up` alone may have none
+    sizes = [matrix.shape[1] - channels, channels]  # Y, C
+    folded = {name: _fold(layer, sizes[0], matrix, exact) for name, layer in layers.items() if layer is not None}
+    up_matrix, up_bias = folded.pop("up")
+    both, bias = folded.pop("fusing")
+    on_context, on_pixels = both.split(sizes, 1) if context_first else both.split(sizes[::-1], 1)[::-1]
+    weights = [*itertools.chain(*folded.values()), up_bias, on_context, on_pixels, bias]
+    weights = [weight.to(dtype if weight.dim() == 2 else exact).contiguous() for weight in weights]
+    slopes = [1.0 if layer is None else float(layer.slope) for layer in layers.values()]
+    result = FoldedBlock(up_matrix.to(exact), weights, slopes, scale, "features")
+    if output == "features" or classifier is None:
+        return result
+    return result.with_classifier(*classifier)._replace(output=output)
+
+
+def _fold(layer: Layer, contexts: int, like: Tensor, exact: torch.dtype) -> tuple[Tensor, Tensor]:
     """A matrix, or what each channel is multiplied by, and a bias, of a layer whose statistics are known."""
-    gain, shift = (each.to(exact) for each in _gain_and_shift(layer, value))
-    if layer.weight is None:
-        return gain, shift
-    return (layer.weight if layer.norm is None else gain[:, None] * layer.weight.to(exact)), shift
+    if layer.norm is None and layer.weight is not None:
+        return layer.weight, like.new_zeros(len(layer.weight), dtype=exact) if layer.bias is None else layer.bias
+    gain, shift = (each.to(exact) for each in _gain_and_shift(layer, contexts, like))
+    return (gain if layer.weight is None else gain[:, None] * layer.weight.to(exact)), shift
 
 
 def _named(pixel: Sequence[Layer], up: Layer | None, fusing: Layer) -> dict[str, Layer | None]:
@@ -237,10 +266,13 @@ def _is_batch(norm: Norm) -> bool:
     return norm.training or norm.running_mean is None
 
 
-def _gain_and_shift(layer: Layer, value: Tensor) -> tuple[Tensor, Tensor]:
-    """What a layer multiplies its normalised product by, and adds: all of a norm whose statistics are known."""
-    channels = value.shape[1] if layer.weight is None else len(layer.weight)
-    ones = torch.ones(channels, dtype=statistics_dtype(value), device=value.device)
+def _gain_and_shift(layer: Layer, contexts: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """What a layer multiplies its normalised product by, and adds: all of a norm whose statistics are known.
+
+    `contexts` is Y, and `like` has the dtype and the device of the matrices.
+    """
+    channels = contexts if layer.weight is None else len(layer.weight)
+    ones = like.new_ones(channels, dtype=statistics_dtype(like))
     bias = torch.zeros_like(ones) if layer.bias is None else layer.bias
     norm = layer.norm
     if norm is None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ocr_kernels import block
 from ocr_kernels.attention import pixel_region_attention
-from ocr_kernels.block.reference import convolved
+from ocr_kernels.block.reference import convolved, query_of, split_weights
 from ocr_kernels.block.registration import IMPLEMENTED
 from ocr_kernels.core.activations import activate_
 from ocr_kernels.core.backends import BACKENDS
@@ -40,75 +40,49 @@ class Resizing(NamedTuple):
     resize: Call  # contexts, to the size that follows
     factor: int  # by which sides get shorter, rounded up
 
-    def run(self, feats: Tensor, key: Tensor, value: Tensor, weights: Weights) -> Tensor:
+    def run(self, feats: Tensor, key: Tensor, value: Tensor, folded: block.FoldedBlock) -> Tensor:
         """z of `ocr_block`, with y made of pooled feats. Resizing commutes with the half of g that takes y."""
-        device, dtype = feats.device, feats.dtype
-        query = self.pool.run((), device, feats)
-        for layer in weights.pixel:
-            query = activate_(_convolved(query, layer), layer.slope).to(dtype)
-        up, fusing = weights.up, weights.fusing
-        assert fusing.weight is not None
-        contexts = value if up.weight is None else torch.matmul(up.weight, value)  # u, [B, Y, K]
-        context = pixel_region_attention(query, key, contexts, weights.scale)
-        if up.bias is not None:
-            context = context + up.bias.view(-1, *(1,) * (feats.dim() - 2))
-        on_context, on_pixels = fusing.weight.split([contexts.shape[1], feats.shape[1]], 1)
-        context = convolved(activate_(context, up.slope).to(dtype), on_context)
+        device, dtype, slopes = feats.device, feats.dtype, folded.slopes
+        query = query_of(self.pool.run((), device, feats), folded.weights, slopes)
+        _, (up_bias, on_context, on_pixels, bias) = split_weights(folded.weights)
+        context = pixel_region_attention(query, key, folded.contexts(value), folded.scale)
+        context = context + up_bias.view(-1, *(1,) * (feats.dim() - 2))
+        context = convolved(activate_(context, slopes[2]).to(dtype), on_context)
         context = self.resize.run((), device, context, feats.shape[2:])
-        out = _convolved(feats, fusing._replace(weight=on_pixels)).add_(context)
-        return in_format(activate_(out, fusing.slope).to(dtype), feats)
-
-
-class Weights(NamedTuple):
-    """The layers that pixels go through, as `ocr_block` takes them, with norms folded in."""
-
-    pixel: tuple[block.Layer, ...]
-    up: block.Layer
-    fusing: block.Layer
-    scale: float
+        out = convolved(feats, on_pixels, bias).add_(context)
+        return in_format(activate_(out, slopes[3]).to(dtype), feats)
 
 
 class Folded(NamedTuple):
-    """What a call takes: the weights, and what makes keys and values of regions, with tensors in it."""
+    """What a call takes: the layers of pixels, and what makes keys and values of regions, with tensors in it."""
 
-    weights: Weights
+    block: block.FoldedBlock
     key: tuple[Any, ...]
     value: tuple[Any, ...]
     transposed: bool  # whether regions come as [B, K, C]
     resizing: Resizing | None
-    classifier: tuple[Tensor, Tensor | None] | None = None
-
-    @property
-    def dtype(self) -> torch.dtype:
-        fusing: Any = self.weights.fusing.weight
-        dtype: torch.dtype = fusing.dtype
-        return dtype
 
     def with_classifier(self, weight: Tensor, bias: Tensor | None) -> Folded | None:
         """With logits for z, made by a matrix `[L, O]`; None where that is no part of the op."""
-        fusing: Any = self.weights.fusing.weight
-        casts = torch.is_autocast_enabled(fusing.device.type)
+        last = self.block.weights[-1]  # z's bias
+        casts = torch.is_autocast_enabled(last.device.type)
         wants_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (weight, bias))
-        if self.resizing is not None or wants_grad or weight.shape[1] != len(fusing) or weight.device != fusing.device:
+        if self.resizing is not None or wants_grad or weight.shape[1] != len(last) or weight.device != last.device:
             return None
-        if not casts and weight.dtype != fusing.dtype:
+        if not casts and weight.dtype != self.block.dtype:
             return None
-        return self._replace(classifier=(weight.detach().to(fusing.dtype), None if bias is None else bias.detach()))
+        return self._replace(block=self.block.with_classifier(weight.detach(), None if bias is None else bias.detach()))
 
     def compute(self, feats: Tensor, regions: Tensor, backend: str | None = None) -> Tensor:
         """z, or logits, in the dtype of the weights, in the memory format of feats."""
-        weights = self.weights
         with torch.autocast(feats.device.type, enabled=False), torch.no_grad():
-            dtype = self.dtype
+            dtype = self.block.dtype
             columns = regions.to(dtype).flatten(2)
-            columns = columns if self.transposed else columns.transpose(1, 2)  # [B, K, C]
+            columns = columns if self.transposed else columns.mT.contiguous()  # [B, K, C]
             key, value = _chain(columns, self.key), _chain(columns, self.value)
             if self.resizing is not None:
-                return self.resizing.run(feats.to(dtype), key, value, weights)
-            return block.ocr_block(
-                feats.to(dtype), key, value, weights.pixel, weights.up, weights.fusing, self.classifier,
-                scale=weights.scale, backend=backend,
-            )  # fmt: skip
+                return self.resizing.run(feats.to(dtype), key, value, self.block)
+            return self.block.run(feats.to(dtype), key, value, backend)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,11 +134,11 @@ class BlockPlan:
                 return dataclasses.replace(layer, args=tuple(args))
 
             fusing = folded(self.fusing)
-            both = torch.cat((matrix(self.context), matrix(self.fusing.weight)), 1)
+            fusing = fusing._replace(weight=torch.cat((matrix(self.context), matrix(self.fusing.weight)), 1))
             pixel = tuple(map(folded, self.pixels))
-            weights = Weights(pixel, folded(self.up), fusing._replace(weight=both), self.scale)
+            made = block.fold_block(pixel, folded(self.up), fusing, scale=self.scale, dtype=dtype)
             key, value = (tuple(map(part, parts)) for parts in (self.key, self.value))
-            return Folded(weights, key, value, self.transposed, self.resizing)
+            return Folded(made, key, value, self.transposed, self.resizing)
 
     def run(self, module: nn.Module, feats: Tensor, regions: Tensor) -> Tensor:
         """z of `module`, in the shape and memory format that its own forward gives it."""
@@ -259,12 +233,6 @@ def globals_of(module: nn.Module) -> list[tuple[dict[str, Any], tuple[str, ...]]
     return [(globals, tuple(sorted(names))) for globals, names in found.values() if names]
 
 
-def _convolved(feats: Tensor, layer: block.Layer) -> Tensor:
-    """W x + b in the dtype of b, or of x where there is none."""
-    assert layer.weight is not None
-    return convolved(feats, layer.weight.contiguous(), layer.bias)
-
-
 def _chain(columns: Tensor, parts: tuple[Any, ...]) -> Tensor:
     """`[B, channels, K]` of regions `[B, K, C]`."""
     dtype = columns.dtype
@@ -272,7 +240,8 @@ def _chain(columns: Tensor, parts: tuple[Any, ...]) -> Tensor:
         if isinstance(part, Call):
             columns = part.run((), columns.device, columns.transpose(1, 2)).transpose(1, 2)
         else:
-            columns = F.linear(columns, part.weight)
-            columns = columns if part.bias is None else columns + part.bias
+            is_exact = part.bias is not None and part.bias.dtype == dtype
+            columns = F.linear(columns, part.weight, part.bias if is_exact else None)
+            columns = columns if is_exact or part.bias is None else columns + part.bias
             columns = activate_(columns, part.slope).to(dtype)
     return columns.transpose(1, 2)
