@@ -159,9 +159,10 @@ def ocr_block(
     )  # fmt: skip
     if count or any(names):
         *known, counts = statistics.detach().split([*(len(vector) for vector in vectors), len(layers)])
-        for layer, mean, var, taken in zip(layers.values(), known[::2], known[1::2], counts, strict=True):
+        corrections = counts / (counts - 1)  # of variances, to unbiased ones
+        for layer, mean, var, correction in zip(layers.values(), known[::2], known[1::2], corrections, strict=True):
             if layer is not None:
-                _update(layer, mean, var, taken)
+                _update(layer, mean, var, correction)
     return _classified(z, classifier, output)
 
 
@@ -287,13 +288,13 @@ def _gain_and_shift(layer: Layer, contexts: int, like: Tensor) -> tuple[Tensor, 
 
 
 @torch.no_grad()
-def _update(layer: Layer, mean: Tensor, var: Tensor, count: Tensor) -> None:
+def _update(layer: Layer, mean: Tensor, var: Tensor, correction: Tensor) -> None:
     """Let statistics run."""
     norm = layer.norm
     if norm is None or not norm.training or norm.running_mean is None or norm.running_var is None:
         return
     mean = mean if layer.bias is None else mean + layer.bias
-    for running, now in ((norm.running_mean, mean), (norm.running_var, var * (count / (count - 1)))):
+    for running, now in ((norm.running_mean, mean), (norm.running_var, var * correction)):
         running.lerp_(now.to(running.dtype), norm.momentum)
 
 

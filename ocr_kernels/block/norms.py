@@ -50,15 +50,16 @@ class Norm:
     def __init__(
         self, layer: Layer, mean: Tensor | None = None, var: Tensor | None = None, count: Tensor | int = 1
     ) -> None:
-        self.layer = layer
+        self.layer, self.count = layer, count
         self.gain, self.shift = layer.gain[:, None], layer.shift[:, None]
-        zeros = torch.zeros_like(self.gain)
-        if mean is None or var is None or not layer.has_statistics:
-            mean, var = zeros, zeros + 1
-        self.mean, self.var, self.count = mean.view_as(zeros), var.view_as(zeros), count
-        self.rstd = (self.var + layer.eps).rsqrt() if layer.has_statistics else zeros + 1
-        self.factor = self.gain * self.rstd
-        self.offset = self.shift - self.mean * self.factor
+        if mean is not None and var is not None and layer.has_statistics:
+            self.mean, self.var = mean.view_as(self.gain), var.view_as(self.gain)
+            self.rstd = (self.var + layer.eps).rsqrt()
+            self.factor = self.gain * self.rstd
+            self.offset = torch.addcmul(self.shift, self.mean, self.factor, value=-1)
+        else:
+            self.mean, self.var = torch.zeros_like(self.gain), torch.ones_like(self.gain)
+            self.rstd, self.factor, self.offset = self.var, self.gain, self.shift
 
     @classmethod
     def known(cls, layers: Sequence[Layer], statistics: Tensor) -> list[Norm]:
@@ -71,7 +72,10 @@ class Norm:
 def statistics_of(norms: Sequence[Norm]) -> Tensor:
     """The mean and the variance of each layer, and over how many pixels they were taken, in one vector."""
     vectors = [vector.flatten() for norm in norms for vector in (norm.mean, norm.var)]
-    return torch.cat([*vectors, *(_on_device(norm.count, norm.mean).view(1) for norm in norms)])
+    counts = [norm.count for norm in norms]
+    if len(set(counts)) == 1 and isinstance(counts[0], int):
+        return torch.cat([*vectors, vectors[0].new_full((len(counts),), counts[0])])
+    return torch.cat([*vectors, *(_on_device(count, vectors[0]).view(1) for count in counts)])
 
 
 def _on_device(count: Tensor | int, like: Tensor) -> Tensor:
@@ -84,10 +88,13 @@ class Moments:
 
     def __init__(self, layer: Layer) -> None:
         self.layer = layer
-        self.count: Tensor | int = 0
-        self.mean = self.squares = torch.zeros_like(layer.gain[:, None])
+        self.count: Tensor | int | None = None
+        self.mean = self.squares = layer.gain[:, None]  # until a part is added
 
     def add(self, count: Tensor | int, mean: Tensor, squares: Tensor) -> None:
+        if self.count is None:
+            self.count, self.mean, self.squares = count, mean, squares
+            return
         total, difference = self.count + count, mean - self.mean
         self.squares = self.squares + squares + difference.square() * (self.count * count / total)
         self.mean = self.mean + difference * (count / total)
@@ -101,12 +108,17 @@ class Moments:
 
     def norm(self) -> Norm:
         """With the statistics of all processes of the layer's group."""
-        if self.layer.group and self.layer.has_statistics:
+        if not self.layer.has_statistics:
+            return Norm(self.layer)
+        if self.count is None:
+            self.add(0, *torch.zeros_like(self.mean).expand(2, -1, -1))
+        assert self.count is not None
+        if self.layer.group:
             count = _on_device(self.count, self.mean).expand_as(self.mean)
             parts = _gathered(torch.stack((count, self.mean, self.squares)), self.layer.group)
             everywhere = Moments(self.layer._replace(group=""))
             everywhere.add_all(parts[:, 0, :1], parts[:, 1], parts[:, 2])
-            self.count, self.mean, self.squares = everywhere.count, everywhere.mean, everywhere.squares
+            return everywhere.norm()
         taken = self.count if isinstance(self.count, Tensor) else max(self.count, 1)
         return Norm(self.layer, self.mean, self.squares / taken, taken)
 
@@ -116,28 +128,30 @@ class Gradients:
 
     def __init__(self, norm: Norm) -> None:
         self.norm = norm
+        self.is_empty = True
         self.shift = torch.zeros_like(norm.gain)  # sum of the gradients of what the activation is taken of
-        self.gain = torch.zeros_like(norm.gain)  # sum of those times what is normalised
+        self.gain = self.shift  # sum of those times what is normalised
 
     def add(self, grad: Tensor, grad_h: Tensor) -> None:
         """Sums over pixels of the gradients, and of those times h - mean."""
-        self.shift = self.shift + grad
-        self.gain = self.gain + grad_h * self.norm.rstd
+        gain = grad_h * self.norm.rstd
+        self.shift, self.gain = (grad, gain) if self.is_empty else (self.shift + grad, self.gain + gain)
+        self.is_empty = False
 
     def centred(self) -> tuple[Tensor, Tensor, Tensor]:
         """a, b, c of the gradient of h: a * (grad - b) + c * (h - mean), from the sums of the layer's processes."""
         norm = self.norm
         if not norm.layer.has_statistics:
-            return norm.factor, 0 * norm.factor, 0 * norm.factor
+            return norm.factor, *torch.zeros_like(norm.factor).expand(2, -1, -1)
         shift, gain = self.shift, self.gain
         if norm.layer.group:
             shift, gain = _gathered(torch.stack((shift, gain)), norm.layer.group).sum(0)
-        return norm.factor, shift / norm.count, -norm.factor * norm.rstd * gain / norm.count
+        return norm.factor, shift / norm.count, norm.factor * norm.rstd * gain / -norm.count
 
     def affine(self) -> tuple[Tensor, Tensor, Tensor]:
         """a, b, c of the same gradient: a * grad + b * h + c."""
         factor, mean_grad, slope = self.centred()
-        return factor, slope, -(factor * mean_grad + self.norm.mean * slope)
+        return factor, slope, -torch.addcmul(factor * mean_grad, self.norm.mean, slope)
 
 
 def _processes(name: str) -> distributed.ProcessGroup:
@@ -172,9 +186,9 @@ class Contexts:
         moments = Moments(layer)
         if self.means.numel() and self.pixels:
             variances = ((self.centred @ self.covariance) * self.centred).sum(2, keepdim=True)
-            counts = self.centred.new_full((len(self.means), 1, 1), self.pixels)
-            moments.add_all(counts, self.means, variances * self.pixels)
-            moments.count = len(self.means) * self.pixels
+            mean = self.means.mean(0)
+            squares = (variances + (self.means - mean).square()).sum(0) * self.pixels
+            moments.add(len(self.means) * self.pixels, mean, squares)
         return moments.norm()
 
     def normalised(self, norm: Norm) -> tuple[Tensor, Tensor]:

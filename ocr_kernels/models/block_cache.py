@@ -42,6 +42,7 @@ class BlockCache:
         self.training = training
         self.forward = forward
         self.snapshot: Snapshot | None = None
+        self.trained: Structure | None = None  # for which the plan for training was last found to hold
 
     def __reduce__(self) -> Any:
         return BlockCache, (self.plan, self.forward, self.training)
@@ -63,12 +64,16 @@ class BlockCache:
             return None
         if not isinstance(feats, Tensor) or not isinstance(regions, Tensor):
             return None
-        if not is_used_on(feats.device) or not plan.fits(module):
+        if not is_used_on(feats.device) or not plan.takes(feats, regions, tensor_at(module, plan.first)):
             return None
-        if self.snapshot is not None and not torch.compiler.is_compiling() and not self.snapshot.has_code():
-            return None
-        takes = plan.takes(feats, regions, tensor_at(module, plan.first)) and training.fits(module)
-        return training if takes else None
+        if torch.compiler.is_compiling():
+            return training if plan.fits(module) and training.fits(module) else None
+        if self.trained is None or not self.trained.is_of(module) or not self.trained.is_unchanged():
+            has_code = self.snapshot is None or self.snapshot.has_code()
+            if not (has_code and plan.fits(module) and training.fits(module)):
+                return None
+            self.trained = Structure(module)
+        return None if any(self.trained.hooks) else training
 
     def forget(self) -> None:
         """For what PyTorch does not count: changes through `parameter.data` and by fused optimizers."""
@@ -88,8 +93,7 @@ class BlockCache:
         """
         if type(feats) is not Tensor or type(regions) is not Tensor or not _may_fold():
             return None
-        wants_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (feats, regions, *module.parameters()))
-        if module.training or wants_grad:
+        if module.training or _wants_grad(module, feats, regions):
             if not torch.compiler.is_compiling():
                 self.forget()  # an optimizer's step may follow, and PyTorch does not count what fused ones change
             return None
@@ -123,7 +127,7 @@ class BlockCache:
         old = self.snapshot
         same = old is not None and old.is_of(module)
         fits = self.plan is not None and self.plan.fits(module)
-        if not fits or (same and old is not None and not old.has_structure(module)):
+        if not fits or (same and old is not None and not old.is_planned(module)):
             found = plan_block(module, forward=self.forward)
             self.plan, self.training = (found if isinstance(found, BlockPlan) else None), None
             if self.plan is not None:
@@ -136,57 +140,43 @@ class BlockCache:
         return snapshot
 
 
-class Snapshot:
-    """Folded weights, and all that they were made from: a module's layers, their attributes, parameters and buffers."""
+class Structure:
+    """What a module was: its layers, their attributes, parameters and buffers, and the code of their classes."""
 
-    def __init__(self, module: nn.Module, plan: BlockPlan | None, dtype: torch.dtype) -> None:
-        self.dtype: torch.dtype | None = dtype
-        self.plan = plan
-        self.weights = None if plan is None else plan.weights(module, dtype)
-        self.first = None if plan is None else tensor_at(module, plan.first)
+    def __init__(self, module: nn.Module) -> None:
         self.layers = list(module.modules())
         self.classes = list(map(type, self.layers))
         self.attributes = list(map(vars, self.layers))
         self.sizes = list(map(len, self.attributes))
         self.settings = _reads((vars(layer), _settings_of(layer)) for layer in self.layers)
+        self.settings += [(operator.itemgetter(*names), [globals]) for globals, names in globals_of(module)]
+        self.settings_before = [list(map(_kept, map(get, owners))) for get, owners in self.settings]
         owned = [owner for layer in self.layers for owner in (layer._modules, layer._parameters, layer._buffers)]
         self.owned, self.empty = [owner for owner in owned if owner], [owner for owner in owned if not owner]
         self.owned_before = list(_values(self.owned))
         self.code = [vars(base) for base in {base for layer in self.layers for base in own_classes(layer)}]
         self.code_before = [tuple(code.values()) for code in self.code]
-        self.settings += [(operator.itemgetter(*names), [globals]) for globals, names in globals_of(module)]
-        self.settings_before = [list(map(_kept, map(get, owners))) for get, owners in self.settings]
-        self.hooks = [h for layer in self.layers[1:] for h in (layer._forward_hooks, layer._forward_pre_hooks)]
         # no public function tells of hooks on all modules
-        self.hooks += [torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks]
-        self.tensors = [] if plan is None else [tensor_at(module, path) for _, path in plan.program.sources]
-        self.countable = all(type(t) in (Tensor, nn.Parameter) and not t.is_inference() for t in self.tensors)
-        if self.countable:  # PyTorch counts their changes
-            self.versions = list(map(_version_of, self.tensors))
-            self.storages = [tensor.detach() for tensor in self.tensors]  # kept, so that no other gets its address
-            self.addresses = list(map(Tensor.data_ptr, self.tensors))
+        kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+        self.hooks = [getattr(layer, kind) for layer in self.layers[1:] for kind in kinds]
+        self.hooks += [getattr(torch_module, f"_global{kind}") for kind in kinds]
 
     def is_of(self, module: nn.Module) -> bool:
         """A replica of DataParallel has the same cache."""
         return self.attributes[0] is vars(module)
 
-    def is_current(self, module: nn.Module, dtype: torch.dtype) -> bool:
-        """Whether nothing changed: a few passes in C, since every call asks."""
+    def is_unchanged(self) -> bool:
+        """Whether nothing but values of tensors changed: a few passes in C, since every call asks."""
         return (
-            self.dtype is dtype
-            and self.countable
-            and self.is_of(module)
-            and self.has_settings()
+            self.has_settings()
             and _are(_values(self.owned), self.owned_before)
             and not any(self.empty)
             and list(map(len, self.attributes)) == self.sizes
             and self.has_code()
             and list(map(type, self.layers)) == self.classes
-            and list(map(_version_of, self.tensors)) == self.versions
-            and list(map(Tensor.data_ptr, self.tensors)) == self.addresses
         )
 
-    def has_structure(self, module: nn.Module) -> bool:
+    def is_planned(self, module: nn.Module) -> bool:
         """Whether there are the same layers with the classes and settings that they had: the plan holds."""
         return (
             list(module.modules()) == self.layers
@@ -202,6 +192,33 @@ class Snapshot:
     def has_code(self) -> bool:
         """Whether classes, and what their methods are, are what they were."""
         return [tuple(code.values()) for code in self.code] == self.code_before
+
+
+class Snapshot(Structure):
+    """Folded weights, and all that they were made from."""
+
+    def __init__(self, module: nn.Module, plan: BlockPlan | None, dtype: torch.dtype) -> None:
+        super().__init__(module)
+        self.dtype: torch.dtype | None = dtype
+        self.plan = plan
+        self.weights = None if plan is None else plan.weights(module, dtype)
+        self.first = None if plan is None else tensor_at(module, plan.first)
+        self.tensors = [] if plan is None else [tensor_at(module, path) for _, path in plan.program.sources]
+        self.countable = all(type(t) in (Tensor, nn.Parameter) and not t.is_inference() for t in self.tensors)
+        if self.countable:  # PyTorch counts their changes
+            self.versions = list(map(_version_of, self.tensors))
+            self.storages = [tensor.detach() for tensor in self.tensors]  # kept, so that no other gets its address
+            self.addresses = list(map(Tensor.data_ptr, self.tensors))
+
+    def is_current(self, module: nn.Module, dtype: torch.dtype) -> bool:
+        return (
+            self.dtype is dtype
+            and self.countable
+            and self.is_of(module)
+            and self.is_unchanged()
+            and list(map(_version_of, self.tensors)) == self.versions
+            and list(map(Tensor.data_ptr, self.tensors)) == self.addresses
+        )
 
 
 _BASE = vars(nn.Module()).keys()
@@ -256,6 +273,10 @@ def _kept(values: Any) -> Any:
     if isinstance(values, tuple):
         return tuple(copy.copy(each) if type(each) in (list, dict, set) else each for each in values)
     return values
+
+
+def _wants_grad(module: nn.Module, *inputs: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*inputs, *module.parameters()))
 
 
 def _may_fold() -> bool:

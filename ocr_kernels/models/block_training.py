@@ -55,7 +55,7 @@ class TrainingPlan:
         key, value = (_through(module, pairs, columns) for pairs in (self.key, self.value))
         *pixel, fusing = (_layer(module, pair) for pair in (*self.pixels, self.fusing))
         up = None if self.up is None else _layer(module, self.up)
-        dropout = None if self.dropout is None else module.get_submodule(self.dropout)
+        dropout = None if self.dropout is None else _at(module, self.dropout)
         mask = mask_of(dropout, feats, len(fusing.weight)) if isinstance(dropout, nn.Dropout2d) else None
         options: Any = {"scale": self.scale, "context_first": self.context_first, "mask": mask}
         z = ocr_block(feats, key, value, pixel, up, fusing, **options)
@@ -64,22 +64,27 @@ class TrainingPlan:
     def fits(self, module: nn.Module) -> bool:
         """Whether the layers are what the op takes, and calling them runs nothing else."""
         every = (*self.pixels, *self.key, *self.value, *([] if self.up is None else [self.up]), self.fusing)
-        norms = [module.get_submodule(pair.norm) for pair in every if pair.norm is not None]
+        norms = [_at(module, pair.norm) for pair in every if pair.norm is not None]
         return all(map(is_norm, norms)) and all(is_plain_call(part) for part in list(module.modules())[1:])
 
 
+def _at(module: nn.Module, path: str) -> Any:
+    """`get_submodule`, in a tenth of its time."""
+    return functools.reduce(lambda part, name: part._modules[name], path.split("."), module)  # type: ignore[arg-type, return-value]
+
+
 def _layer(module: nn.Module, pair: Pair) -> Any:
-    norm = None if pair.norm is None else module.get_submodule(pair.norm)
-    return layer_of(module.get_submodule(pair.convolution), norm, pair.slope)
+    norm = None if pair.norm is None else _at(module, pair.norm)
+    return layer_of(_at(module, pair.convolution), norm, pair.slope)
 
 
 def _through(module: nn.Module, pairs: tuple[Pair, ...], columns: Tensor) -> Tensor:
     """`[B, channels, K]` of regions `[B, C, K]`; norms are called, as they are by the module itself."""
     for pair in pairs:
-        layer: Any = module.get_submodule(pair.convolution)
+        layer = _at(module, pair.convolution)
         columns = F.conv1d(columns, layer.weight.flatten(1)[..., None], layer.bias)
         if pair.norm is not None:
-            norm = module.get_submodule(pair.norm)
+            norm = _at(module, pair.norm)
             ones = isinstance(norm, nn.BatchNorm2d) + 2 * isinstance(norm, nn.BatchNorm3d)
             columns = norm(columns[(..., *[None] * ones)]).flatten(2)
         columns = F.leaky_relu(columns, pair.slope) if pair.slope != 1 else columns
