@@ -280,6 +280,25 @@ def test_compiled_programs_fold_each_time(build: Callable[[], nn.Module], backen
     assert len(graphs) == 1
 
 
+@pytest.mark.parametrize("blocks", [True, False])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@torch.no_grad()
+def test_compiled_gather_beside_a_block(blocks: bool, memory_format: torch.memory_format) -> None:
+    """For a CPU it stays an op where the block is one, of images that are channels last: both read the same pixels."""
+    plain = reference.OCRHead(12, K, C, D).eval().to(memory_format=memory_format)
+    model = copy.deepcopy(plain)
+    replace_ocr_modules(model, blocks=blocks)
+    images = torch.randn(2, 12, 6, 5).contiguous(memory_format=memory_format)
+    graphs: list[torch.fx.GraphModule] = []
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph.forward)
+    torch.testing.assert_close(compiled(images), plain(images), rtol=1e-4, atol=1e-5)
+    (graph,) = graphs
+    targets = {str(node.target).partition(".")[2] for node in graph.graph.nodes}
+    keeps = blocks and memory_format == torch.channels_last
+    assert {"spatial_gather.default" in targets, "ocr_block_inference.default" in targets} == {keeps}
+
+
 # Training
 
 NOT_IN_TRAINING = {

@@ -188,9 +188,10 @@ class Deferred:
 class Recognition:
     """What is known during one call of a replaced forward. Its methods are what rewritten code calls."""
 
-    def __init__(self, copies: Copies, log: Log | None = None) -> None:
+    def __init__(self, copies: Copies, log: Log | None = None, *, beside_block: bool = False) -> None:
         self.copies = copies
         self.log = log
+        self.beside_block = beside_block  # whether one op of the same model reads the pixels that are gathered, too
         self.made: list[Deferred] = []
 
     # What rewritten code calls
@@ -307,6 +308,10 @@ class Recognition:
 
     # What handlers call
 
+    def takes(self, x: Any) -> bool:
+        """Whether `x` is a tensor that our ops take as `[B, rows, columns]`."""
+        return _is_plain(x) and (self.beside_block or not left_to_compiler(x, may_be_channels_last=False))
+
     def note(self, reason: str, *details: object) -> None:
         if self.log is not None:
             self.log.notes.append(reason.format(*details))
@@ -333,7 +338,7 @@ class Recognition:
             left, a = _scaled_tensor(left)
             right, b = _scaled_tensor(right)
             factor = a * b * factor
-        if not (_is_plain(left) and _is_plain(right)):
+        if not (self.takes(left) and self.takes(right)):
             return None
         query, key = left, right
         shape, other = query.shape, key.shape
@@ -349,7 +354,7 @@ class Recognition:
             self.note("the product after the softmax does not run over the softmax's dimension")
             return None
         first, last = weights.operands[0], weights.operands[-1]
-        if not _is_plain(values):
+        if not self.takes(values):
             self._note_tensor("the product's other factor", values)
             return None
         shape, rows, columns = values.shape, first.shape, last.shape
@@ -361,8 +366,11 @@ class Recognition:
         ):
             self.note("the product's factors differ in batch, dtype or device, or in the modes they were made in")
             return None
+        is_gather = len(weights.operands) == 1
+        if left_to_compiler(values, may_be_channels_last=is_gather):
+            return None
         weights.origin.check_unchanged()
-        if len(weights.operands) == 1:
+        if is_gather:
             self.fused("gather")
             out = spatial_gather(values, first, weights.scale)
         else:
@@ -387,7 +395,7 @@ class Recognition:
             operands, scale, flipped, origin = x.operands, x.scale, x.flipped, x.origin
         else:
             x = computed(x)
-            if not _is_plain(x):
+            if not self.takes(x):
                 self._note_tensor("the softmax's input", x)
                 return None
             operands, scale, flipped, origin = (x,), 1.0, False, None
@@ -453,14 +461,12 @@ def _is_live(x: Any) -> bool:
 
 
 def _is_plain(x: Any) -> bool:
-    """Whether `x` is a tensor that our ops take as `[B, rows, columns]`."""
     return (
         type(x) in (Tensor, nn.Parameter)
         and x.dim() == 3
         and x.dtype in DTYPES
         and x.layout is torch.strided
         and (x.is_cuda or x.is_cpu)
-        and not (torch.compiler.is_compiling() and left_to_compiler(x))
     )
 
 
@@ -624,7 +630,7 @@ def _scale(mode: Recognition, x: Any, factor: float, call: Call) -> Deferred | N
             return None
         return Deferred(mode, call, x.operands, x.scale * factor, x.flipped, origin=x.origin)
     x = computed(x)
-    return Deferred(mode, call, (x,), factor, False) if _is_plain(x) else None
+    return Deferred(mode, call, (x,), factor, False) if mode.takes(x) else None
 
 
 def _softmax(mode: Recognition, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -673,12 +679,14 @@ def _dot_product_attention(
         return None
     batch = query.shape[:-2]
     q, k, v = (x if x.dim() == 3 else x.flatten(0, -3) for x in (query, key, value))
-    if not all(_equal(x.shape[:-2], batch) and _is_plain(y) and _agree(q, y) for x, y in ((key, k), (value, v))):
+    if not all(_equal(x.shape[:-2], batch) and mode.takes(y) and _agree(q, y) for x, y in ((key, k), (value, v))):
         return None
-    if not _is_plain(q) or _empty(q.shape, k.shape, v.shape):
+    if not mode.takes(q) or _empty(q.shape, k.shape, v.shape):
         return None
     if not _holds(k.size(1) < q.size(1)):
         mode.note("the attention {} of {} is not from pixels to regions", tuple(q.shape), tuple(k.shape))
+        return None
+    if left_to_compiler(q, may_be_channels_last=False):
         return None
     scale = q.shape[2] ** -0.5 if scale is None else scale
     mode.fused("attention")

@@ -95,6 +95,7 @@ def replace_ocr_modules(
             rows[module] = dataclasses.replace(row, name=name)
     for module, replacement in replacements.items():
         if isinstance(rows[module], Swapped):
+            replacement.beside_block = any(other.block is not None for other in replacements.values())
             replacement.install()
         for part in _softmax_parts(module, rewriter) if isinstance(rows[module], Swapped) else ():
             if getattr(rows.get(part), "reason", None) == NO_PRODUCT:  # which is the module's own

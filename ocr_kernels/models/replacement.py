@@ -39,6 +39,7 @@ class Replacement(StandIn):
         self.block = block
         self.joins = joins  # of its children's calls
         self.is_active = True
+        self.beside_block = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         folded = self._folded(args, kwargs)
@@ -82,7 +83,7 @@ class Replacement(StandIn):
         rewritten = self.copies.get(function) if self.is_active else None  # type: ignore[call-overload]
         if rewritten is None or is_recorded():
             return function(module, *args, **kwargs)
-        recognition = Recognition(self.copies, log)
+        recognition = Recognition(self.copies, log, beside_block=self.beside_block)
         try:
             return recognition.settle(rewritten(recognition, module, *args, **kwargs))
         finally:
@@ -109,7 +110,9 @@ class Replacement(StandIn):
     def replicate(self) -> nn.Module:
         """For `nn.DataParallel`, whose replicas have a copy of the module's attributes."""
         replica: nn.Module = type(self.module)._replicate_for_data_parallel(self.module)
-        Replacement(replica, self.classes, self.copies, copy.copy(self.block), self.joins).install()
+        twin = Replacement(replica, self.classes, self.copies, copy.copy(self.block), self.joins)
+        twin.beside_block = self.beside_block
+        twin.install()
         return replica
 
     def refuse_scripting(self) -> nn.Module:
