@@ -384,6 +384,15 @@ def test_what_changes_in_training_is_seen() -> None:
         each.theta[0].bn.eval()
         each.fuse[1].p = 0.9
     is_one_op()
+    for each in (module, plain):
+        each.theta[0].bn.train()
+        each.fuse[1].p = 0.3
+    assert is_one_op()
+    torch.manual_seed(3)
+    layer = nn.Conv2d(C, D, 1)
+    for each in (module, plain):
+        each.theta = copy.deepcopy(layer)  # under whose path there is no layer that was planned
+    assert not is_one_op()
     restore_ocr_modules(module)
     assert not is_one_op()
 

@@ -130,7 +130,7 @@ class Gradients:
         self.norm = norm
         self.is_empty = True
         self.shift = torch.zeros_like(norm.gain)  # sum of the gradients of what the activation is taken of
-        self.gain = self.shift  # sum of those times what is normalised
+        self.gain = torch.zeros_like(norm.gain)  # sum of those times what is normalised
 
     def add(self, grad: Tensor, grad_h: Tensor) -> None:
         """Sums over pixels of the gradients, and of those times h - mean."""

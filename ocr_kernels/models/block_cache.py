@@ -64,16 +64,20 @@ class BlockCache:
             return None
         if not isinstance(feats, Tensor) or not isinstance(regions, Tensor):
             return None
-        if not is_used_on(feats.device) or not plan.takes(feats, regions, tensor_at(module, plan.first)):
+        if not is_used_on(feats.device) or not self._trains(module, plan, training):
             return None
+        return training if plan.takes(feats, regions, tensor_at(module, plan.first)) else None
+
+    def _trains(self, module: nn.Module, plan: BlockPlan, training: TrainingPlan) -> bool:
+        """Whether the plan for training holds for the layers as they are."""
         if torch.compiler.is_compiling():
-            return training if plan.fits(module) and training.fits(module) else None
+            return plan.fits(module) and training.fits(module)
         if self.trained is None or not self.trained.is_of(module) or not self.trained.is_unchanged():
             has_code = self.snapshot is None or self.snapshot.has_code()
             if not (has_code and plan.fits(module) and training.fits(module)):
-                return None
+                return False
             self.trained = Structure(module)
-        return None if any(self.trained.hooks) else training
+        return not any(self.trained.hooks)
 
     def forget(self) -> None:
         """For what PyTorch does not count: changes through `parameter.data` and by fused optimizers."""
