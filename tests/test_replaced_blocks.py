@@ -376,6 +376,10 @@ def test_what_changes_in_training_is_seen() -> None:
     assert calls
     handle.remove()
     assert is_one_op()
+    handle = module.theta[0].conv.register_full_backward_hook(lambda *_: None)
+    assert not is_one_op()
+    handle.remove()
+    assert is_one_op()
     for each in (module, plain):
         each.theta[0].bn.eps = 0.5
     assert not is_one_op()  # until it is planned anew

@@ -7,7 +7,7 @@ import functools
 import inspect
 import itertools
 import operator
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from types import FunctionType
 from typing import Any
 
@@ -155,9 +155,10 @@ class Structure:
         self.settings = _reads((vars(layer), _settings_of(layer)) for layer in self.layers)
         self.settings += [(operator.itemgetter(*names), [globals]) for globals, names in globals_of(module)]
         self.settings_before = [list(map(_kept, map(get, owners))) for get, owners in self.settings]
-        owned = [owner for layer in self.layers for owner in (layer._modules, layer._parameters, layer._buffers)]
+        own = ("_modules", "_parameters", "_buffers")
+        owned: list[dict[str, Any]] = [getattr(layer, name) for layer in self.layers for name in own]
         self.owned, self.empty = [owner for owner in owned if owner], [owner for owner in owned if not owner]
-        self.owned_before = list(_values(self.owned))
+        self.owned_before = self._owned_now()
         self.code = [vars(base) for base in {base for layer in self.layers for base in own_classes(layer)}]
         self.code_before = [tuple(code.values()) for code in self.code]
         # no public function tells of hooks on all modules
@@ -173,7 +174,7 @@ class Structure:
         """Whether nothing but values of tensors changed: a few passes in C, since every call asks."""
         return (
             self.has_settings()
-            and _are(_values(self.owned), self.owned_before)
+            and self.has_tensors_and_layers()
             and not any(self.empty)
             and list(map(len, self.attributes)) == self.sizes
             and self.has_code()
@@ -191,7 +192,18 @@ class Structure:
 
     def has_settings(self) -> bool:
         """Whether the layers' attributes are what they were."""
-        return _are((list(map(get, owners)) for get, owners in self.settings), self.settings_before)
+        try:
+            return [list(map(get, owners)) for get, owners in self.settings] == self.settings_before
+        except Exception:  # one is gone, or another tensor, which has no truth value
+            return False
+
+    def has_tensors_and_layers(self) -> bool:
+        """Whether parameters, buffers and children are the same objects."""
+        owned = self._owned_now()
+        return len(owned) == len(self.owned_before) and all(map(operator.is_, owned, self.owned_before))
+
+    def _owned_now(self) -> list[Any]:
+        return list(itertools.chain.from_iterable(map(dict.values, self.owned)))
 
     def has_code(self) -> bool:
         """Whether classes, and what their methods are, are what they were."""
@@ -258,18 +270,6 @@ def _reads(owners: Iterable[tuple[dict[str, Any], tuple[str, ...]]]) -> Reads:
         if names:
             alike.setdefault(names, []).append(owner)
     return [(operator.itemgetter(*names), owners) for names, owners in alike.items()]
-
-
-def _values(owners: list[dict[str, Any]]) -> Iterator[Any]:
-    return itertools.chain.from_iterable(map(dict.values, owners))
-
-
-def _are(values: Iterable[Any], before: list[Any]) -> bool:
-    """Whether values are what they were."""
-    try:
-        return list(values) == before
-    except Exception:  # one is gone, or another tensor, which has no truth value
-        return False
 
 
 def _kept(values: Any) -> Any:

@@ -111,16 +111,16 @@ def plan_training(module: nn.Module, plan: BlockPlan, forward: Callable[..., Any
         path for path, part in module.named_modules() if type(part) in (nn.Dropout, nn.Dropout2d) and part.p > 0
     ]
     try:
-        (fusing,) = _pairs(module, plan, [plan.fusing.weight], plan.fusing.slope)
+        fusing = _pairs(module, plan, [plan.fusing.weight], plan.fusing.slope)
         ups = _pairs(module, plan, [plan.up.weight, plan.context], plan.up.slope, besides=fusing)
-        if len(ups) > 1 or (not ups and plan.up.slope != 1):
-            return "its contexts go through more than one layer, or none, before they are joined"
+        if len(fusing) > 1 or len(ups) > 1 or (not ups and plan.up.slope != 1):
+            return "contexts go through more than one layer, or none, before or after they are joined with pixels"
         found = TrainingPlan(
             pixels=_chain(module, plan, plan.pixels),
             key=_chain(module, plan, plan.key),
             value=_chain(module, plan, plan.value),
             up=ups[0] if ups else None,
-            fusing=fusing,
+            fusing=fusing[0],
             context_first=True,
             scale=plan.scale,
             transposed=plan.transposed,
@@ -146,18 +146,17 @@ def _chain(module: nn.Module, plan: BlockPlan, layers: tuple[Any, ...]) -> tuple
 
 
 def _pairs(
-    module: nn.Module, plan: BlockPlan, weights: list[Ref | None], slope: float, besides: Pair | None = None
+    module: nn.Module, plan: BlockPlan, weights: list[Ref | None], slope: float, besides: tuple[Pair, ...] = ()
 ) -> tuple[Pair, ...]:
-    """The modules that matrices were folded of, in their order, but for those of a pair; the last has the slope."""
+    """The modules that matrices were folded of, in order, but for those of other pairs; the last has the slope."""
     program = plan.program.pruned(tuple(weights))
     owners = dict.fromkeys(path.rpartition(".")[0] for _, path in program.sources)
     if "" in owners:
         raise ValueError(f"{next(path for _, path in program.sources if '.' not in path)} takes part, in no layer")
-    if besides is not None:
-        own = {besides.convolution, besides.norm} - {None}
-        if not own <= owners.keys():
-            raise ValueError("it adds up projections of pixels and contexts")
-        owners = dict.fromkeys(path for path in owners if path not in own)
+    own = {path for pair in besides for path in (pair.convolution, pair.norm) if path is not None}
+    if not own <= owners.keys():
+        raise ValueError("it adds up projections of pixels and contexts")
+    owners = dict.fromkeys(path for path in owners if path not in own)
     found: list[Pair] = []
     for path in owners:
         part = module.get_submodule(path)
