@@ -108,12 +108,13 @@ def implementation(op: str, backend: str, device_type: str, implemented: Sequenc
     )
 
 
-def left_to_compiler(pixels: Tensor, backend: str | None = None, *, may_be_channels_last: bool = True) -> bool:
+def left_to_compiler(pixels: Tensor, backend: str | None = None, *, is_of_images: bool | None = None) -> bool:
     """Whether a call is part of a program that torch.compile makes for a CPU, where plain PyTorch is faster than an op.
 
     Inductor lays pixels out channels last for its convolutions, whatever the program says, and plain products read what
     they get; for an op it writes what the op reads in the program's layout as well. Those copies cost several times
-    what the kernels save. A backend that somebody named stays, and so do pixels `[B, C, *S]` that are channels last.
+    what the kernels save. A backend that somebody named stays, and so do images `[B, C, *S]` that are channels last;
+    `is_of_images` says whether these are such, if the number of dimensions does not.
     """
     return (
         torch.compiler.is_compiling()
@@ -121,7 +122,7 @@ def left_to_compiler(pixels: Tensor, backend: str | None = None, *, may_be_chann
         and _selected is None
         and pixels.is_cpu
         and not torch.compiler._is_exporting_flag  # is_exporting() is true under any torch.compile of PyTorch 2.11
-        and not (may_be_channels_last and is_channels_last(pixels))
+        and not ((pixels.dim() > 3 if is_of_images is None else is_of_images) and is_channels_last(pixels))
     )
 
 

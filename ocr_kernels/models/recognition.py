@@ -310,7 +310,7 @@ class Recognition:
 
     def takes(self, x: Any) -> bool:
         """Whether `x` is a tensor that our ops take as `[B, rows, columns]`."""
-        return _is_plain(x) and (self.beside_block or not left_to_compiler(x, may_be_channels_last=False))
+        return _is_plain(x) and (self.beside_block or not left_to_compiler(x, is_of_images=False))
 
     def note(self, reason: str, *details: object) -> None:
         if self.log is not None:
@@ -367,7 +367,7 @@ class Recognition:
             self.note("the product's factors differ in batch, dtype or device, or in the modes they were made in")
             return None
         is_gather = len(weights.operands) == 1
-        if left_to_compiler(values, may_be_channels_last=is_gather):
+        if left_to_compiler(values, is_of_images=is_gather):
             return None
         weights.origin.check_unchanged()
         if is_gather:
@@ -686,7 +686,7 @@ def _dot_product_attention(
     if not _holds(k.size(1) < q.size(1)):
         mode.note("the attention {} of {} is not from pixels to regions", tuple(q.shape), tuple(k.shape))
         return None
-    if left_to_compiler(q, may_be_channels_last=False):
+    if left_to_compiler(q, is_of_images=False):
         return None
     scale = q.shape[2] ** -0.5 if scale is None else scale
     mode.fused("attention")
