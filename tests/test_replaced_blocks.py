@@ -58,6 +58,7 @@ def test_the_report_of_a_head() -> None:
         ("ocr_distri_head", ("block", "training")),
         ("ocr_distri_head.object_context_block", ("attention",)),
     ]
+    assert "not faster" not in str(report).partition("ocr_gather_head")[0]  # of logits
     row = report.swapped[2]
     assert row.backend == "reference"
     assert row.saved_bytes > report.swapped[1].saved_bytes

@@ -76,7 +76,7 @@ def _findings(row: Swapped) -> tuple[str, ...]:
     fused = ", ".join(row.computations or ())
     if not row.computations:
         fused = "to be seen when it runs" if row.computations is None else "not run by example_inputs"
-    is_block = "block" in (row.computations or ())  # which is faster in plain PyTorch, too
+    is_block = not {"block", "logits"}.isdisjoint(row.computations or ())  # which is faster in plain PyTorch, too
     backend = "reference: not faster" if row.backend == "reference" and not is_block else row.backend
     errors = (row.max_error, row.eager_error, row.relative_error)
     saved = "" if row.saved_bytes is None else f"{row.saved_bytes / 2**20 + 0.0:.1f} MiB"
