@@ -227,7 +227,7 @@ def fold_block(
     pixel: Sequence[Layer], up: Layer | None, fusing: Layer, classifier: Classifier | None = None,
     *, output: Output = "features", scale: float | None = None, context_first: bool = True, dtype: torch.dtype,
 ) -> FoldedBlock:  # fmt: skip
-    """The layers that `ocr_block` takes, folded for pixels of a dtype."""
+    """The layers that `ocr_block` takes, all of whose statistics are known, folded for pixels of a dtype."""
     layers = _named(pixel, up, fusing)
     exact = torch.promote_types(dtype, torch.float32)
     matrix: Any = fusing.weight

@@ -88,8 +88,9 @@ class Moments:
 
     def __init__(self, layer: Layer) -> None:
         self.layer = layer
-        self.count: Tensor | int | None = None
-        self.mean = self.squares = layer.gain[:, None]  # until a part is added
+        self.count: Tensor | int | None = None  # until a part is added
+        self.mean: Tensor
+        self.squares: Tensor
 
     def add(self, count: Tensor | int, mean: Tensor, squares: Tensor) -> None:
         if self.count is None:
@@ -111,7 +112,8 @@ class Moments:
         if not self.layer.has_statistics:
             return Norm(self.layer)
         if self.count is None:
-            self.add(0, *torch.zeros_like(self.mean).expand(2, -1, -1))
+            zeros = torch.zeros_like(self.layer.gain[:, None])
+            self.add(0, zeros, zeros)
         assert self.count is not None
         if self.layer.group:
             count = _on_device(self.count, self.mean).expand_as(self.mean)
@@ -142,7 +144,8 @@ class Gradients:
         """a, b, c of the gradient of h: a * (grad - b) + c * (h - mean), from the sums of the layer's processes."""
         norm = self.norm
         if not norm.layer.has_statistics:
-            return norm.factor, *torch.zeros_like(norm.factor).expand(2, -1, -1)
+            zeros = torch.zeros_like(norm.factor)
+            return norm.factor, zeros, zeros
         shift, gain = self.shift, self.gain
         if norm.layer.group:
             shift, gain = _gathered(torch.stack((shift, gain)), norm.layer.group).sum(0)
