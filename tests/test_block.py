@@ -12,11 +12,13 @@ import pytest
 import torch
 from module_results import CountOps
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from ocr_kernels import modules, record_maps, reference, use_backend
 from ocr_kernels.block import Layer, Norm, ocr_block
 from ocr_kernels.block import reference as kernels
+from ocr_kernels.block.norms import Settings
 from ocr_kernels.testing import assert_parity, lay_out
 
 B, C, D, V, Y, OUT, K = 2, 5, 4, 3, 6, 7, 3
@@ -136,6 +138,25 @@ def _by_definition() -> Any:
 
 
 @on_each_backend
+@pytest.mark.parametrize("training", [True, False])
+def test_vectors_of_any_strides(training: bool) -> None:
+    """Norms' vectors, biases and the mask, as slices of others."""
+    args = tensors()
+    mask = torch.rand(OUT, 2 * B, dtype=torch.float64)[:, ::2].t()
+    bias = torch.randn(D, 3, dtype=torch.float64)[:, 1]
+    strided = args[:7] + [torch.stack((v, v), 1)[:, 1].detach().requires_grad_() for v in args[7:]]
+
+    def run(args: list[Tensor], mask: Tensor, bias: Tensor) -> list[Tensor]:
+        *others, gain, shift = args[:7] + args[13:]
+        pixel = [Layer(others[3], bias), Layer(others[4], bias, slope=1.0)]
+        norm = Norm(gain, shift, shift.detach() * 0, shift.detach() * 0 + 1, training)
+        z = ocr_block(*others[:3], pixel, Layer(others[5]), Layer(others[6], None, norm), mask=mask)
+        return [z, *torch.autograd.grad(z.square().sum(), [*others, gain, shift])]
+
+    torch.testing.assert_close(run(strided, mask, bias), run(args, mask.contiguous(), bias.contiguous()))
+
+
+@on_each_backend
 def test_what_is_needed() -> None:
     """Gradients that are not needed are not there, and the others are the same."""
     args = tensors()
@@ -145,6 +166,43 @@ def test_what_is_needed() -> None:
         given = [arg.detach().requires_grad_(i in wanted) for i, arg in enumerate(args)]
         some = torch.autograd.grad(block(*given), [given[i] for i in wanted], grad)
         torch.testing.assert_close(some, tuple(every[i] for i in wanted), rtol=1e-12, atol=1e-12)
+
+
+class CountLaunches(TorchDispatchMode):
+    """How many kernels a GPU would start: ops, but for views and allocation, and Triton's, which do nothing here."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.number = 0
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        self.number += 1
+        return lambda *args, **options: None
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        is_view = any(out.alias_info and not out.alias_info.is_write for out in function._schema.returns)
+        self.number += not (is_view or "empty" in function.name() or "view" in function.name())
+        return function(*args, **(kwargs or {}))
+
+
+def test_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU a small operation takes as long on the host as a large one; the plain module has 37 and 32."""
+    kernels = pytest.importorskip("ocr_kernels.block.triton")
+    forward, backward = CountLaunches(), CountLaunches()
+    feats, key, _, *others = (tensor.detach() for tensor in tensors())
+    mask, contexts = feats.new_empty(0), torch.randn(B, Y, K, dtype=torch.float64)
+    matrices, vectors = [*others[:2], others[3]], others[4:]
+    settings = Settings(1.0, (0.0,) * 4, (1e-5,) * 4, ("",) * 4, True)
+    names = [name for name in vars(kernels) if name.endswith("_kernel")]
+    for count in (forward, backward):
+        with monkeypatch.context() as patch, count:
+            for name in names:
+                patch.setattr(kernels, name, count)
+            if count is forward:
+                z, *saved = kernels.forward(feats, key, *matrices, contexts, vectors, mask, settings)
+            else:
+                kernels.backward(z, feats, key, *matrices, contexts, vectors, mask, saved, settings, [True] * 14)
+    assert (forward.number, backward.number) <= (38, 74)
 
 
 @on_each_backend

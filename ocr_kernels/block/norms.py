@@ -44,35 +44,39 @@ class Settings(NamedTuple):
         return [Layer(*each) for each in zip(vectors[::2], vectors[1::2], *settings, strict=True)]
 
 
-class Norm:
+class Norm(NamedTuple):
     """A layer and its statistics: it makes factor * h + offset of h."""
 
-    def __init__(
-        self, layer: Layer, mean: Tensor | None = None, var: Tensor | None = None, count: Tensor | int = 1
-    ) -> None:
-        self.layer, self.count = layer, count
-        self.gain, self.shift = layer.gain[:, None], layer.shift[:, None]
-        if mean is not None and var is not None and layer.has_statistics:
-            self.mean, self.var = mean.view_as(self.gain), var.view_as(self.gain)
-            self.rstd = (self.var + layer.eps).rsqrt()
-            self.factor = self.gain * self.rstd
-            self.offset = torch.addcmul(self.shift, self.mean, self.factor, value=-1)
-        else:
-            self.mean, self.var = torch.zeros_like(self.gain), torch.ones_like(self.gain)
-            self.rstd, self.factor, self.offset = self.var, self.gain, self.shift
+    layer: Layer
+    mean: Tensor
+    var: Tensor
+    rstd: Tensor
+    factor: Tensor
+    offset: Tensor
+    pixels: Tensor | int = 1  # that the statistics are of
 
     @classmethod
-    def known(cls, layers: Sequence[Layer], statistics: Tensor) -> list[Norm]:
-        """Those of a forward pass, of the vector that `statistics_of` made."""
-        sizes = [len(layer.gain) for layer in layers for _ in range(2)]
-        *vectors, counts = statistics.split([*sizes, len(layers)])
-        return [cls(*each) for each in zip(layers, vectors[::2], vectors[1::2], counts, strict=True)]
+    def of(cls, layer: Layer, mean: Tensor | None = None, var: Tensor | None = None, pixels: Tensor | int = 1) -> Norm:
+        """Of a layer's statistics; one that has none takes none."""
+        gain, shift = layer.gain[:, None], layer.shift[:, None]
+        if mean is None or var is None or not layer.has_statistics:
+            ones = torch.ones_like(gain)
+            return cls(layer, torch.zeros_like(gain), ones, ones, gain, shift, pixels)
+        rstd = (var + layer.eps).rsqrt()
+        factor = gain * rstd
+        return cls(layer, mean, var, rstd, factor, torch.addcmul(shift, mean, factor, value=-1), pixels)
+
+
+def split_statistics(layers: Sequence[Layer], statistics: Tensor) -> list[tuple[Layer, Tensor, Tensor]]:
+    """Each layer, its mean and variance `[2, channels, 1]`, and over how many pixels they were taken."""
+    *moments, counts = statistics.split([*(2 * len(layer.gain) for layer in layers), len(layers)])
+    return [(layer, both.view(2, -1, 1), count) for layer, both, count in zip(layers, moments, counts, strict=True)]
 
 
 def statistics_of(norms: Sequence[Norm]) -> Tensor:
-    """The mean and the variance of each layer, and over how many pixels they were taken, in one vector."""
+    """What `split_statistics` takes: the mean and the variance of each layer, and the counts, in one vector."""
     vectors = [vector.flatten() for norm in norms for vector in (norm.mean, norm.var)]
-    counts = [norm.count for norm in norms]
+    counts = [norm.pixels for norm in norms]
     if len(set(counts)) == 1 and isinstance(counts[0], int):
         return torch.cat([*vectors, vectors[0].new_full((len(counts),), counts[0])])
     return torch.cat([*vectors, *(_on_device(count, vectors[0]).view(1) for count in counts)])
@@ -110,7 +114,7 @@ class Moments:
     def norm(self) -> Norm:
         """With the statistics of all processes of the layer's group."""
         if not self.layer.has_statistics:
-            return Norm(self.layer)
+            return Norm.of(self.layer)
         if self.count is None:
             zeros = torch.zeros_like(self.layer.gain[:, None])
             self.add(0, zeros, zeros)
@@ -122,7 +126,7 @@ class Moments:
             everywhere.add_all(parts[:, 0, :1], parts[:, 1], parts[:, 2])
             return everywhere.norm()
         taken = self.count if isinstance(self.count, Tensor) else max(self.count, 1)
-        return Norm(self.layer, self.mean, self.squares / taken, taken)
+        return Norm.of(self.layer, self.mean, self.squares / taken, taken)
 
 
 class Gradients:
@@ -130,31 +134,39 @@ class Gradients:
 
     def __init__(self, norm: Norm) -> None:
         self.norm = norm
-        self.is_empty = True
-        self.shift = torch.zeros_like(norm.gain)  # sum of the gradients of what the activation is taken of
-        self.gain = torch.zeros_like(norm.gain)  # sum of those times what is normalised
+        self.sums: tuple[Tensor, Tensor] | None = None  # until pixels are added
+
+    @property
+    def gain(self) -> Tensor:
+        """The sum over pixels of the gradients of what the activation is taken of, times what is normalised."""
+        return torch.zeros_like(self.norm.factor) if self.sums is None else self.sums[0]
+
+    @property
+    def shift(self) -> Tensor:
+        """The sum of those gradients."""
+        return torch.zeros_like(self.norm.factor) if self.sums is None else self.sums[1]
 
     def add(self, grad: Tensor, grad_h: Tensor) -> None:
         """Sums over pixels of the gradients, and of those times h - mean."""
         gain = grad_h * self.norm.rstd
-        self.shift, self.gain = (grad, gain) if self.is_empty else (self.shift + grad, self.gain + gain)
-        self.is_empty = False
+        self.sums = (gain, grad) if self.sums is None else (self.sums[0] + gain, self.sums[1] + grad)
 
-    def centred(self) -> tuple[Tensor, Tensor, Tensor]:
-        """a, b, c of the gradient of h: a * (grad - b) + c * (h - mean), from the sums of the layer's processes."""
+    def centred(self) -> tuple[Tensor, Tensor]:
+        """a, b of the gradient of h: factor * grad + a * (h - mean) + b, from the sums of the layer's processes."""
         norm = self.norm
         if not norm.layer.has_statistics:
             zeros = torch.zeros_like(norm.factor)
-            return norm.factor, zeros, zeros
-        shift, gain = self.shift, self.gain
+            return zeros, zeros
+        gain, shift = self.gain, self.shift
         if norm.layer.group:
-            shift, gain = _gathered(torch.stack((shift, gain)), norm.layer.group).sum(0)
-        return norm.factor, shift / norm.count, norm.factor * norm.rstd * gain / -norm.count
+            gain, shift = _gathered(torch.stack((gain, shift)), norm.layer.group).sum(0)
+        share = -norm.factor / norm.pixels
+        return share * norm.rstd * gain, share * shift
 
     def affine(self) -> tuple[Tensor, Tensor, Tensor]:
         """a, b, c of the same gradient: a * grad + b * h + c."""
-        factor, mean_grad, slope = self.centred()
-        return factor, slope, -torch.addcmul(factor * mean_grad, self.norm.mean, slope)
+        slope, offset = self.centred()
+        return self.norm.factor, slope, torch.addcmul(offset, self.norm.mean, slope, value=-1)
 
 
 def _processes(name: str) -> distributed.ProcessGroup:
@@ -185,30 +197,41 @@ class Contexts:
         self.means = u @ mean_weights  # [B, Y, 1]
         self.centred = u - self.means  # [B, Y, K]
 
+    def moments(self) -> Tensor:
+        """Means of u w, and sums of squares about them, image by image `[B, 2, Y]`."""
+        variances = ((self.centred @ self.covariance) * self.centred).sum(2)
+        return torch.stack((self.means.squeeze(2), variances * self.pixels), 1)
+
     def norm(self, layer: Layer) -> Norm:
         moments = Moments(layer)
-        if self.means.numel() and self.pixels:
-            variances = ((self.centred @ self.covariance) * self.centred).sum(2, keepdim=True)
-            mean = self.means.mean(0)
-            squares = (variances + (self.means - mean).square()).sum(0) * self.pixels
-            moments.add(len(self.means) * self.pixels, mean, squares)
+        if layer.has_statistics and self.means.numel() and self.pixels:
+            means, squares = self.moments().unsqueeze(3).unbind(1)
+            mean = means.mean(0)
+            squares = (squares + (means - mean).square() * self.pixels).sum(0)
+            moments.add(len(means) * self.pixels, mean, squares)
         return moments.norm()
 
     def normalised(self, norm: Norm) -> tuple[Tensor, Tensor]:
         """A `[B, Y, K]` and b `[B, Y, 1]`: what rho's activation is taken of is A w + b."""
-        return norm.factor * self.centred, norm.factor * (self.means - norm.mean) + norm.shift
+        return norm.factor * self.centred, norm.factor * (self.means - norm.mean) + norm.layer.shift[:, None]
 
-    def backward(self, norm: Norm, outer: Tensor, total: Tensor) -> tuple[Gradients, Tensor, Tensor, Tensor]:
-        """Of sum_i dy_i (w_i - mean)' `[B, Y, K]` and sum_i dy_i `[B, Y, 1]`, dy after the activation's backward pass.
+    def gradient_sums(self, norm: Norm, outer: Tensor, total: Tensor) -> Tensor:
+        """Of dy after the activation's backward pass, and of that times u w - mean, image by image `[B, 2, Y]`.
 
-        The norm's gradients, that of u, and the matrix `[B, K, K]` and the column `[B, K, 1]` of
-        dw_i = A' dy_i + matrix w_i + column, less what all regions have in common, which a softmax does not feel.
+        `outer` is sum_i dy_i (w_i - mean)' `[B, Y, K]`, and `total` sum_i dy_i `[B, Y, 1]`.
         """
-        gradients = Gradients(norm)
-        products = (self.centred * outer).sum(2, keepdim=True) + (self.means - norm.mean) * total
-        gradients.add(total.sum(0), products.sum(0))
-        factor, mean_grad, slope = gradients.centred()
-        off = slope * (self.means - norm.mean) - factor * mean_grad  # of a pixel whose weights are the mean ones
-        du = factor * outer + self.pixels * slope * (self.centred @ self.covariance)
-        du += (factor * total + self.pixels * off) * self.mean_weights.mT
-        return gradients, du, self.centred.mT @ (slope * self.centred), self.centred.mT @ off
+        products = torch.addcmul((self.centred * outer).sum(2, keepdim=True), self.means - norm.mean, total)
+        return torch.stack((total.squeeze(2), products.squeeze(2)), 1)
+
+    def backward(
+        self, norm: Norm, outer: Tensor, total: Tensor, slope: Tensor, offset: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The gradient of u, and the matrix `[B, K, K]` and the column `[B, K, 1]` of that of w.
+
+        dw_i = A' dy_i + matrix w_i + column, less what all regions have in common, which a softmax does not feel.
+        `slope` and `offset` are what `Gradients.centred` gives.
+        """
+        off = torch.addcmul(offset, slope, self.means - norm.mean)  # of a pixel whose weights are the mean ones
+        du = torch.addcmul(norm.factor * outer, slope, self.centred @ self.covariance, value=self.pixels)
+        du.addcmul_(torch.add(norm.factor * total, off, alpha=self.pixels), self.mean_weights.mT)
+        return du, self.centred.mT @ (slope * self.centred), self.centred.mT @ off

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ocr_kernels.block.norms import Contexts, Gradients, Layer, Moments, Norm, Settings, statistics_of
+from ocr_kernels.block.norms import Contexts, Gradients, Layer, Moments, Norm, Settings, split_statistics, statistics_of
 from ocr_kernels.core.activations import activate_
 from ocr_kernels.core.layout import in_format, is_channels_last, statistics_dtype
 
@@ -193,7 +193,7 @@ def forward(
         h = multiply(pixel_in, x[image][:, part].to(dtype), hidden_in[image][:, part])
         add_moments(moments, h, tiles.empty("depth", depth, part, exact))
     first = query = moments.norm()
-    second = Norm(layers[1])
+    second = Norm.of(layers[1])
     hidden = hidden_in
     if len(pixel_out):
         moments = Moments(layers[1])
@@ -255,7 +255,8 @@ def backward(
     hidden_in, hidden_out, weights, fused = (each.flatten(2) for each in maps)
     incoming = grad.flatten(2)
     layers = settings.layers(vectors)
-    first, second, up, last = Norm.known(layers, statistics)
+    known = split_statistics(layers, statistics)
+    first, second, up, last = (Norm.of(layer, both[0], both[1], count) for layer, both, count in known)
     depth, outputs, channels = len(pixel_in), len(fusing), x.shape[1]
     need_feats = needs[0]
     need_phi = any((*needs[:4], *needs[6:10]))
@@ -272,7 +273,7 @@ def backward(
     for image, part in tiles:
         add_gradients(dlast, of_z(image, part), fused[image][:, part], tiles.empty("outputs", outputs, part, exact))
     affine = dlast.affine()
-    contexts_of_y = len(up.gain)
+    contexts_of_y = len(up.factor)
     halves = fusing.split([contexts_of_y, channels] if settings.context_first else [channels, contexts_of_y], 1)
     on_context, on_pixels = (half.t().contiguous() for half in halves[:: 1 if settings.context_first else -1])
     dfusing = torch.zeros_like(fusing, dtype=exact)
@@ -294,7 +295,9 @@ def backward(
         outer[image].addmm_(dy, (weights[image][:, part] - y.mean_weights[image]).t())
         torch.mm(normalised[0][image].t(), dy, out=dweights[image][:, part])
 
-    dup, dcontexts, matrix, column = y.backward(up, outer, total)
+    dup = Gradients(up)
+    dup.add(*y.gradient_sums(up, outer, total).sum(0).unsqueeze(2))
+    dcontexts, matrix, column = y.backward(up, outer, total, *dup.centred())
 
     # the softmax, and phi
     query, hidden = (second, hidden_out) if len(pixel_out) else (first, hidden_in)

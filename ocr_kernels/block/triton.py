@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ocr_kernels.block import tiles
-from ocr_kernels.block.norms import Contexts, Gradients, Layer, Moments, Norm, Settings, statistics_of
+from ocr_kernels.block.norms import Contexts, Gradients, Layer, Moments, Norm, Settings, split_statistics, statistics_of
 from ocr_kernels.block.reference import activation_backward_, empty_maps, maps_of
 from ocr_kernels.block.triton_inference import activated, infer
 from ocr_kernels.core.layout import statistics_dtype
@@ -86,6 +86,51 @@ def ocr_block_moments_kernel(
     tl.store(partial + C, tl.sum(squares, 1) - off * off / (end - start), mask=c < C)
 
 
+@triton.jit(do_not_specialize=["N", "parts"])
+def ocr_block_norm_kernel(
+    out,  # [5, C]: mean, var, 1 / sqrt(var + eps), and what h is multiplied by, and what is added
+    partial,  # [parts, 2, C]: means, and sums of squares about them
+    gain, shift,  # [C]
+    C, N, split_length, splits, parts, eps: tl.float64,
+    ACCUMULATOR: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """The moments of all splits of all images as one, in a fixed order, and the norm that they make."""
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    count = tl.cast(N, ACCUMULATOR) * (parts // splits)
+    total = tl.zeros([BLOCK_C], ACCUMULATOR)
+    for p0 in range(0, parts, BLOCK_P):
+        n, rows = pixels_of_parts(p0, N, split_length, splits, parts, BLOCK_P, ACCUMULATOR)
+        means = tl.load(
+            partial + rows[:, None] * 2 * C + c[None, :], mask=(n > 0)[:, None] & (c < C)[None, :], other=0.0
+        )
+        total += tl.sum(means * n[:, None], 0)
+    mean = total / count
+    squares = tl.zeros([BLOCK_C], ACCUMULATOR)
+    for p0 in range(0, parts, BLOCK_P):
+        n, rows = pixels_of_parts(p0, N, split_length, splits, parts, BLOCK_P, ACCUMULATOR)
+        inside = (n > 0)[:, None] & (c < C)[None, :]
+        part = partial + rows[:, None] * 2 * C + c[None, :]
+        off = tl.load(part, mask=inside, other=0.0) - mean[None, :]
+        squares += tl.sum(tl.load(part + C, mask=inside, other=0.0) + n[:, None] * off * off, 0)
+    var = squares / count
+    rstd = 1 / tl.sqrt(var + tl.full((), eps, ACCUMULATOR))
+    factor = tl.load(gain + c, mask=c < C, other=0.0) * rstd
+    offset = tl.load(shift + c, mask=c < C, other=0.0) - mean * factor
+    tl.store(out + c, mean, mask=c < C)
+    tl.store(out + C + c, var, mask=c < C)
+    tl.store(out + 2 * C + c, rstd, mask=c < C)
+    tl.store(out + 3 * C + c, factor, mask=c < C)
+    tl.store(out + 4 * C + c, offset, mask=c < C)
+
+
+@triton.jit
+def pixels_of_parts(p0, N, split_length, splits, parts, BLOCK_P: tl.constexpr, ACCUMULATOR: tl.constexpr):
+    """How many pixels some parts have, 0 after the last, and which they are."""
+    p = p0 + tl.arange(0, BLOCK_P)
+    n = tl.minimum(N - p % splits * split_length, split_length)
+    return tl.where(p < parts, n, 0).to(ACCUMULATOR), tl.cast(p, tl.int64)
+
+
 @triton.jit(do_not_specialize=["N"])
 def ocr_block_apply_kernel(
     out, out_strides,  # [B, C, N]
@@ -153,6 +198,42 @@ def ocr_block_gradient_sums_kernel(
     partial += tl.cast(program, tl.int64) * 2 * C + c
     tl.store(partial, tl.sum(total, 1), mask=c < C)
     tl.store(partial + C, tl.sum(products, 1), mask=c < C)
+
+
+@triton.jit(do_not_specialize=["parts"])
+def ocr_block_norm_gradient_kernel(
+    out,  # [5, C]: the gradients of gain and shift; slope, offset and constant, below
+    partial,  # [parts, 2, C]: sums of the gradients, and of those times h - mean
+    factor, rstd, mean,  # [C]
+    count,  # a number
+    C, parts,
+    STATISTICS: tl.constexpr, ACCUMULATOR: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """The sums of all splits, in a fixed order, and what follows from them for each pixel.
+
+    The gradient of h is factor * d + slope * (h - mean) + offset, or factor * d + slope * h + constant.
+    """
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    shift = tl.zeros([BLOCK_C], ACCUMULATOR)
+    gain = tl.zeros([BLOCK_C], ACCUMULATOR)
+    for p0 in range(0, parts, BLOCK_P):
+        p = tl.cast(p0 + tl.arange(0, BLOCK_P), tl.int64)
+        part = partial + p[:, None] * 2 * C + c[None, :]
+        inside = (p < parts)[:, None] & (c < C)[None, :]
+        shift += tl.sum(tl.load(part, mask=inside, other=0.0), 0)
+        gain += tl.sum(tl.load(part + C, mask=inside, other=0.0), 0)
+    gain *= tl.load(rstd + c, mask=c < C, other=0.0)
+    slope = tl.zeros([BLOCK_C], ACCUMULATOR)
+    offset = tl.zeros([BLOCK_C], ACCUMULATOR)
+    if STATISTICS:
+        share = -tl.load(factor + c, mask=c < C, other=0.0) / tl.load(count)
+        slope = share * tl.load(rstd + c, mask=c < C, other=0.0) * gain
+        offset = share * shift
+    tl.store(out + c, gain, mask=c < C)
+    tl.store(out + C + c, shift, mask=c < C)
+    tl.store(out + 2 * C + c, slope, mask=c < C)
+    tl.store(out + 3 * C + c, offset, mask=c < C)
+    tl.store(out + 4 * C + c, offset - tl.load(mean + c, mask=c < C, other=0.0) * slope, mask=c < C)
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -283,23 +364,54 @@ def _splits(maps: Tensor) -> tuple[tuple[int], int, Tensor]:
     programs = batch * cdiv(channels, tiles.PASS.channels)
     wanted = 4 * device_facts(maps.device).multiprocessors
     split_length, splits = split(pixels, tiles.PASS.pixels, programs, wanted)
-    partial = maps.new_empty((batch, splits, 2, channels, 1), dtype=statistics_dtype(maps))
+    partial = maps.new_empty((batch, splits, 2, channels), dtype=statistics_dtype(maps))
     return (programs * splits,), split_length, partial
+
+
+def _vectors(parts: Tensor) -> tuple[tuple[int], dict[str, object]]:
+    """The grid, and constants, of a kernel that adds up parts `[parts, 2, C]`."""
+    blocks = {"BLOCK_P": tiles.PARTS.pixels, "BLOCK_C": tiles.PARTS.channels}
+    return (cdiv(parts.shape[2], tiles.PARTS.channels),), blocks | {"ACCUMULATOR": numbers_of(parts).accumulator}
+
+
+def _norm_of(layer: Layer, parts: Tensor, pixels: int, split_length: int) -> Norm:
+    """That of the moments `[parts, 2, C]` of splits of the pixels of images, and of the layer's other processes."""
+    channels, splits = parts.shape[2], cdiv(pixels, split_length)
+    count = len(parts) // splits * pixels
+    out, (grid, blocks) = parts.new_empty((5, channels, 1)), _vectors(parts)
+    ocr_block_norm_kernel[grid](
+        out, parts, layer.gain, layer.shift, channels, pixels, split_length, splits, len(parts), layer.eps, **blocks
+    )
+    mean, var, rstd, factor, offset = out.unbind()
+    norm = Norm(layer, mean, var, rstd, factor, offset, count)
+    if layer.group:
+        moments = Moments(layer)
+        moments.add(count, norm.mean, norm.var * count)
+        return moments.norm()
+    return norm
 
 
 def _norm(layer: Layer, h: Tensor) -> Norm:
     """With the statistics of the map that it is for."""
-    moments = Moments(layer)
-    batch, channels, pixels = h.shape
-    if layer.has_statistics and h.numel():
-        grid, split_length, partial = _splits(h)
-        splits = partial.shape[1]
-        ocr_block_moments_kernel[grid](partial, h, h.stride(), channels, pixels, split_length, splits, **_pass(h))
-        counts = pixels - split_length * torch.arange(splits, dtype=partial.dtype, device=h.device)
-        counts = counts.clamp(max=split_length).repeat(batch).view(-1, 1, 1)
-        moments.add_all(counts, *partial.flatten(0, 1).unbind(1))
-        moments.count = batch * pixels
-    return moments.norm()
+    if not layer.has_statistics or not h.numel():
+        return Moments(layer).norm()
+    _, channels, pixels = h.shape
+    grid, split_length, partial = _splits(h)
+    ocr_block_moments_kernel[grid](partial, h, h.stride(), channels, pixels, split_length, partial.shape[1], **_pass(h))
+    return _norm_of(layer, partial.flatten(0, 1), pixels, split_length)
+
+
+def _norm_of_contexts(layer: Layer, y: Contexts) -> Norm:
+    if not layer.has_statistics or not y.means.numel() or not y.pixels:
+        return y.norm(layer)
+    return _norm_of(layer, y.moments(), y.pixels, y.pixels)
+
+
+def _known(layer: Layer, both: Tensor, count: Tensor) -> Norm:
+    """That of a forward pass, of its mean and its variance `[2, C, 1]`."""
+    if not layer.has_statistics or not both.numel():
+        return Norm.of(layer, both[0], both[1], count)
+    return _norm_of(layer._replace(group=""), both.view(1, 2, -1), 1, 1)._replace(pixels=count)
 
 
 def _apply(norm: Norm, h: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -315,6 +427,25 @@ def _apply(norm: Norm, h: Tensor, mask: Tensor | None = None) -> Tensor:
     return out
 
 
+def _added(norm: Norm, parts: Tensor) -> tuple[Gradients, Tensor, Tensor, Tensor]:
+    """Of sums `[parts, 2, C]` of gradients, and of those times h - mean: them, and slope, offset and constant.
+
+    The gradient of h is factor * d + slope * (h - mean) + offset, or factor * d + slope * h + constant.
+    """
+    channels, gradients = parts.shape[2], Gradients(norm)
+    vectors, (grid, blocks) = parts.new_empty((5, channels, 1)), _vectors(parts)
+    ocr_block_norm_gradient_kernel[grid](
+        vectors, parts, norm.factor, norm.rstd, norm.mean, norm.pixels, channels, len(parts),
+        STATISTICS=norm.layer.has_statistics, **blocks,
+    )  # fmt: skip
+    gain, shift, slope, offset, constant = vectors.unbind()
+    gradients.sums = gain, shift
+    if norm.layer.group:
+        slope, offset = gradients.centred()
+        constant = torch.addcmul(offset, norm.mean, slope, value=-1)
+    return gradients, slope, offset, constant
+
+
 def _gradients(norm: Norm, grad: Tensor, h: Tensor, mask: Tensor | None = None) -> tuple[Gradients, Tensor]:
     """The sums of a layer's backward pass, and the gradient of h, both of the gradient after its activation."""
     gradients, out = Gradients(norm), empty_maps(h, h.shape[1])
@@ -322,19 +453,19 @@ def _gradients(norm: Norm, grad: Tensor, h: Tensor, mask: Tensor | None = None) 
     is_masked = mask is not None and len(mask) > 0
     factors = mask if is_masked else norm.factor
     flags = {"SLOPE": norm.layer.slope, "MASKED": is_masked}
-    if h.numel():
-        grid, split_length, partial = _splits(h)
-        ocr_block_gradient_sums_kernel[grid](
-            partial, grad, grad.stride(), h, h.stride(), norm.factor, norm.offset, norm.mean, factors,
-            channels, pixels, split_length, partial.shape[1], **flags, **_pass(grad, h),
-        )  # fmt: skip
-        gradients.add(*partial.sum((0, 1)))
-    _, slope, constant = gradients.affine()
-    if h.numel():
-        ocr_block_gradient_kernel[_programs(h)](
-            out, out.stride(), grad, grad.stride(), h, h.stride(), norm.factor, norm.offset, slope, constant, factors,
-            channels, pixels, **flags, **_pass(out, grad, h),
-        )  # fmt: skip
+    if not h.numel():
+        gradients.centred()  # for which other processes wait
+        return gradients, out
+    grid, split_length, partial = _splits(h)
+    ocr_block_gradient_sums_kernel[grid](
+        partial, grad, grad.stride(), h, h.stride(), norm.factor, norm.offset, norm.mean, factors,
+        channels, pixels, split_length, partial.shape[1], **flags, **_pass(grad, h),
+    )  # fmt: skip
+    gradients, slope, _, constant = _added(norm, partial.flatten(0, 1))
+    ocr_block_gradient_kernel[_programs(h)](
+        out, out.stride(), grad, grad.stride(), h, h.stride(), norm.factor, norm.offset, slope, constant, factors,
+        channels, pixels, **flags, **_pass(out, grad, h),
+    )  # fmt: skip
     return gradients, out
 
 
@@ -439,19 +570,20 @@ def forward(
     vectors: Sequence[Tensor], mask: Tensor, settings: Settings,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """z `[B, O, *S]`, what the backward pass reads (h of both layers of phi, w, G [y, x]), and the statistics."""
-    x, exact, layers = maps_of(feats), statistics_dtype(feats), settings.layers(vectors)
+    x, exact, mask = maps_of(feats), statistics_dtype(feats), mask.contiguous()
+    layers = settings.layers([vector.contiguous() for vector in vectors])
     with torch.cuda.device_of(feats):
         hidden_in = hidden = _times(pixel_in, x)
         first = query = _norm(layers[0], hidden)
-        hidden_out, second = empty_maps(x, len(pixel_out)), Norm(layers[1])
+        hidden_out, second = empty_maps(x, len(pixel_out)), Norm.of(layers[1])
         if len(pixel_out):
             hidden_out = hidden = _times(pixel_out, _apply(first, hidden_in))
             second = query = _norm(layers[1], hidden)
         weights = _region_weights(query, hidden, key, settings.scale)
         y = _contexts_of(contexts.to(exact), weights)
-        up = y.norm(layers[2])
+        up = _norm_of_contexts(layers[2], y)
         both = empty_maps(x, fusing.shape[1])
-        inside, outside = _halves(both, len(up.gain), settings)
+        inside, outside = _halves(both, len(up.factor), settings)
         outside.copy_(x)
         _contexts(y.normalised(up), up, weights, inside)
         fused = _times(fusing, both)
@@ -477,28 +609,31 @@ def backward(
 
     Products that only gradients take part in which are not needed are left out; such gradients are anything.
     """
-    x, exact, layers = maps_of(feats), statistics_dtype(feats), settings.layers(vectors)
+    x, exact, mask = maps_of(feats), statistics_dtype(feats), mask.contiguous()
+    layers = settings.layers([vector.contiguous() for vector in vectors])
     *maps, statistics = saved
     hidden_in, hidden_out, weights, fused = (each.flatten(2) for each in maps)
-    first, second, up, last = Norm.known(layers, statistics)
     need_feats, need_phi = needs[0], any((*needs[:4], *needs[6:10]))
     dx = empty_maps(x, x.shape[1] if need_feats else 0)
     with torch.cuda.device_of(feats):
+        first, second, up, last = (_known(*each) for each in split_statistics(layers, statistics))
         dlast, d = _gradients(last, grad.flatten(2), fused, mask)
-        on_context, on_pixels = _halves(fusing, len(up.gain), settings)
+        on_context, on_pixels = _halves(fusing, len(up.factor), settings)
         y = _contexts_of(contexts.to(exact), weights)
         normalised = y.normalised(up)
-        inside = _contexts(normalised, up, weights, empty_maps(x, len(up.gain)))
+        inside = _contexts(normalised, up, weights, empty_maps(x, len(up.factor)))
         dfusing = fusing.new_empty(fusing.shape, dtype=exact)
         if needs[4]:
-            for half, of in zip(_halves(dfusing, len(up.gain), settings), (inside, x), strict=True):
+            for half, of in zip(_halves(dfusing, len(up.factor), settings), (inside, x), strict=True):
                 half.copy_(_over_pixels(d, of))
         if need_feats:
             _times(on_pixels.t(), d, dx)
         dy = activation_backward_(_times(on_context.t(), d), inside, up.layer.slope)
         del d, inside
         outer = _wide_product(dy, (weights - y.mean_weights).to(dy.dtype).mT)
-        dup, dcontexts, matrix, column = y.backward(up, outer, dy.sum(2, keepdim=True, dtype=exact))
+        total = dy.sum(2, keepdim=True, dtype=exact)
+        dup, slope, offset, _ = _added(up, y.gradient_sums(up, outer, total))
+        dcontexts, matrix, column = y.backward(up, outer, total, slope, offset)
 
         dkey, dphi = torch.zeros_like(key, dtype=exact), [Gradients(first), Gradients(second)]
         dpixel_in, dpixel_out = torch.zeros_like(pixel_in, dtype=exact), torch.zeros_like(pixel_out, dtype=exact)
