@@ -45,8 +45,8 @@ LINEAR = TileTable({2: (Tile(channels=32, outputs=128, pixels=128, stages=2),)})
 # Of kernels that have no product: they go over a map once.
 PASS = Tile(channels=32, pixels=128)
 
-# Of kernels that add up what those left of splits of the pixels: so many splits at a time.
-PARTS = Tile(channels=32, pixels=32)
+# Of kernels that add up what those left of splits of the pixels, so many splits at a time.
+PARTS = Tile(channels=32, pixels=32, warps=4)
 
 # All regions, then pixels, then channels of keys.
 REGION_WEIGHTS = TileTable(

@@ -92,22 +92,22 @@ def ocr_block_norm_kernel(
     partial,  # [parts, 2, C]: means, and sums of squares about them
     gain, shift,  # [C]
     C, N, split_length, splits, parts, eps: tl.float64,
-    ACCUMULATOR: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    ACCUMULATOR: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """The moments of all splits of all images as one, in a fixed order, and the norm that they make."""
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     count = tl.cast(N, ACCUMULATOR) * (parts // splits)
     total = tl.zeros([BLOCK_C], ACCUMULATOR)
-    for p0 in range(0, parts, BLOCK_P):
-        n, rows = pixels_of_parts(p0, N, split_length, splits, parts, BLOCK_P, ACCUMULATOR)
+    for p0 in range(0, parts, BLOCK_N):
+        n, rows = pixels_of_parts(p0, N, split_length, splits, parts, BLOCK_N, ACCUMULATOR)
         means = tl.load(
             partial + rows[:, None] * 2 * C + c[None, :], mask=(n > 0)[:, None] & (c < C)[None, :], other=0.0
         )
         total += tl.sum(means * n[:, None], 0)
     mean = total / count
     squares = tl.zeros([BLOCK_C], ACCUMULATOR)
-    for p0 in range(0, parts, BLOCK_P):
-        n, rows = pixels_of_parts(p0, N, split_length, splits, parts, BLOCK_P, ACCUMULATOR)
+    for p0 in range(0, parts, BLOCK_N):
+        n, rows = pixels_of_parts(p0, N, split_length, splits, parts, BLOCK_N, ACCUMULATOR)
         inside = (n > 0)[:, None] & (c < C)[None, :]
         part = partial + rows[:, None] * 2 * C + c[None, :]
         off = tl.load(part, mask=inside, other=0.0) - mean[None, :]
@@ -124,9 +124,9 @@ def ocr_block_norm_kernel(
 
 
 @triton.jit
-def pixels_of_parts(p0, N, split_length, splits, parts, BLOCK_P: tl.constexpr, ACCUMULATOR: tl.constexpr):
+def pixels_of_parts(p0, N, split_length, splits, parts, BLOCK_N: tl.constexpr, ACCUMULATOR: tl.constexpr):
     """How many pixels some parts have, 0 after the last, and which they are."""
-    p = p0 + tl.arange(0, BLOCK_P)
+    p = p0 + tl.arange(0, BLOCK_N)
     n = tl.minimum(N - p % splits * split_length, split_length)
     return tl.where(p < parts, n, 0).to(ACCUMULATOR), tl.cast(p, tl.int64)
 
@@ -207,7 +207,7 @@ def ocr_block_norm_gradient_kernel(
     factor, rstd, mean,  # [C]
     count,  # a number
     C, parts,
-    STATISTICS: tl.constexpr, ACCUMULATOR: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    STATISTICS: tl.constexpr, ACCUMULATOR: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """The sums of all splits, in a fixed order, and what follows from them for each pixel.
 
@@ -216,8 +216,8 @@ def ocr_block_norm_gradient_kernel(
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     shift = tl.zeros([BLOCK_C], ACCUMULATOR)
     gain = tl.zeros([BLOCK_C], ACCUMULATOR)
-    for p0 in range(0, parts, BLOCK_P):
-        p = tl.cast(p0 + tl.arange(0, BLOCK_P), tl.int64)
+    for p0 in range(0, parts, BLOCK_N):
+        p = tl.cast(p0 + tl.arange(0, BLOCK_N), tl.int64)
         part = partial + p[:, None] * 2 * C + c[None, :]
         inside = (p < parts)[:, None] & (c < C)[None, :]
         shift += tl.sum(tl.load(part, mask=inside, other=0.0), 0)
@@ -369,18 +369,18 @@ def _splits(maps: Tensor) -> tuple[tuple[int], int, Tensor]:
 
 
 def _vectors(parts: Tensor) -> tuple[tuple[int], dict[str, object]]:
-    """The grid, and constants, of a kernel that adds up parts `[parts, 2, C]`."""
-    blocks = {"BLOCK_P": tiles.PARTS.pixels, "BLOCK_C": tiles.PARTS.channels}
-    return (cdiv(parts.shape[2], tiles.PARTS.channels),), blocks | {"ACCUMULATOR": numbers_of(parts).accumulator}
+    """The grid, and arguments, of a kernel that adds up parts `[parts, 2, C]`."""
+    arguments = {"ACCUMULATOR": numbers_of(parts).accumulator}
+    return (cdiv(parts.shape[2], tiles.PARTS.channels),), arguments | tiles.PARTS.arguments
 
 
 def _norm_of(layer: Layer, parts: Tensor, pixels: int, split_length: int) -> Norm:
     """That of the moments `[parts, 2, C]` of splits of the pixels of images, and of the layer's other processes."""
     channels, splits = parts.shape[2], cdiv(pixels, split_length)
     count = len(parts) // splits * pixels
-    out, (grid, blocks) = parts.new_empty((5, channels, 1)), _vectors(parts)
+    out, (grid, arguments) = parts.new_empty((5, channels, 1)), _vectors(parts)
     ocr_block_norm_kernel[grid](
-        out, parts, layer.gain, layer.shift, channels, pixels, split_length, splits, len(parts), layer.eps, **blocks
+        out, parts, layer.gain, layer.shift, channels, pixels, split_length, splits, len(parts), layer.eps, **arguments
     )
     mean, var, rstd, factor, offset = out.unbind()
     norm = Norm(layer, mean, var, rstd, factor, offset, count)
@@ -433,10 +433,10 @@ def _added(norm: Norm, parts: Tensor) -> tuple[Gradients, Tensor, Tensor, Tensor
     The gradient of h is factor * d + slope * (h - mean) + offset, or factor * d + slope * h + constant.
     """
     channels, gradients = parts.shape[2], Gradients(norm)
-    vectors, (grid, blocks) = parts.new_empty((5, channels, 1)), _vectors(parts)
+    vectors, (grid, arguments) = parts.new_empty((5, channels, 1)), _vectors(parts)
     ocr_block_norm_gradient_kernel[grid](
         vectors, parts, norm.factor, norm.rstd, norm.mean, norm.pixels, channels, len(parts),
-        STATISTICS=norm.layer.has_statistics, **blocks,
+        STATISTICS=norm.layer.has_statistics, **arguments,
     )  # fmt: skip
     gain, shift, slope, offset, constant = vectors.unbind()
     gradients.sums = gain, shift
