@@ -8,7 +8,7 @@ STAMP := .venv/stamp
 PYTHON_GIVEN := $(filter-out file,$(origin PYTHON))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all compat sanitize integration lint format bench report gpu clean
+.PHONY: help demo test test-all compat sanitize integration lint format bench report docs gpu clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -74,8 +74,11 @@ format: $(STAMP) ## rewrite the code as `make lint` wants it
 bench: $(STAMP) ## times against eager PyTorch and torch.compile
 	$(BIN)/python -m benchmarks
 
-report: $(STAMP) ## the README's tables and pictures of speed, from benchmarks/results
-	$(BIN)/python -m benchmarks.readme
+report: $(STAMP) ## RESULTS.md, the README's table and the pictures, from benchmarks/results
+	$(BIN)/python -m benchmarks.pages
+
+docs: $(STAMP) ## the site, into build/site; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 gpu: $(if $(PYTHON_GIVEN),,$(STAMP)) ## tests and benchmarks on a GPU; PYTHON=python3 OUT=dir COMMIT=hash
 	@PYTHONPATH="$(CURDIR)" $(if $(PYTHON_GIVEN),$(PYTHON),$(BIN)/python) -m benchmarks.gpu --out "$(OUT)" --commit "$(COMMIT)"

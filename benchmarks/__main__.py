@@ -25,6 +25,7 @@ from benchmarks.cases import (
     QUICK_CASES,
     SUBJECTS,
     SWEEPS,
+    TOGETHER,
     our_backends,
 )
 from benchmarks.jobs import Job, jobs
@@ -154,7 +155,10 @@ def _parse(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
         metavar="SUBJECT",
         help=f"{', '.join(SUBJECTS)}; default: all, the networks ({', '.join(NETWORKS)}) where timm is installed",
     )
-    parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS), help="default: all")
+    every = [*PEERS, TOGETHER]
+    parser.add_argument(
+        "--peers", nargs="+", choices=every, default=every, metavar="PEER", help=f"{', '.join(every)}; default: all"
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="default: bfloat16 on cuda, float32 on cpu")
     parser.add_argument("--memory-format", nargs="+", choices=MEMORY_FORMATS, default=["contiguous"])

@@ -32,6 +32,7 @@ PASSES: tuple[Pass, ...] = ("forward", "backward", "forward+backward")
 
 EAGER, COMPILED, AUTOTUNED, SDPA = "eager", "compile", "max-autotune", "sdpa"
 CHECKPOINTED = "checkpoint"  # eager, of which a training step keeps nothing and computes it again
+TOGETHER = "ours+compile"
 BACKBONE = "backbone"  # eager's, of which a network's time is the rest the head's
 PEERS = (EAGER, COMPILED, AUTOTUNED, CHECKPOINTED, SDPA)
 SDPA_BACKENDS: dict[str, Any] = {
@@ -378,7 +379,7 @@ class Workload:
     dtype: torch.dtype
     device: torch.device
     memory_format: str = "contiguous"
-    peers: tuple[str, ...] = PEERS
+    peers: tuple[str, ...] = (*PEERS, TOGETHER)
 
     def inputs(self) -> tuple[list[Tensor], list[Tensor]]:
         """The inputs, which require gradients, and the gradients of the outputs; the same at every call."""
@@ -415,9 +416,15 @@ class Workload:
                 if self._accepts(kernel):
                     functions[name] = functools.partial(scaled_dot_product, backend=kernel)
         for backend in self.backends():
-            functions[backend] = self._ready(self.subject.ours(self.case, backend))
-            self.subject.finish(functions[backend])  # type: ignore[arg-type]
+            functions[backend] = self._ours(backend)
+        if TOGETHER in self.peers and self.subject.automatic:
+            functions[TOGETHER] = _compiled(self._ours(self.backends()[0]))
         return functions
+
+    def _ours(self, backend: str) -> Function:
+        function = self._ready(self.subject.ours(self.case, backend))
+        self.subject.finish(function)  # type: ignore[arg-type]
+        return function
 
     def _accepts(self, backend: Any) -> bool:
         """Whether PyTorch runs this kernel of its attention, forward and backward, at these sizes."""

@@ -1,4 +1,4 @@
-"""Tables of the results: for the terminal, and as Markdown for the README."""
+"""Tables of the results: for the terminal, and as Markdown for the pages."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.cases import BACKBONE, CHECKPOINTED, COMPILED, EAGER, PEERS, SDPA, sweep_of
+from benchmarks.cases import AUTOTUNED, BACKBONE, CHECKPOINTED, COMPILED, EAGER, PEERS, SDPA, TOGETHER, sweep_of
 from benchmarks.measure import EMPTY
 
 if TYPE_CHECKING:
@@ -186,6 +186,105 @@ def networks(results: Results) -> list[Grid]:
         place = [line["subject"], image, _short_dtype(line["dtype"]), _short_format(line["memory_format"])]
         grid.rows.append([*place, *cells, _times(eager / folded)])
     return [grid] if grid.rows else []
+
+
+HEADLINE = {
+    ("module", "forward+backward"): "module, training step",
+    ("head", "forward+backward"): "head, training step",
+    ("module", "forward"): "module, inference",
+    ("folded-head", "forward"): "head, inference",
+    ("hrnet_w18", "forward"): "HRNet-W18, inference",
+    ("hrnet_w48", "forward"): "HRNet-W48, inference",
+}
+
+
+def headline(files: Sequence[Mapping[str, Any]]) -> Grid:
+    """Module, head and networks at one case, each from the newest file that has it."""
+    case = "cityscapes-half"
+    grid = Grid(
+        "",
+        ["", "format", "eager [ms]", "torch.compile [ms]", "ours [ms]", "both [ms]", "saved for backward", "commit"],
+        2,
+    )
+    devices = set()
+    for (subject, what), label in HEADLINE.items():
+        for memory_format in ("contiguous", "channels_last"):
+            place = (subject, case, what, "float32", memory_format)
+            having = [data for data in files if not data["quick"] and place in grouped(data["results"])]
+            if not having:
+                continue
+            data = max(having, key=lambda data: str(data["date"]))
+            line = grouped(data["results"])[place][0]
+            name = line["ours"][0]
+            devices.add(f"{device_name(data)}, PyTorch {data['versions']['torch']}")
+            shown = [line["times"].get(each) for each in (EAGER, COMPILED, name, TOGETHER)]
+            best = min(filter(None, shown), key=lambda timing: float(timing["median"]))
+            saved = line["saved_bytes"].get(name), line["saved_bytes"].get(EAGER)
+            kept = "-" if saved[0] is None else f"{_number(saved[0], 2**20)} of {_number(saved[1], 2**20)} MiB"
+            cells = [_milliseconds(timing, timing is best) for timing in shown]
+            grid.rows.append([label, _short_format(memory_format), *cells, kept, f"`{data['commit'][:8]}`"])
+    grid.title = f"1x512x128x256, K=19, float32, {'; '.join(sorted(devices))}; median ± interquartile range"
+    return grid.without_empty_columns()
+
+
+def cases(results: Results) -> list[Grid]:
+    """For each dtype and format a line for each measurement: milliseconds, the fastest in bold, and bytes."""
+    grids = []
+    named = [result for result in results if not sweep_of(result["case"])]
+    for (dtype, memory_format), members in grouped(named, lambda r: (r["dtype"], r["memory_format"])).items():
+        ours = list(dict.fromkeys(name for line in members for name in line["ours"]))
+        peers = [EAGER, COMPILED, AUTOTUNED, CHECKPOINTED, SDPA]
+        header = [
+            "subject",
+            "case",
+            "pass",
+            *peers,
+            *ours,
+            TOGETHER,
+            "of floor",
+            "saved [MB]",
+            "of eager's",
+            "peak of eager's",
+        ]
+        grid = Grid(f"{dtype}, {memory_format} [ms]", header, 3)
+        for lines in grouped(members).values():
+            line = lines[0]
+            found = {name: timing for each in reversed(lines) for name, timing in each["times"].items()}
+            kernels = [name for name in found if name.startswith(f"{SDPA}-")]
+            if kernels:
+                found[SDPA] = min((found[name] for name in kernels), key=lambda timing: float(timing["median"]))
+            shown = {name: found[name] for name in (*peers, *ours, TOGETHER) if name in found}
+            best = min(shown.values(), key=lambda timing: float(timing["median"]), default=None)
+            times = [_milliseconds(shown.get(name), shown.get(name) is best) for name in (*peers, *ours, TOGETHER)]
+            name = line["ours"][0]
+            saved, peak = (
+                (values.get(name), values.get(EAGER)) for values in (line["saved_bytes"], line["peak_bytes"])
+            )
+            grid.rows.append(
+                [
+                    *(
+                        line["subject"],
+                        line["case"],
+                        SHORT[line["pass"]],
+                        *times,
+                        _percent(share_of_floor(lines, name)),
+                    ),
+                    *(_number(saved[0], 1e6), _share(*saved), _share(*peak)),
+                ]
+            )
+        grids.append(grid.without_empty_columns())
+    return grids
+
+
+def _milliseconds(timing: Mapping[str, float] | None, best: bool) -> str:
+    if timing is None:
+        return "-"
+    text = f"{_number(timing['median'], 1e-3)} ±{timing['spread']:.0%}"
+    return f"**{text}**" if best else text
+
+
+def _share(part: float | None, whole: float | None) -> str:
+    return "-" if part is None or not whole else f"{part / whole:.0%}"
 
 
 def memory(results: Results) -> list[Grid]:

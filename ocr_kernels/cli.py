@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,16 @@ CHECKOUT = Path(__file__).parent.parent
 
 def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
+    try:
+        status = _run(argv)
+        sys.stdout.flush()
+    except BrokenPipeError:  # who reads has seen enough, and Python flushes once more when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return status
+
+
+def _run(argv: Sequence[str]) -> int:
     if argv[:1] == ["bench"]:  # its arguments are parsed over there
         return _bench(argv[1:])
     parser = argparse.ArgumentParser(
@@ -44,6 +55,6 @@ def _bench(argv: Sequence[str]) -> int:
     try:
         from benchmarks import __main__ as benchmarks
     except ImportError as error:
-        print(f"ocr-kernels bench: {error}; pip install 'ocr-kernels[bench]'", file=sys.stderr)
+        print(f"ocr-kernels bench: {error}; pip install '.[bench]' in the checkout", file=sys.stderr)
         return 2
     return benchmarks.main(argv, "ocr-kernels bench")

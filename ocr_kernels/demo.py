@@ -11,6 +11,7 @@ import copy
 import importlib.util
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from ocr_kernels.core.backends import resolve_backend, use_backend
 from ocr_kernels.models.maps import record_maps
 from ocr_kernels.models.replace import replace_ocr_modules
-from ocr_kernels.plotting import COLOURS, colours, new_figure, plot_attention, plot_region_maps, show
+from ocr_kernels.plotting import COLOURS, colours, new_figure, plot_attention, plot_region_maps, region_over, show
 from ocr_kernels.reference import OCRHead
 from ocr_kernels.testing import FACTORS, Measurement, measure_parity, saved_bytes
 
@@ -68,7 +69,7 @@ def run_demo(
     try:
         missing = [name for module, name in PACKAGES.items() if importlib.util.find_spec(module) is None]
         if missing:
-            raise ValueError(f"needs {', '.join(missing)}: pip install ocr-kernels[demo]")
+            raise ValueError(f"needs {', '.join(missing)}: pip install {' '.join(missing)}")
         if steps < 1:
             raise ValueError(f"--steps must be at least 1, but is {steps}")
         chosen = _device(device)
@@ -78,6 +79,7 @@ def run_demo(
         if directory.exists() and not directory.is_dir():
             raise ValueError(f"--out {out}: not a directory")
         directory.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=directory).close()  # pictures can be written
     except (OSError, RuntimeError, ValueError) as error:
         print(f"ocr-kernels demo: {str(error).splitlines()[0]}", file=sys.stderr)
         return 2
@@ -252,7 +254,7 @@ def _demo(photo: Tensor, directory: Path, steps: int) -> int:
     console.print(_training_table(runs, masks, labels.cpu(), saved))
     console.print(_parity_table(measurements))
     regions, attention = (recorded[0][0].unflatten(1, labels.shape) for recorded in (maps.regions, maps.attention))
-    pictures = _draw(photo[0].cpu(), labels.cpu(), masks[-1], regions, attention, runs)
+    pictures = _draw(photo[0].cpu(), labels.cpu(), masks[-1], regions, attention, runs, saved)
     for name, figure in pictures.items():
         figure.savefig(directory / name, dpi=150)
 
@@ -379,11 +381,13 @@ def _mask(network: _Network, images: Tensor) -> Tensor:
 
 
 def _draw(
-    photo: Tensor, labels: Tensor, mask: Tensor, regions: Tensor, attention: Tensor, runs: Sequence[_Run]
-) -> dict[str, Figure]:
+    photo: Tensor, labels: Tensor, mask: Tensor, regions: Tensor, attention: Tensor, runs: Sequence[_Run],
+    saved: Sequence[tuple[int, int]],
+) -> dict[str, Figure]:  # fmt: skip
     """The pictures by file name; `photo` is `[3, H, W]` in 0..1, the maps are `[K, h, w]`."""
     pixels = _typical_pixels(mask)
     return {
+        "overview.png": _draw_overview(photo, mask, regions, runs, saved),
         "photo.png": _draw_photo(photo),
         "mask.png": _draw_mask(photo, labels, mask),
         "regions.png": plot_region_maps(photo, regions, [f"region {k}" for k in range(1, REGIONS + 1)]),
@@ -400,6 +404,30 @@ def _typical_pixels(mask: Tensor) -> list[tuple[int, int]]:
     chosen = depth.argsort(descending=True)[:MARKS]
     pixels = deepest[chosen[depth[chosen] > 0]].sort().values
     return [divmod(pixel, mask.shape[1]) for pixel in pixels.tolist()]
+
+
+def _draw_overview(
+    photo: Tensor, mask: Tensor, regions: Tensor, runs: Sequence[_Run], saved: Sequence[tuple[int, int]]
+) -> Figure:
+    """What the regions are, and what the swap brought."""
+    title = "Object regions of a photo, and what training this small network on them costs on this machine"
+    figure = new_figure(14, 2.6 * photo.shape[1] / photo.shape[2] + 1.4, title)
+    *pictures, time_axes, bytes_axes = figure.subplots(1, 5, width_ratios=(3, 3, 3, 1.6, 1.6))
+    regions = regions.detach().float().cpu()
+    largest = mask.flatten().bincount(minlength=REGIONS).argsort(descending=True)[: len(pictures)].sort().values
+    for axes, k in zip(pictures, largest.tolist(), strict=True):
+        show(axes, region_over(photo.permute(1, 2, 0), regions[k], colours(REGIONS)[k]), f"region {k + 1}")
+    times = [1e3 * statistics.median(run.seconds) for run in (runs[0], runs[-1])]
+    for axes, values, what in (
+        (time_axes, times, "a step [ms]"),
+        (bytes_axes, [block / 2**20 for _, block in saved], "saved by the\nOCR block [MiB]"),
+    ):
+        bars = axes.bar(["before", "after"], values, color=[COLOURS[0], COLOURS[4]])
+        axes.bar_label(bars, fmt="%.3g")
+        axes.set_title(what, fontsize=11)
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.set(yticks=(), ylim=(0, 1.15 * max(values)))
+    return figure
 
 
 def _draw_photo(photo: Tensor) -> Figure:

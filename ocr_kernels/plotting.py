@@ -41,16 +41,20 @@ def plot_region_maps(image: Tensor, maps: Tensor, names: Sequence[str] | None = 
     size = max(3.25, 6.5 / columns)  # of a panel, in inches: the title is 6 inches long
     title = "Soft object regions: for each region, a softmax over pixels"
     figure = new_figure(size * columns, rows * (size * height / width + 0.35) + 0.5, title)
-    grey = 0.6 * photo.mean(2, keepdim=True)
     panels = figure.subplots(rows, columns, squeeze=False).flat
     for k, weights in enumerate(maps):
-        full = weights.flatten().kthvalue(-(-99 * weights.numel() // 100)).values
-        strength = (weights / full.clamp_min(torch.finfo(torch.float32).tiny)).clamp(0, 1)[None, None]
-        large = F.interpolate(strength, (height, width), mode="bilinear", align_corners=False)[0, 0].unsqueeze(2)
-        show(panels[k], (1 - large) * grey + large * colours(len(maps))[k], names[k])
+        show(panels[k], region_over(photo, weights, colours(len(maps))[k]), names[k])
     for rest in panels[len(maps) :]:
         rest.set_axis_off()
     return figure
+
+
+def region_over(photo: Tensor, weights: Tensor, colour: Tensor) -> Tensor:
+    """A region's map `[h, w]` in a colour over the greyed photo `[H, W, 3]`."""
+    full = weights.flatten().kthvalue(-(-99 * weights.numel() // 100)).values
+    strength = (weights / full.clamp_min(torch.finfo(torch.float32).tiny)).clamp(0, 1)[None, None]
+    large = F.interpolate(strength, photo.shape[:2], mode="bilinear", align_corners=False)[0, 0].unsqueeze(2)
+    return (1 - large) * 0.6 * photo.mean(2, keepdim=True) + large * colour
 
 
 def plot_attention(
@@ -123,7 +127,7 @@ def new_figure(width: float, height: float, title: str) -> Figure:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("drawing needs matplotlib: pip install 'ocr-kernels[demo]'") from error
+        raise ImportError("drawing needs matplotlib: pip install matplotlib") from error
     figure = Figure(figsize=(width, height), layout="constrained")
     figure.suptitle(title, fontsize=13)
     return figure

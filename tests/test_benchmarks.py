@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from benchmarks import __main__ as command
-from benchmarks import accuracy, cases, jobs, measure, plot, readme, report
+from benchmarks import accuracy, cases, jobs, measure, pages, plot, report
 from benchmarks.cases import BACKBONE, CASES, NETWORKS, OPS, SUBJECTS, Case, Pass, Subject, Workload
 from ocr_kernels import cli, replace_ocr_modules
 from ocr_kernels.core import backends
@@ -420,15 +420,15 @@ def test_host_times_have_a_line_without_kernels(monkeypatch: pytest.MonkeyPatch)
     assert all({"eager", measure.EMPTY} <= line["times"].keys() for line in lines)
 
 
-def test_readme_and_pictures_are_what_the_result_files_give() -> None:
-    assert readme.stale() == []
+def test_pages_and_pictures_are_what_the_result_files_give() -> None:
+    assert pages.stale() == []
 
 
 def test_errors_in_the_design_are_those_of_the_result_file() -> None:
     """None of them beyond 1.5 times eager's own, as the README promises."""
-    rows = json.loads((readme.RESULTS / "accuracy" / "amd-epyc.json").read_text())["rows"]
+    rows = json.loads((pages.RESULTS / "accuracy" / "amd-epyc.json").read_text())["rows"]
     backends = ["reference", "native", "triton"]
-    assert "\n".join(accuracy.table(rows, backends)) in (readme.ROOT / "DESIGN.md").read_text()
+    assert "\n".join(accuracy.table(rows, backends)) in (pages.ROOT / "docs" / "design.md").read_text()
     mixed = [row for row in rows if set(row["dtypes"].split("/")) != {"float64"}]
     assert {row["peak"] for row in mixed} == set(accuracy.PEAKS)
     assert max(accuracy.ratio(row, name) for row in mixed for name in backends) <= 1.5
@@ -438,23 +438,23 @@ def test_readme_section_is_replaced(
     file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "machine.json").write_text(file.read_text())
-    monkeypatch.setattr(readme, "RESULTS", tmp_path)
-    monkeypatch.setattr(readme, "README", tmp_path / "README.md")
-    readme.README.write_text(f"before\n{readme.BEGIN}\nold\n{readme.END}\nafter\n")
-    assert readme.main(["--check"]) == 1
-    assert readme.main([]) == 0
-    text = readme.README.read_text()
+    monkeypatch.setattr(pages, "RESULTS", tmp_path)
+    monkeypatch.setattr(pages, "README", tmp_path / "README.md")
+    pages.README.write_text(f"before\n{pages.BEGIN}\nold\n{pages.END}\nafter\n")
+    assert pages.main(["--check"]) == 1
+    assert pages.main([]) == 0
+    text = pages.README.read_text()
     assert text.startswith("before\n")
     assert text.endswith("\nafter\n")
     assert "| gather | fwd |" in text
     assert "machine-memory.png" in text
     assert "\nold\n" not in text
-    assert readme.main(["--check"]) == 0
+    assert pages.main(["--check"]) == 0
     data = json.loads((tmp_path / "machine.json").read_text())
     (tmp_path / "machine.json").write_text(json.dumps({**data, "date": "another"}))
-    assert len(readme.stale()) > 1
+    assert len(pages.stale()) > 1
     with pytest.raises(ValueError, match="needs the two lines"):
-        readme.render("no markers")
+        pages.render("no markers")
 
 
 def test_the_users_command_hands_over(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

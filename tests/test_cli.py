@@ -1,9 +1,12 @@
 """The command line: what it prints, and how it fails."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
-from fresh import python
+from fresh import PYTHONPATH, python
 
 from ocr_kernels import __version__, info
 from ocr_kernels.cli import main
@@ -47,6 +50,18 @@ def test_info_needs_torch_alone() -> None:
     report = json.loads(result.stdout)
     assert report["versions"]["triton"] is None
     assert "does not import" in report["backends"]["triton"]
+
+
+def test_a_pipe_that_is_closed_early_is_no_error() -> None:
+    """As by `ocr-kernels info | head -1`."""
+    command, pipe = [sys.executable, "-m", "ocr_kernels", "info"], subprocess.PIPE
+    with subprocess.Popen(
+        command, stdout=pipe, stderr=pipe, text=True, env=os.environ | {"PYTHONPATH": PYTHONPATH}
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert (process.wait(), process.stderr.read()) == (0, "")
 
 
 def test_module_is_the_command() -> None:

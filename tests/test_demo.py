@@ -19,7 +19,7 @@ from torch import Tensor
 from ocr_kernels import demo
 from ocr_kernels.gather import reference as gather
 
-PICTURES = ("photo.png", "mask.png", "regions.png", "attention.png", "losses.png")
+PICTURES = ("overview.png", "photo.png", "mask.png", "regions.png", "attention.png", "losses.png")
 
 
 @pytest.fixture(scope="module")
@@ -191,13 +191,24 @@ def test_truncated_image_and_occupied_directory_are_exit_code_2(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_folder_that_cannot_be_written_is_found_before_training(
+    image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(**_: Any) -> None:
+        raise PermissionError(13, "Permission denied", str(tmp_path))
+
+    monkeypatch.setattr(demo.tempfile, "TemporaryFile", refuse)
+    assert demo.run_demo(image, "cpu", out=tmp_path) == 2
+    assert capsys.readouterr().err == f"ocr-kernels demo: [Errno 13] Permission denied: '{tmp_path}'\n"
+
+
 def test_missing_packages_are_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in ("rich", "sklearn") else find(name))
     assert demo.run_demo(out=tmp_path / "out") == 2
-    expected = "ocr-kernels demo: needs rich, scikit-learn: pip install ocr-kernels[demo]\n"
+    expected = "ocr-kernels demo: needs rich, scikit-learn: pip install rich scikit-learn\n"
     assert capsys.readouterr().err == expected
 
 

@@ -107,8 +107,8 @@ OPS = ("gather", "attention", "block")
 
 
 def levels() -> list[set[str]]:
-    """The files as DESIGN.md lists them, a group for each level; a file imports those of the groups before it."""
-    text = (ROOT / "DESIGN.md").read_text().partition("\n## Levels\n")[2].split("```")[1]
+    """The files as docs/design.md lists them, a group for each level; a file imports those of the groups before it."""
+    text = (ROOT / "docs" / "design.md").read_text().partition("\n## Levels\n")[2].split("```")[1]
     groups = ([line.split()[0] for line in group.splitlines()] for group in text.strip().split("\n\n"))
     return [{file.replace("OP", op, 1) for file in group for op in OPS} for group in groups]
 

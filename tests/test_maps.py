@@ -338,7 +338,7 @@ def test_without_matplotlib_the_extra_is_named() -> None:
         "try:\n    plot_region_maps(torch.rand(3, 4, 6), torch.rand(2, 2, 3))\n"
         "except ImportError as error:\n    print(error)"
     )
-    assert run(code) == "drawing needs matplotlib: pip install 'ocr-kernels[demo]'\n"
+    assert run(code) == "drawing needs matplotlib: pip install matplotlib\n"
 
 
 def test_importing_does_not_load_the_compiler() -> None:
