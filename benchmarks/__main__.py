@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -45,6 +46,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m benchmarks") 
         out.print(report.origin(data))
         _print(data, out)
     else:
+        os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler that finds peaks notes each start on stderr
         data = _run(args, out)
         status = int(bool(data["missing"] or data["failed"]) or report.ours_failed(data["results"]))
     if args.plot:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fresh import run
+from fresh import python, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ops import DTYPES, Op, all_dtypes, both_ops
@@ -410,6 +410,28 @@ def test_a_library_of_another_abi(kind: str, tmp_path: Path) -> None:
     assert caught.endswith("Until then the other backends run")
     assert chosen == "reference"
     assert error.startswith("backend 'native' cannot run: the compiled library was built for another PyTorch")
+
+
+SAYS = """
+import torch, ocr_kernels
+from ocr_kernels.core import libraries
+if {missing}:
+    libraries.problem = lambda device_type="cpu": "there is none"
+feats, logits = torch.randn(1, 4, 3, 3), torch.randn(1, 2, 3, 3)
+with ocr_kernels.use_backend("reference"):
+    ocr_kernels.spatial_gather(feats, logits)
+print(ocr_kernels.available_backends()["native"], flush=True)
+for _ in range(2):
+    ocr_kernels.spatial_gather(feats, logits)
+"""
+
+
+@pytest.mark.parametrize("missing", [True, pytest.param(False, marks=built)])
+def test_that_the_kernels_were_left_out_is_said_once(missing: bool) -> None:
+    result = python("-c", SAYS.format(missing=missing))
+    assert result.returncode == 0, result.stderr
+    expected = "ocr_kernels: running on plain PyTorch, backend 'reference', on cpu. native: there is none\n"
+    assert result.stderr == (expected if missing else "")
 
 
 def test_importing_does_not_load_it() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import logging
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +25,8 @@ _default = os.environ.get("OCR_KERNELS_BACKEND") or None
 _overrides: dict[object, str | None] = {}  # of the blocks of `use_backend` that are open, in the order of their start
 _selected = _default  # process-wide, like torch.backends' flags
 _lock = threading.Lock()
+_log = logging.getLogger("ocr_kernels")
+_said: set[str] = set()
 _problems: dict[tuple[str, str | None], str | None] = {}  # of backends on types of devices, or on this machine
 
 
@@ -85,6 +88,8 @@ def resolve_backend(device: torch.device, backend: str | None = None, implemente
         for name in _FASTEST.get(kind, ()):
             if name in implemented and _problem(name, kind) is None:
                 return name
+        if implemented is BACKENDS and kind in _FASTEST:
+            _say_what_runs(kind)
         return "reference"
     problem = _problem(name, kind)
     if problem is not None or name not in implemented:
@@ -93,6 +98,15 @@ def resolve_backend(device: torch.device, backend: str | None = None, implemente
             raise RuntimeError(f"backend {name!r} has no kernels for this op; {' and '.join(implemented)} have")
         raise RuntimeError(f"backend {name!r} cannot run on a {kind} tensor: {problem}")
     return name
+
+
+@assume_constant_result
+def _say_what_runs(device_type: str) -> None:
+    """Once, where no kernels are there for a type of device: nothing else tells that they were left out."""
+    if device_type not in _said:
+        _said.add(device_type)
+        reasons = "; ".join(f"{name}: {_problem(name, device_type)}" for name in _FASTEST[device_type])
+        _log.warning("ocr_kernels: running on plain PyTorch, backend 'reference', on %s. %s", device_type, reasons)
 
 
 def is_offered(implemented: Sequence[str], by_default: bool = True) -> bool:
