@@ -112,7 +112,8 @@ def _measure(job: Job, limits: measure.Limits, seconds: float, data: dict[str, A
 def _print(data: dict[str, Any], out: Console) -> None:
     results = data["results"]
     for grid in report.tables(data):
-        out.print(grid.table())
+        for part in grid.within(out.width):
+            out.print(part.table())
     for dtype, limit in data["limits"].items():
         copy, rate = limit["bytes_per_second"] / 1e9, limit["flops_per_second"] / 1e12
         out.print(f"{dtype}: a large copy runs at {copy:.0f} GB/s, a large matrix product at {rate:.3g} TFLOP/s.")
@@ -134,7 +135,8 @@ def _print(data: dict[str, Any], out: Console) -> None:
 def _compare(old: Path, new: Path, out: Console) -> int:
     before, after = (json.loads(path.read_text()) for path in (old, new))
     out.print(f"old: {report.origin(before)}\nnew: {report.origin(after)}")
-    out.print(report.comparison(before, after).table())
+    for part in report.comparison(before, after).within(out.width):
+        out.print(part.table())
     return 0
 
 

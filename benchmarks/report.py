@@ -39,14 +39,28 @@ class Grid:
             self.title, [self.header[i] for i in keep], self.text, [[row[i] for i in keep] for row in self.rows]
         )
 
+    def within(self, width: int) -> list[Grid]:
+        """Itself where a line holds all columns, else tables below one another, each with the columns of text."""
+        widths = [2 + max(map(len, column)) for column in zip(self.header, *self.rows, strict=True)]
+        text = list(range(self.text))
+        parts = [text.copy()]
+        for i in range(self.text, len(self.header)):
+            if parts[-1] != text and 2 + sum(widths[j] for j in [*parts[-1], i]) > width:
+                parts.append(text.copy())
+            parts[-1].append(i)
+        titles = [self.title, *["the same, continued"] * (len(parts) - 1)]
+        return [
+            Grid(title, [self.header[i] for i in part], self.text, [[row[i] for i in part] for row in self.rows])
+            for title, part in zip(titles, parts, strict=True)
+        ]
+
     def table(self) -> Table:
         from rich import box  # not everywhere that results are written as Markdown
         from rich.table import Table
 
         table = Table(title=self.title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
         for i, name in enumerate(self.header):
-            last = i == len(self.header) - 1  # gives way where the width is short
-            table.add_column(name, justify="left" if i < self.text else "right", overflow="fold", no_wrap=not last)
+            table.add_column(name, justify="left" if i < self.text else "right", overflow="fold")
         for row in self.rows:
             table.add_row(*row)
         return table

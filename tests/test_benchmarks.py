@@ -3,6 +3,8 @@
 import contextlib
 import importlib.machinery
 import importlib.util
+import io
+import itertools
 import json
 import sys
 import time
@@ -15,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 
 from benchmarks import __main__ as command
 from benchmarks import accuracy, cases, jobs, measure, pages, plot, report
@@ -440,21 +443,37 @@ def test_readme_section_is_replaced(
     (tmp_path / "machine.json").write_text(file.read_text())
     monkeypatch.setattr(pages, "RESULTS", tmp_path)
     monkeypatch.setattr(pages, "README", tmp_path / "README.md")
+    monkeypatch.setattr(pages, "PAGE", tmp_path / "RESULTS.md")
     pages.README.write_text(f"before\n{pages.BEGIN}\nold\n{pages.END}\nafter\n")
     assert pages.main(["--check"]) == 1
     assert pages.main([]) == 0
     text = pages.README.read_text()
     assert text.startswith("before\n")
     assert text.endswith("\nafter\n")
-    assert "| gather | fwd |" in text
-    assert "machine-memory.png" in text
+    assert "| format |" in text  # of runs that are not quick, and there are none
     assert "\nold\n" not in text
+    page = pages.PAGE.read_text()
+    assert "| gather | cityscapes-inference | fwd |" in page
+    assert "machine-memory.png" in page
     assert pages.main(["--check"]) == 0
     data = json.loads((tmp_path / "machine.json").read_text())
     (tmp_path / "machine.json").write_text(json.dumps({**data, "date": "another"}))
     assert len(pages.stale()) > 1
     with pytest.raises(ValueError, match="needs the two lines"):
         pages.render("no markers")
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_no_column_is_lost_where_lines_are_short(width: int) -> None:
+    data = json.loads((pages.RESULTS / "amd-epyc-ops.json").read_text())
+    for grid in report.tables(data):
+        out = Console(width=width, file=io.StringIO(), highlight=False, markup=False)
+        for part in grid.within(width):
+            out.print(part.table())
+        lines = out.file.getvalue().splitlines()  # type: ignore[attr-defined]
+        assert max(map(len, lines)) <= width
+        for cell in itertools.chain(grid.header, *grid.rows):
+            assert any(cell in line for line in lines), cell
 
 
 def test_the_users_command_hands_over(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
