@@ -33,6 +33,11 @@ def plot_region_maps(image: Tensor, maps: Tensor, names: Sequence[str] | None = 
         ImportError: matplotlib is missing.
         TypeError: `image` or `maps` is no tensor.
         ValueError: a shape is another, or `names` are not K.
+
+    Example:
+        >>> figure = plot_region_maps(torch.rand(3, 64, 128), region_maps(torch.randn(1, 4, 16, 32))[0])
+        >>> len(figure.axes)
+        4
     """
     photo, maps, names = _checked(image, maps, names)
     columns = min(len(maps), 4)
@@ -79,6 +84,12 @@ def plot_attention(
         ImportError: matplotlib is missing.
         TypeError: `image` or `maps` is no tensor.
         ValueError: a shape is another, `names` are not K, `labels` not one for each pixel, or there is no such pixel.
+
+    Example:
+        >>> maps = attention_maps(torch.randn(1, 8, 16, 32), torch.randn(1, 8, 4))[0]
+        >>> figure = plot_attention(torch.rand(3, 64, 128), maps, pixels=[(10, 20), (40, 100)])
+        >>> len(figure.axes)
+        3
     """
     photo, maps, names = _checked(image, maps, names)
     height, width = photo.shape[:2]

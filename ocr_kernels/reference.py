@@ -26,6 +26,10 @@ class SpatialGather(nn.Module):
     """Step 3: region representations f_k = sum_i softmax_i(scale * M_ki) x_i, the softmax over pixels (Eq. 4).
 
     `cls_num`, the number of classes, is kept for HRNet's signature; K comes with the input.
+
+    Example:
+        >>> SpatialGather(19)(torch.randn(2, 64, 16, 32), torch.randn(2, 19, 16, 32)).shape
+        torch.Size([2, 64, 19, 1])
     """
 
     def __init__(self, cls_num: int = 0, scale: float = 1) -> None:
@@ -55,6 +59,11 @@ class ObjectAttentionBlock(nn.Module):
 
     Raises:
         ValueError: `bn_type` names a normalisation other than PyTorch's own; that is what `norm_layer` is for.
+
+    Example:
+        >>> block = ObjectAttentionBlock(in_channels=64, key_channels=32)
+        >>> block(torch.randn(2, 64, 16, 32), torch.randn(2, 64, 19, 1)).shape
+        torch.Size([2, 64, 16, 32])
     """
 
     def __init__(
@@ -106,6 +115,11 @@ class SpatialOCR(nn.Module):
 
     Raises:
         ValueError: `bn_type` names a normalisation other than PyTorch's own; that is what `norm_layer` is for.
+
+    Example:
+        >>> block = SpatialOCR(in_channels=64, key_channels=32, out_channels=48)
+        >>> block(torch.randn(2, 64, 16, 32), torch.randn(2, 64, 19, 1)).shape
+        torch.Size([2, 48, 16, 32])
     """
 
     attention: ClassVar[type[ObjectAttentionBlock]] = ObjectAttentionBlock
@@ -144,7 +158,14 @@ class SpatialOCR(nn.Module):
 
 
 class OCRHead(nn.Module):
-    """The five steps, from a backbone's features to logits; the children have the names of HRNet's `seg_hrnet_ocr`."""
+    """The five steps, from a backbone's features to logits; the children have the names of HRNet's `seg_hrnet_ocr`.
+
+    Example:
+        >>> head = OCRHead(in_channels=32, num_classes=19, mid_channels=64, key_channels=32)
+        >>> aux, out = head(torch.randn(2, 32, 16, 32))
+        >>> aux.shape, out.shape
+        (torch.Size([2, 19, 16, 32]), torch.Size([2, 19, 16, 32]))
+    """
 
     gathering: ClassVar[type[SpatialGather]] = SpatialGather
     distribution: ClassVar[type[SpatialOCR]] = SpatialOCR

@@ -51,6 +51,11 @@ def gather_inputs(
     repeats some). feats have a mean of 0.5, since pixel representations come out of a ReLU; logits spread enough for
     a softmax far from uniform. `peak` is added to a pixel of each region, as trained networks have them: with 8 that
     pixel holds a large part of the weight, with 20 nearly all, with 1e4 all of it.
+
+    Example:
+        >>> feats, logits = gather_inputs(regions=19, layout="channels_last", dtype=torch.bfloat16)
+        >>> feats.shape, logits.shape
+        (torch.Size([2, 16, 9, 11]), torch.Size([2, 19, 9, 11]))
     """
     generator = torch.Generator().manual_seed(seed)
     feats = 0.5 + _normal((batch, channels, *spatial), generator)
@@ -83,6 +88,10 @@ def attention_inputs(
 
     `value_channels` is Dv, by default D = `channels`. The scores have a standard deviation of 2; `peak` is added to
     those of the first region, by way of the first channel.
+
+    Example:
+        >>> [tuple(tensor.shape) for tensor in attention_inputs(regions=19)]
+        [(2, 16, 9, 11), (2, 16, 19), (2, 16, 19)]
     """
     generator = torch.Generator().manual_seed(seed)
     query = _normal((batch, channels, *spatial), generator)
@@ -106,6 +115,10 @@ def lay_out(tensor: Tensor, layout: Layout) -> Tensor:
     * `strided`: every second pixel, in every spatial dimension, of a larger tensor.
     * `expanded`: the first column repeated over the last dimension with stride 0; with a single spatial
       dimension the first image repeated over the batch. Only here do the values change.
+
+    Example:
+        >>> lay_out(torch.zeros(2, 3, 4, 5), "channels_last").stride()
+        (60, 1, 15, 3)
     """
     batch, channels, *spatial = tensor.shape
     if layout == "contiguous":
@@ -140,6 +153,11 @@ def oracle(function: Callable[..., Any], *inputs: Any) -> Any:
     """`function` on the inputs upcast to float64; a module is copied and upcast as well.
 
     Give it a plain definition, such as `ocr_kernels.gather.reference.spatial_gather`.
+
+    Example:
+        >>> from ocr_kernels.gather.reference import spatial_gather as definition
+        >>> oracle(definition, *gather_inputs()).dtype
+        torch.float64
     """
     wide = [_map(value, Tensor.double) for value in (function, *inputs)]
     return wide[0](*wide[1:])
@@ -147,7 +165,14 @@ def oracle(function: Callable[..., Any], *inputs: Any) -> Any:
 
 @dataclass(frozen=True)
 class Measurement:
-    """One measured error of one tensor against the float64 oracle, and what it may be."""
+    """One measured error of one tensor against the float64 oracle, and what it may be.
+
+    Example:
+        >>> from ocr_kernels.gather.reference import spatial_gather as definition
+        >>> worst = max(measure_parity(spatial_gather, definition, gather_inputs()), key=lambda each: each.error)
+        >>> worst.passed
+        True
+    """
 
     tensor: str  # "output", "gradient of logits", "gradient of conv.weight", "buffer bn.running_mean"
     measure: str  # "misplaced NaN or inf" (a count), "max error", "mean error", "relative L2 error", "bias"
@@ -186,6 +211,11 @@ def judge(
         references: `(reference, oracle, weight)` of one or more runs, all of the shape of `actual`; the largest
             weighted error counts. `actual` is judged against the first oracle.
         factor: how many times the reference's error is allowed; by default that of `FACTORS` for the dtype.
+
+    Example:
+        >>> exact = torch.rand(100, dtype=torch.float64)
+        >>> all(each.passed for each in judge("output", exact.float(), [(exact.float(), exact, 1.0)]))
+        True
     """
     if actual.numel() == 0:
         return []
@@ -240,6 +270,10 @@ def assert_parity(
     Raises:
         AssertionError: an error exceeds its bound, or a shape, a dtype or the presence of a gradient differs. The
             message names the tensor, the measure, the error, the bound and the reference's own error.
+
+    Example:
+        >>> from ocr_kernels.gather.reference import spatial_gather as definition
+        >>> measurements = assert_parity(spatial_gather, definition, gather_inputs(requires_grad=True))
     """
     measurements = measure_parity(actual, reference, inputs, **options)
     failures = [str(measurement) for measurement in measurements if not measurement.passed]
@@ -280,6 +314,12 @@ def measure_parity(
         AssertionError: a shape, a dtype or the presence of a gradient differs.
 
     Every run starts from the same random state, so that dropout agrees where it draws alike in both dtypes.
+
+    Example:
+        >>> from ocr_kernels.attention.reference import pixel_region_attention as definition
+        >>> measurements = measure_parity(pixel_region_attention, definition, attention_inputs())
+        >>> {each.tensor for each in measurements}
+        {'output'}
     """
     labels = _input_names(reference, len(inputs))
     tested, incoming = _run(actual, inputs, labels, None if grad_output is None else _as_tuple(grad_output))
@@ -404,12 +444,19 @@ def gradcheck(function: Callable[..., Any], inputs: Sequence[Any], *, fast: bool
 
     Raises:
         RuntimeError: they differ (`GradcheckError`), or two backward passes differ in a single bit.
+
+    Example:
+        >>> gradcheck(spatial_gather, gather_inputs(spatial=(2, 3), requires_grad=True))
     """
     torch.autograd.gradcheck(function, _leaves(inputs), eps=1e-6, atol=1e-7, rtol=1e-5, nondet_tol=0.0, fast_mode=fast)
 
 
 def gradgradcheck(function: Callable[..., Any], inputs: Sequence[Any], *, fast: bool = False) -> None:
-    """Check second derivatives in the same way."""
+    """Check second derivatives in the same way.
+
+    Example:
+        >>> gradgradcheck(spatial_gather, gather_inputs(spatial=(2, 3), requires_grad=True), fast=True)
+    """
     torch.autograd.gradgradcheck(
         function, _leaves(inputs), eps=1e-6, atol=1e-7, rtol=1e-5, nondet_tol=0.0, fast_mode=fast
     )
@@ -423,6 +470,11 @@ def saved_bytes(function: Callable[..., Any], *inputs: Any, exclude: Iterable[Te
     """Bytes that `function(*inputs)` keeps for its backward pass, each storage counted once and in full.
 
     `exclude` names tensors whose storages are there anyway: the inputs, a module's parameters.
+
+    Example:
+        >>> query, key, value = inputs = attention_inputs(requires_grad=True)
+        >>> saved_bytes(pixel_region_attention, *inputs, exclude=inputs)
+        0
     """
     saved: dict[int, Tensor] = {}  # holds the tensors, so that no address is used twice
 
@@ -441,6 +493,10 @@ def peak_bytes(function: Callable[..., Any], *inputs: Any) -> int:
 
     It is what PyTorch's allocators hand out; what kernels allocate themselves, as the compiled library's do for partial
     sums and tiles, is not seen.
+
+    Example:
+        >>> peak_bytes(torch.softmax, torch.randn(4, 1000), 1)
+        0
     """
     on_gpu = any(isinstance(value, Tensor) and value.is_cuda for value in inputs)
     if on_gpu:
@@ -464,7 +520,13 @@ def peak_bytes(function: Callable[..., Any], *inputs: Any) -> int:
 
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """Inside the block every `torch.empty` is filled with NaN, so that an element nobody wrote is seen."""
+    """Inside the block every `torch.empty` is filled with NaN, so that an element nobody wrote is seen.
+
+    Example:
+        >>> with poisoned_memory():
+        ...     bool(torch.empty(3).isnan().all())
+        True
+    """
     mode = torch.get_deterministic_debug_mode()
     torch.set_deterministic_debug_mode("warn")
     try:

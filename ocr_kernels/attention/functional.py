@@ -36,6 +36,11 @@ def pixel_region_attention(
         TypeError: an argument is no tensor, the dtypes differ or are others, or `scale` is no number.
         ValueError: shapes or devices do not match, D, Dv or K is 0, or `backend` is unknown.
         RuntimeError: the backend asked for cannot run here; the message says why.
+
+    Example:
+        >>> query, key, value = torch.randn(2, 256, 32, 64), torch.randn(2, 256, 19), torch.randn(2, 256, 19)
+        >>> pixel_region_attention(query, key, value).shape
+        torch.Size([2, 256, 32, 64])
     """
     check_tensors(query=query, key=key, value=value)
     if scale is not None:

@@ -28,7 +28,13 @@ Classifier: TypeAlias = tuple[Tensor, Tensor | None]
 
 
 class Norm(NamedTuple):
-    """BatchNorm, with what `torch.nn.functional.batch_norm` takes; statistics that run are updated as it does."""
+    """BatchNorm, with what `torch.nn.functional.batch_norm` takes; statistics that run are updated as it does.
+
+    Example:
+        >>> norm = torch.nn.BatchNorm2d(8)
+        >>> Norm(norm.weight, norm.bias, norm.running_mean, norm.running_var, training=False).eps
+        1e-05
+    """
 
     weight: Tensor | None = None  # [channels]
     bias: Tensor | None = None
@@ -41,7 +47,13 @@ class Norm(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """A 1x1 convolution, a norm or none, and an activation: x where it is positive, slope * x elsewhere."""
+    """A 1x1 convolution, a norm or none, and an activation: x where it is positive, slope * x elsewhere.
+
+    Example:
+        >>> convolution = torch.nn.Conv2d(16, 8, 1)
+        >>> Layer(convolution.weight.flatten(1), convolution.bias, Norm(), slope=0.01).weight.shape
+        torch.Size([8, 16])
+    """
 
     weight: Tensor | None  # [outputs, inputs]; None, in `up` alone, for what changes nothing
     bias: Tensor | None = None

@@ -43,6 +43,10 @@ def available_backends(device_type: str | None = None) -> dict[str, bool | str]:
     """Every backend with `True`, or with the sentence that says why it cannot run on this machine.
 
     With a `device_type`, `"cpu"` or `"cuda"`, why it cannot run on its tensors.
+
+    Example:
+        >>> available_backends()["reference"]
+        True
     """
     return {name: _problem(name, device_type) or True for name in BACKENDS}
 
@@ -58,6 +62,10 @@ def use_backend(backend: str | None) -> Iterator[None]:
     Raises:
         ValueError: `backend` is not the name of a backend.
         RuntimeError: it cannot run on this machine; the message says why.
+
+    Example:
+        >>> with use_backend("reference"):
+        ...     regions = spatial_gather(torch.randn(1, 8, 4, 4), torch.randn(1, 3, 4, 4))
     """
     if backend is not None:
         _require(backend)

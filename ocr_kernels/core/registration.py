@@ -21,7 +21,14 @@ _flop_formulas: dict[Any, Callable[..., int]] = {}
 
 
 def decompositions() -> dict[Op, Op]:
-    """Our ops in plain PyTorch, a table for `torch.export.ExportedProgram.run_decompositions`."""
+    """Our ops in plain PyTorch, a table for `torch.export.ExportedProgram.run_decompositions`.
+
+    Example:
+        >>> head = modules.OCRHead(in_channels=8, num_classes=3, mid_channels=16, key_channels=8).eval()
+        >>> program = torch.export.export(head, (torch.randn(1, 8, 4, 4),))
+        >>> "ocr_kernels" in str(program.run_decompositions(decompositions()).graph)
+        False
+    """
     return dict(_decompositions)
 
 
@@ -35,6 +42,13 @@ def flop_formulas() -> dict[Any, Callable[..., int]]:
     """Our ops' operations, for `torch.utils.flop_counter.FlopCounterMode(custom_mapping=...)`.
 
     It has them already where it was imported before this library, which does not import it: it imports Triton.
+
+    Example:
+        >>> from torch.utils.flop_counter import FlopCounterMode
+        >>> with FlopCounterMode(display=False, custom_mapping=flop_formulas()) as counter:
+        ...     regions = spatial_gather(torch.randn(1, 8, 4, 4), torch.randn(1, 3, 4, 4))
+        >>> counter.get_total_flops()  # 2 * C * K * N
+        768
     """
     return dict(_flop_formulas)
 

@@ -34,6 +34,11 @@ def spatial_gather(feats: Tensor, logits: Tensor, scale: float | Tensor = 1.0, *
         TypeError: an argument is no tensor, or of another dtype, or `scale` is no number.
         ValueError: shapes or devices do not match, C or K is 0, or `backend` is unknown.
         RuntimeError: the backend asked for cannot run here; the message says why.
+
+    Example:
+        >>> feats, logits = torch.randn(2, 512, 32, 64), torch.randn(2, 19, 32, 64)
+        >>> spatial_gather(feats, logits).shape
+        torch.Size([2, 512, 19])
     """
     check_tensors(feats=feats, logits=logits)
     logits, factor = split_scale(scale, logits)

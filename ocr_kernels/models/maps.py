@@ -35,6 +35,11 @@ def region_maps(logits: Tensor, scale: float = 1.0) -> Tensor:
     Raises:
         TypeError: `logits` is no tensor, or of another dtype than the op takes.
         ValueError: its shape is another.
+
+    Example:
+        >>> maps = region_maps(torch.randn(1, 19, 32, 64))
+        >>> maps.shape, round(float(maps[0, 0].sum()), 4)
+        (torch.Size([1, 19, 32, 64]), 1.0)
     """
     check_tensors(logits=logits)
     check_dtype("logits", logits)
@@ -57,6 +62,11 @@ def attention_maps(query: Tensor, key: Tensor, scale: float | None = None) -> Te
     Raises:
         TypeError: an argument is no tensor, or the dtypes differ or are others than the op takes.
         ValueError: shapes or devices do not match.
+
+    Example:
+        >>> maps = attention_maps(torch.randn(1, 256, 32, 64), torch.randn(1, 256, 19))
+        >>> maps.shape, round(float(maps[0, :, 0, 0].sum()), 4)
+        (torch.Size([1, 19, 32, 64]), 1.0)
     """
     check_tensors(query=query, key=key)
     check_query_and_key(query, key)
@@ -92,6 +102,13 @@ def record_maps() -> Iterator[Maps]:
 
     Raises:
         RuntimeError: the block is inside a compiled function.
+
+    Example:
+        >>> head = modules.OCRHead(in_channels=8, num_classes=3, mid_channels=16, key_channels=8).eval()
+        >>> with torch.no_grad(), record_maps() as maps:
+        ...     aux, out = head(torch.randn(1, 8, 16, 16))
+        >>> maps.regions[0].shape, maps.attention[0].shape
+        (torch.Size([1, 3, 16, 16]), torch.Size([1, 3, 16, 16]))
     """
     if torch.compiler.is_compiling():
         raise RuntimeError("record_maps cannot be compiled: put it around the call of the compiled model")

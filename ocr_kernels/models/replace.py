@@ -63,8 +63,10 @@ def replace_ocr_modules(
         TypeError: an argument is of the wrong type; nothing is changed.
 
     Example:
-        >>> report = replace_ocr_modules(model, example_inputs=image)
+        >>> head = reference.OCRHead(in_channels=8, num_classes=3, mid_channels=16, key_channels=8)
+        >>> report = replace_ocr_modules(head, example_inputs=torch.randn(2, 8, 16, 16))
         >>> print(report)
+        4 swapped, 0 left alone...
         >>> report.raise_if_incomplete()
     """
     _check_arguments(model, filter, example_inputs)
@@ -113,6 +115,12 @@ def restore_ocr_modules(model: nn.Module) -> list[str]:
 
     Raises:
         TypeError: `model` is no module.
+
+    Example:
+        >>> head = reference.OCRHead(in_channels=8, num_classes=3, mid_channels=16, key_channels=8)
+        >>> report = replace_ocr_modules(head)
+        >>> restore_ocr_modules(head)
+        ['', 'ocr_gather_head', 'ocr_distri_head', 'ocr_distri_head.object_context_block']
     """
     _check_arguments(model, None, None)
     replaced = [(name, module, replacement_of(module)) for name, module in model.named_modules()]
