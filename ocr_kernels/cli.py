@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ocr_kernels import __version__, demo, info
+from ocr_kernels import __version__, check, demo, info
 
 CHECKOUT = Path(__file__).parent.parent
 
@@ -35,6 +35,7 @@ def _run(argv: Sequence[str]) -> int:
     commands = parser.add_subparsers(metavar="command", required=True)
     for name, module, text in (
         ("info", info, "what this machine can run, and why not the rest"),
+        ("check", check, "replace the OCR modules of your own model: report, error, time and bytes before and after"),
         ("demo", demo, "train a small OCR network on a photo, with and without the kernels, and draw what it sees"),
     ):
         command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")

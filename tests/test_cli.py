@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from fresh import PYTHONPATH, python
@@ -75,3 +76,88 @@ def test_unknown_arguments_are_refused(arguments: list[str], capsys: pytest.Capt
         main(arguments)
     assert exit_.value.code == 2
     assert "ocr-kernels" in capsys.readouterr().err.splitlines()[-1]
+
+
+MODEL = """
+import torch
+from torch import nn
+from ocr_kernels.reference import OCRHead
+
+class Network(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 1)
+        self.head = OCRHead(8, 4, 16, key_channels=8)
+
+    def forward(self, image):
+        return {"logits": self.head(self.stem(image))}
+
+def make_model():
+    return Network()
+
+def with_inputs():
+    return Network(), torch.randn(2, 3, 8, 8)
+
+def without_ocr():
+    return nn.Conv2d(3, 8, 1), torch.randn(2, 3, 8, 8)
+
+def fixed():
+    return with_inputs()[0].requires_grad_(False), torch.randn(2, 3, 8, 8)
+
+def number():
+    return 3
+
+def broken():
+    raise LookupError("no weights")
+"""
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> str:
+    (tmp_path / "my_network.py").write_text(MODEL)
+    return str(tmp_path / "my_network.py")
+
+
+@pytest.mark.parametrize(
+    "arguments", [["make_model", "--input", "2x3x8x8"], ["with_inputs"], ["with_inputs", "--dtype", "bfloat16"]]
+)
+def test_check_compares_a_model_with_itself_replaced(
+    model: str, arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    function, *options = arguments
+    assert main(["check", f"{model}:{function}", *options, "--seconds", "0"]) == 0
+    report, table = capsys.readouterr().out.split("\n\n")
+    assert report.startswith("4 swapped, 0 left alone")
+    rows = {line[:30].strip(): line[30:].split() for line in table.splitlines()}
+    assert rows[""] == ["before", "after", "times", "less"]
+    assert list(rows)[1:] == ["inference [ms]", "forward and backward [ms]", "saved for backward [MiB]"]
+    before, after, ratio = map(float, rows["saved for backward [MiB]"])
+    assert after <= before
+    assert ratio > 1
+
+
+def test_check_of_a_model_that_is_not_trained(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", f"{model}:fixed", "--seconds", "0"]) == 0
+    assert "saved for backward" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("function", "code", "message"),
+    [
+        ("without_ocr", 1, ""),
+        ("make_model", 2, "ValueError: make_model returns no inputs: give their shapes, --input 1x3x512x1024"),
+        ("number", 2, "TypeError: number must return a torch.nn.Module, or it and inputs, not int"),
+        ("broken", 2, "LookupError: no weights"),
+        ("missing", 2, "AttributeError: module 'my_network' has no attribute 'missing'"),
+    ],
+)
+def test_check_says_in_a_line_what_is_wrong(
+    model: str, function: str, code: int, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["check", f"{model}:{function}"]) == code
+    assert capsys.readouterr().err == (f"ocr-kernels check: {message}\n" if message else "")
+
+
+def test_check_of_no_file(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", "nowhere.py:make_model"]) == 2
+    assert "nowhere.py:make_model must be FILE.py:FUNCTION, with a file that is there" in capsys.readouterr().err

@@ -86,7 +86,7 @@ def _findings(row: Swapped) -> tuple[str, ...]:
     is_block = not {"block", "logits"}.isdisjoint(row.computations or ())  # which is faster in plain PyTorch, too
     backend = "reference: not faster" if row.backend == "reference" and not is_block else row.backend
     errors = (row.max_error, row.eager_error, row.relative_error)
-    saved = "" if row.saved_bytes is None else f"{row.saved_bytes / 2**20 + 0.0:.1f} MiB"
+    saved = "" if row.saved_bytes is None else f"{round(row.saved_bytes / 2**20, 1) + 0.0:.1f} MiB"
     return (
         fused,
         backend,
