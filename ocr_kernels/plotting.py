@@ -34,7 +34,7 @@ def plot_region_maps(image: Tensor, maps: Tensor, names: Sequence[str] | None = 
         TypeError: `image` or `maps` is no tensor.
         ValueError: a shape is another, or `names` are not K.
 
-    Example:
+    Examples:
         >>> figure = plot_region_maps(torch.rand(3, 64, 128), region_maps(torch.randn(1, 4, 16, 32))[0])
         >>> len(figure.axes)
         4
@@ -85,7 +85,7 @@ def plot_attention(
         TypeError: `image` or `maps` is no tensor.
         ValueError: a shape is another, `names` are not K, `labels` not one for each pixel, or there is no such pixel.
 
-    Example:
+    Examples:
         >>> maps = attention_maps(torch.randn(1, 8, 16, 32), torch.randn(1, 8, 4))[0]
         >>> figure = plot_attention(torch.rand(3, 64, 128), maps, pixels=[(10, 20), (40, 100)])
         >>> len(figure.axes)

@@ -27,7 +27,7 @@ class SpatialGather(nn.Module):
 
     `cls_num`, the number of classes, is kept for HRNet's signature; K comes with the input.
 
-    Example:
+    Examples:
         >>> SpatialGather(19)(torch.randn(2, 64, 16, 32), torch.randn(2, 19, 16, 32)).shape
         torch.Size([2, 64, 19, 1])
     """
@@ -60,7 +60,7 @@ class ObjectAttentionBlock(nn.Module):
     Raises:
         ValueError: `bn_type` names a normalisation other than PyTorch's own; that is what `norm_layer` is for.
 
-    Example:
+    Examples:
         >>> block = ObjectAttentionBlock(in_channels=64, key_channels=32)
         >>> block(torch.randn(2, 64, 16, 32), torch.randn(2, 64, 19, 1)).shape
         torch.Size([2, 64, 16, 32])
@@ -116,7 +116,7 @@ class SpatialOCR(nn.Module):
     Raises:
         ValueError: `bn_type` names a normalisation other than PyTorch's own; that is what `norm_layer` is for.
 
-    Example:
+    Examples:
         >>> block = SpatialOCR(in_channels=64, key_channels=32, out_channels=48)
         >>> block(torch.randn(2, 64, 16, 32), torch.randn(2, 64, 19, 1)).shape
         torch.Size([2, 48, 16, 32])
@@ -160,7 +160,7 @@ class SpatialOCR(nn.Module):
 class OCRHead(nn.Module):
     """The five steps, from a backbone's features to logits; the children have the names of HRNet's `seg_hrnet_ocr`.
 
-    Example:
+    Examples:
         >>> head = OCRHead(in_channels=32, num_classes=19, mid_channels=64, key_channels=32)
         >>> aux, out = head(torch.randn(2, 32, 16, 32))
         >>> aux.shape, out.shape

@@ -52,7 +52,7 @@ def gather_inputs(
     a softmax far from uniform. `peak` is added to a pixel of each region, as trained networks have them: with 8 that
     pixel holds a large part of the weight, with 20 nearly all, with 1e4 all of it.
 
-    Example:
+    Examples:
         >>> feats, logits = gather_inputs(regions=19, layout="channels_last", dtype=torch.bfloat16)
         >>> feats.shape, logits.shape
         (torch.Size([2, 16, 9, 11]), torch.Size([2, 19, 9, 11]))
@@ -89,7 +89,7 @@ def attention_inputs(
     `value_channels` is Dv, by default D = `channels`. The scores have a standard deviation of 2; `peak` is added to
     those of the first region, by way of the first channel.
 
-    Example:
+    Examples:
         >>> [tuple(tensor.shape) for tensor in attention_inputs(regions=19)]
         [(2, 16, 9, 11), (2, 16, 19), (2, 16, 19)]
     """
@@ -116,7 +116,7 @@ def lay_out(tensor: Tensor, layout: Layout) -> Tensor:
     * `expanded`: the first column repeated over the last dimension with stride 0; with a single spatial
       dimension the first image repeated over the batch. Only here do the values change.
 
-    Example:
+    Examples:
         >>> lay_out(torch.zeros(2, 3, 4, 5), "channels_last").stride()
         (60, 1, 15, 3)
     """
@@ -154,7 +154,7 @@ def oracle(function: Callable[..., Any], *inputs: Any) -> Any:
 
     Give it a plain definition, such as `ocr_kernels.gather.reference.spatial_gather`.
 
-    Example:
+    Examples:
         >>> from ocr_kernels.gather.reference import spatial_gather as definition
         >>> oracle(definition, *gather_inputs()).dtype
         torch.float64
@@ -167,7 +167,7 @@ def oracle(function: Callable[..., Any], *inputs: Any) -> Any:
 class Measurement:
     """One measured error of one tensor against the float64 oracle, and what it may be.
 
-    Example:
+    Examples:
         >>> from ocr_kernels.gather.reference import spatial_gather as definition
         >>> worst = max(measure_parity(spatial_gather, definition, gather_inputs()), key=lambda each: each.error)
         >>> worst.passed
@@ -212,7 +212,7 @@ def judge(
             weighted error counts. `actual` is judged against the first oracle.
         factor: how many times the reference's error is allowed; by default that of `FACTORS` for the dtype.
 
-    Example:
+    Examples:
         >>> exact = torch.rand(100, dtype=torch.float64)
         >>> all(each.passed for each in judge("output", exact.float(), [(exact.float(), exact, 1.0)]))
         True
@@ -271,7 +271,7 @@ def assert_parity(
         AssertionError: an error exceeds its bound, or a shape, a dtype or the presence of a gradient differs. The
             message names the tensor, the measure, the error, the bound and the reference's own error.
 
-    Example:
+    Examples:
         >>> from ocr_kernels.gather.reference import spatial_gather as definition
         >>> measurements = assert_parity(spatial_gather, definition, gather_inputs(requires_grad=True))
     """
@@ -315,7 +315,7 @@ def measure_parity(
 
     Every run starts from the same random state, so that dropout agrees where it draws alike in both dtypes.
 
-    Example:
+    Examples:
         >>> from ocr_kernels.attention.reference import pixel_region_attention as definition
         >>> measurements = measure_parity(pixel_region_attention, definition, attention_inputs())
         >>> {each.tensor for each in measurements}
@@ -445,7 +445,7 @@ def gradcheck(function: Callable[..., Any], inputs: Sequence[Any], *, fast: bool
     Raises:
         RuntimeError: they differ (`GradcheckError`), or two backward passes differ in a single bit.
 
-    Example:
+    Examples:
         >>> gradcheck(spatial_gather, gather_inputs(spatial=(2, 3), requires_grad=True))
     """
     torch.autograd.gradcheck(function, _leaves(inputs), eps=1e-6, atol=1e-7, rtol=1e-5, nondet_tol=0.0, fast_mode=fast)
@@ -454,7 +454,7 @@ def gradcheck(function: Callable[..., Any], inputs: Sequence[Any], *, fast: bool
 def gradgradcheck(function: Callable[..., Any], inputs: Sequence[Any], *, fast: bool = False) -> None:
     """Check second derivatives in the same way.
 
-    Example:
+    Examples:
         >>> gradgradcheck(spatial_gather, gather_inputs(spatial=(2, 3), requires_grad=True), fast=True)
     """
     torch.autograd.gradgradcheck(
@@ -471,7 +471,7 @@ def saved_bytes(function: Callable[..., Any], *inputs: Any, exclude: Iterable[Te
 
     `exclude` names tensors whose storages are there anyway: the inputs, a module's parameters.
 
-    Example:
+    Examples:
         >>> query, key, value = inputs = attention_inputs(requires_grad=True)
         >>> saved_bytes(pixel_region_attention, *inputs, exclude=inputs)
         0
@@ -494,7 +494,7 @@ def peak_bytes(function: Callable[..., Any], *inputs: Any) -> int:
     It is what PyTorch's allocators hand out; what kernels allocate themselves, as the compiled library's do for partial
     sums and tiles, is not seen.
 
-    Example:
+    Examples:
         >>> peak_bytes(torch.softmax, torch.randn(4, 1000), 1)
         0
     """
@@ -522,7 +522,7 @@ def peak_bytes(function: Callable[..., Any], *inputs: Any) -> int:
 def poisoned_memory() -> Iterator[None]:
     """Inside the block every `torch.empty` is filled with NaN, so that an element nobody wrote is seen.
 
-    Example:
+    Examples:
         >>> with poisoned_memory():
         ...     bool(torch.empty(3).isnan().all())
         True

@@ -13,9 +13,9 @@ from ocr_kernels.core.registration import exportable
 def pixel_region_attention(
     query: Tensor, key: Tensor, value: Tensor, scale: float | Tensor | None = None, *, backend: str | None = None
 ) -> Tensor:
-    r"""Context of every pixel: the regions' values, weighted by a softmax **over regions** (Eqs. 3 and 5).
+    """Context of every pixel: the regions' values, weighted by a softmax **over regions** (Eqs. 3 and 5).
 
-    .. math:: y_i = \sum_k w_{ik} v_k, \qquad w_{ik} = \mathrm{softmax}_k(\mathrm{scale} \cdot q_i^T k_k)
+        y_i = sum_k w_ik v_k,    w_ik = softmax_k(scale * q_i . k_k)
 
     Args:
         query: transformed pixels phi(x), `[B, D, *S]`, any number of spatial dimensions.
@@ -37,7 +37,7 @@ def pixel_region_attention(
         ValueError: shapes or devices do not match, D, Dv or K is 0, or `backend` is unknown.
         RuntimeError: the backend asked for cannot run here; the message says why.
 
-    Example:
+    Examples:
         >>> query, key, value = torch.randn(2, 256, 32, 64), torch.randn(2, 256, 19), torch.randn(2, 256, 19)
         >>> pixel_region_attention(query, key, value).shape
         torch.Size([2, 256, 32, 64])

@@ -30,7 +30,7 @@ Classifier: TypeAlias = tuple[Tensor, Tensor | None]
 class Norm(NamedTuple):
     """BatchNorm, with what `torch.nn.functional.batch_norm` takes; statistics that run are updated as it does.
 
-    Example:
+    Examples:
         >>> norm = torch.nn.BatchNorm2d(8)
         >>> Norm(norm.weight, norm.bias, norm.running_mean, norm.running_var, training=False).eps
         1e-05
@@ -49,7 +49,7 @@ class Norm(NamedTuple):
 class Layer(NamedTuple):
     """A 1x1 convolution, a norm or none, and an activation: x where it is positive, slope * x elsewhere.
 
-    Example:
+    Examples:
         >>> convolution = torch.nn.Conv2d(16, 8, 1)
         >>> Layer(convolution.weight.flatten(1), convolution.bias, Norm(), slope=0.01).weight.shape
         torch.Size([8, 16])
@@ -76,12 +76,11 @@ def ocr_block(
     mask: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    r"""Step 4 as one op: augmented representations z of every pixel (Eqs. 3, 5 and 6), or the classifier's logits.
+    """Step 4 as one op: augmented representations z of every pixel (Eqs. 3, 5 and 6), or the classifier's logits.
 
-    .. math:: z_i = \rho(G [y_i, x_i]), \qquad y_i = \rho(W_{up} \sum_k w_{ik} v_k), \qquad
-              w_{ik} = \mathrm{softmax}_k(s \, \phi(x_i)^T key_k)
+        z_i = rho(G [y_i, x_i]),    y_i = rho(W_up sum_k w_ik v_k),    w_ik = softmax_k(scale * phi(x_i) . key_k)
 
-    The softmax runs **over regions**; :math:`\rho` is a norm and an activation.
+    The softmax runs **over regions**; rho is a norm and an activation.
 
     Where a derivative is wanted or a norm takes the statistics of the batch, feats, the products of the layers of phi,
     the weights w `[B, K, *S]` and one map of z's channels are saved for backward; neither y nor anything that a norm or
@@ -117,7 +116,7 @@ def ocr_block(
             classifier, or `output` or `backend` is unknown.
         RuntimeError: the backend asked for cannot run here; the message says why.
 
-    Example:
+    Examples:
         >>> feats, key, value = torch.randn(2, 64, 32, 32), torch.randn(2, 16, 19), torch.randn(2, 16, 19)
         >>> pixel = [Layer(torch.randn(16, 64)), Layer(torch.randn(16, 16))]
         >>> up, fusing = Layer(torch.randn(64, 16)), Layer(torch.randn(48, 128), norm=Norm())

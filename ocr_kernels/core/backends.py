@@ -44,7 +44,7 @@ def available_backends(device_type: str | None = None) -> dict[str, bool | str]:
 
     With a `device_type`, `"cpu"` or `"cuda"`, why it cannot run on its tensors.
 
-    Example:
+    Examples:
         >>> available_backends()["reference"]
         True
     """
@@ -63,7 +63,7 @@ def use_backend(backend: str | None) -> Iterator[None]:
         ValueError: `backend` is not the name of a backend.
         RuntimeError: it cannot run on this machine; the message says why.
 
-    Example:
+    Examples:
         >>> with use_backend("reference"):
         ...     regions = spatial_gather(torch.randn(1, 8, 4, 4), torch.randn(1, 3, 4, 4))
     """

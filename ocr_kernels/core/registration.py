@@ -23,7 +23,7 @@ _flop_formulas: dict[Any, Callable[..., int]] = {}
 def decompositions() -> dict[Op, Op]:
     """Our ops in plain PyTorch, a table for `torch.export.ExportedProgram.run_decompositions`.
 
-    Example:
+    Examples:
         >>> head = modules.OCRHead(in_channels=8, num_classes=3, mid_channels=16, key_channels=8).eval()
         >>> program = torch.export.export(head, (torch.randn(1, 8, 4, 4),))
         >>> "ocr_kernels" in str(program.run_decompositions(decompositions()).graph)
@@ -43,7 +43,7 @@ def flop_formulas() -> dict[Any, Callable[..., int]]:
 
     It has them already where it was imported before this library, which does not import it: it imports Triton.
 
-    Example:
+    Examples:
         >>> from torch.utils.flop_counter import FlopCounterMode
         >>> with FlopCounterMode(display=False, custom_mapping=flop_formulas()) as counter:
         ...     regions = spatial_gather(torch.randn(1, 8, 4, 4), torch.randn(1, 3, 4, 4))

@@ -11,9 +11,9 @@ from ocr_kernels.gather.registration import spatial_gather_op
 
 
 def spatial_gather(feats: Tensor, logits: Tensor, scale: float | Tensor = 1.0, *, backend: str | None = None) -> Tensor:
-    r"""Region representations: each region's average pixel, weighted by a softmax **over pixels** (Eq. 4).
+    """Region representations: each region's average pixel, weighted by a softmax **over pixels** (Eq. 4).
 
-    .. math:: f_k = \sum_i \tilde m_{ki} x_i, \qquad \tilde m_{ki} = \mathrm{softmax}_i(\mathrm{scale} \cdot M_{ki})
+        f_k = sum_i m_ki x_i,    m_ki = softmax_i(scale * M_ki)
 
     Args:
         feats: pixel representations x, `[B, C, *S]`, any number of spatial dimensions.
@@ -35,7 +35,7 @@ def spatial_gather(feats: Tensor, logits: Tensor, scale: float | Tensor = 1.0, *
         ValueError: shapes or devices do not match, C or K is 0, or `backend` is unknown.
         RuntimeError: the backend asked for cannot run here; the message says why.
 
-    Example:
+    Examples:
         >>> feats, logits = torch.randn(2, 512, 32, 64), torch.randn(2, 19, 32, 64)
         >>> spatial_gather(feats, logits).shape
         torch.Size([2, 512, 19])

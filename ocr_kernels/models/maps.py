@@ -36,7 +36,7 @@ def region_maps(logits: Tensor, scale: float = 1.0) -> Tensor:
         TypeError: `logits` is no tensor, or of another dtype than the op takes.
         ValueError: its shape is another.
 
-    Example:
+    Examples:
         >>> maps = region_maps(torch.randn(1, 19, 32, 64))
         >>> maps.shape, round(float(maps[0, 0].sum()), 4)
         (torch.Size([1, 19, 32, 64]), 1.0)
@@ -63,7 +63,7 @@ def attention_maps(query: Tensor, key: Tensor, scale: float | None = None) -> Te
         TypeError: an argument is no tensor, or the dtypes differ or are others than the op takes.
         ValueError: shapes or devices do not match.
 
-    Example:
+    Examples:
         >>> maps = attention_maps(torch.randn(1, 256, 32, 64), torch.randn(1, 256, 19))
         >>> maps.shape, round(float(maps[0, :, 0, 0].sum()), 4)
         (torch.Size([1, 19, 32, 64]), 1.0)
@@ -103,7 +103,7 @@ def record_maps() -> Iterator[Maps]:
     Raises:
         RuntimeError: the block is inside a compiled function.
 
-    Example:
+    Examples:
         >>> head = modules.OCRHead(in_channels=8, num_classes=3, mid_channels=16, key_channels=8).eval()
         >>> with torch.no_grad(), record_maps() as maps:
         ...     aux, out = head(torch.randn(1, 8, 16, 16))

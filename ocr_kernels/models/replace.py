@@ -62,7 +62,7 @@ def replace_ocr_modules(
     Raises:
         TypeError: an argument is of the wrong type; nothing is changed.
 
-    Example:
+    Examples:
         >>> head = reference.OCRHead(in_channels=8, num_classes=3, mid_channels=16, key_channels=8)
         >>> report = replace_ocr_modules(head, example_inputs=torch.randn(2, 8, 16, 16))
         >>> print(report)
@@ -116,7 +116,7 @@ def restore_ocr_modules(model: nn.Module) -> list[str]:
     Raises:
         TypeError: `model` is no module.
 
-    Example:
+    Examples:
         >>> head = reference.OCRHead(in_channels=8, num_classes=3, mid_channels=16, key_channels=8)
         >>> report = replace_ocr_modules(head)
         >>> restore_ocr_modules(head)

@@ -41,7 +41,7 @@ class LeftAlone:
 class ReplacementReport:
     """What `replace_ocr_modules` did; `print` it. True if anything was replaced.
 
-    Example:
+    Examples:
         >>> head = reference.OCRHead(in_channels=8, num_classes=3, mid_channels=16, key_channels=8)
         >>> report = replace_ocr_modules(head, example_inputs=torch.randn(2, 8, 16, 16))
         >>> bool(report), [row.name for row in report.swapped][:2], report.left_alone
