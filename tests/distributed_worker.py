@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import sys
 import traceback
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from ocr_kernels import modules, reference, replace_ocr_modules
+from ocr_kernels import available_backends, modules, reference, replace_ocr_modules, use_backend
 from ocr_kernels.block import Layer, Norm, ocr_block
 
 B, C, D, V, Y, OUT, K = 3, 5, 4, 3, 6, 7, 3
@@ -129,6 +130,11 @@ def group_of_one() -> None:
     torch.testing.assert_close(module(*draw()), expected(*draw()), rtol=1e-9, atol=1e-10)
 
 
+def by_triton(first: int) -> None:
+    with use_backend("triton"):
+        shared_statistics(first)
+
+
 CASES: dict[str, Callable[[], None]] = {
     "two images and one": lambda: shared_statistics(2),
     "all images and none": lambda: shared_statistics(3),
@@ -138,6 +144,8 @@ CASES: dict[str, Callable[[], None]] = {
     "FSDP2, replaced": lambda: compare_training(replaced, sharded),
     "a group of one": group_of_one,
 }
+if available_backends("cpu")["triton"] is True:  # in its interpreter
+    CASES |= {f"{name}, by Triton": functools.partial(by_triton, n) for name, n in (("divided", 2), ("none in one", 3))}
 
 if __name__ == "__main__":
     torch.set_num_threads(1)

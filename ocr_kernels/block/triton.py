@@ -411,7 +411,7 @@ def _known(layer: Layer, both: Tensor, count: Tensor) -> Norm:
     """That of a forward pass, of its mean and its variance `[2, C, 1]`."""
     if not layer.has_statistics or not both.numel():
         return Norm.of(layer, both[0], both[1], count)
-    return _norm_of(layer._replace(group=""), both.view(1, 2, -1), 1, 1)._replace(pixels=count)
+    return _norm_of(layer._replace(group=""), both.view(1, 2, -1), 1, 1)._replace(layer=layer, pixels=count)
 
 
 def _apply(norm: Norm, h: Tensor, mask: Tensor | None = None) -> Tensor:
