@@ -86,7 +86,7 @@ def ocr_block_moments_kernel(
     tl.store(partial + C, tl.sum(squares, 1) - off * off / (end - start), mask=c < C)
 
 
-@triton.jit(do_not_specialize=["N", "parts"])
+@triton.jit(do_not_specialize=["N", "split_length", "splits", "parts"])
 def ocr_block_norm_kernel(
     out,  # [5, C]: mean, var, 1 / sqrt(var + eps), and what h is multiplied by, and what is added
     partial,  # [parts, 2, C]: means, and sums of squares about them
