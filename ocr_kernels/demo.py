@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ocr_kernels.core.backends import resolve_backend, use_backend
+from ocr_kernels.core.backends import Backend, resolve_backend, use_backend
 from ocr_kernels.models.maps import record_maps
 from ocr_kernels.models.replace import replace_ocr_modules
 from ocr_kernels.plotting import COLOURS, colours, new_figure, plot_attention, plot_region_maps, region_over, show
@@ -56,7 +56,7 @@ def main(args: argparse.Namespace) -> int:
 def run_demo(
     image: Path | str | None = None,
     device: str | None = None,
-    backend: str | None = None,
+    backend: Backend | None = None,
     out: Path | str = "demo-output",
     steps: int = STEPS,
 ) -> int:

@@ -18,7 +18,7 @@ import torch
 import ocr_kernels
 from ocr_kernels.block.registration import IMPLEMENTED
 from ocr_kernels.core import libraries
-from ocr_kernels.core.backends import BACKENDS, available_backends, resolve_backend
+from ocr_kernels.core.backends import BACKENDS, Backend, available_backends, resolve_backend
 
 ENVIRONMENT = ("OCR_KERNELS_BACKEND", "OCR_KERNELS_ISA", "OCR_KERNELS_LIBRARY", "TRITON_INTERPRET")
 
@@ -57,7 +57,7 @@ def collect() -> dict[str, Any]:
     }
 
 
-def _chosen(device_type: str, implemented: Sequence[str]) -> str:
+def _chosen(device_type: str, implemented: Sequence[Backend]) -> str:
     try:
         return resolve_backend(torch.device(device_type), None, implemented)
     except (ValueError, RuntimeError) as error:  # OCR_KERNELS_BACKEND names one that cannot run

@@ -6,12 +6,12 @@ from torch import Tensor
 
 from ocr_kernels.attention.registration import pixel_region_attention_op
 from ocr_kernels.core.arguments import check_tensors, split_scale
-from ocr_kernels.core.backends import resolve_backend
+from ocr_kernels.core.backends import Backend, resolve_backend
 from ocr_kernels.core.registration import exportable
 
 
 def pixel_region_attention(
-    query: Tensor, key: Tensor, value: Tensor, scale: float | Tensor | None = None, *, backend: str | None = None
+    query: Tensor, key: Tensor, value: Tensor, scale: float | Tensor | None = None, *, backend: Backend | None = None
 ) -> Tensor:
     """Context of every pixel: the regions' values, weighted by a softmax **over regions** (Eqs. 3 and 5).
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ocr_kernels.attention import reference
 from ocr_kernels.core.arguments import check_device, check_dtype, check_same_dtype, check_shape
-from ocr_kernels.core.backends import implementation
+from ocr_kernels.core.backends import Backend, implementation
 from ocr_kernels.core.layout import empty_in_format, is_channels_last, pixels, statistics_dtype
 from ocr_kernels.core.registration import batch_back, batch_first, differentiate, differentiate_twice, register_op
 
@@ -41,12 +41,12 @@ def _check(query: Tensor, key: Tensor, value: Tensor) -> None:
     check_device("value", value, "query", query)
 
 
-def _allocate(query: Tensor, key: Tensor, value: Tensor, scale: float | None, backend: str) -> Tensor:
+def _allocate(query: Tensor, key: Tensor, value: Tensor, scale: float | None, backend: Backend) -> Tensor:
     _check(query, key, value)
     return empty_in_format(query, value.shape[1])
 
 
-def _forward(query: Tensor, key: Tensor, value: Tensor, scale: float | None, backend: str) -> Tensor:
+def _forward(query: Tensor, key: Tensor, value: Tensor, scale: float | None, backend: Backend) -> Tensor:
     out = _allocate(query, key, value, scale, backend)
     kernels = implementation("attention", backend, query.device.type)
     if out.numel():
@@ -63,7 +63,7 @@ def _allocate_gradients(
     need_query: bool,
     need_key: bool,
     need_value: bool,
-    backend: str,
+    backend: Backend,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients, the query's in its memory format; those not needed have no elements."""
     _check(query, key, value)
@@ -86,7 +86,7 @@ def _backward(
     need_query: bool,
     need_key: bool,
     need_value: bool,
-    backend: str,
+    backend: Backend,
 ) -> tuple[Tensor, Tensor, Tensor]:
     gradients = _allocate_gradients(grad, query, key, value, scale, need_query, need_key, need_value, backend)
     kernels = implementation("attention", backend, query.device.type)
@@ -103,7 +103,7 @@ def _scale(query: Tensor, scale: float | None) -> float:
     return query.shape[1] ** -0.5 if scale is None else scale
 
 
-def _define(query: Tensor, key: Tensor, value: Tensor, scale: float | None, backend: str) -> Tensor:
+def _define(query: Tensor, key: Tensor, value: Tensor, scale: float | None, backend: Backend) -> Tensor:
     _check(query, key, value)
     dtype = statistics_dtype(query)
     out = reference.pixel_region_attention(query.to(dtype), key.to(dtype), value.to(dtype), scale).to(query.dtype)
@@ -119,7 +119,7 @@ def _define_backward(
     need_query: bool,
     need_key: bool,
     need_value: bool,
-    backend: str,
+    backend: Backend,
 ) -> tuple[Tensor, ...]:
     definition = functools.partial(reference.pixel_region_attention, scale=scale)
     return differentiate(definition, (query, key, value), grad, (need_query, need_key, need_value))

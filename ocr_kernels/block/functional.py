@@ -10,55 +10,22 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, distributed
+from torch import Tensor
 from torch.autograd import forward_ad
 
 from ocr_kernels.block import reference
+from ocr_kernels.block.layers import Layer, Norm
 from ocr_kernels.block.registration import (
     IMPLEMENTED,
     ocr_block_inference_op,
     ocr_block_op,
 )
 from ocr_kernels.core.arguments import check_device, check_dtype, check_same_dtype, check_shape, check_tensors
-from ocr_kernels.core.backends import left_to_compiler, resolve_backend
+from ocr_kernels.core.backends import Backend, left_to_compiler, resolve_backend
 from ocr_kernels.core.layout import in_format, pixels, statistics_dtype
 
 Output = Literal["features", "logits", "classes"]
 Classifier: TypeAlias = tuple[Tensor, Tensor | None]
-
-
-class Norm(NamedTuple):
-    """BatchNorm, with what `torch.nn.functional.batch_norm` takes; statistics that run are updated as it does.
-
-    Examples:
-        >>> norm = torch.nn.BatchNorm2d(8)
-        >>> Norm(norm.weight, norm.bias, norm.running_mean, norm.running_var, training=False).eps
-        1e-05
-    """
-
-    weight: Tensor | None = None  # [channels]
-    bias: Tensor | None = None
-    running_mean: Tensor | None = None
-    running_var: Tensor | None = None
-    training: bool = True  # whether statistics are the batch's
-    momentum: float = 0.1
-    eps: float = 1e-5
-    group: distributed.ProcessGroup | None = None  # the processes whose batches are one, as SyncBatchNorm has it
-
-
-class Layer(NamedTuple):
-    """A 1x1 convolution, a norm or none, and an activation: x where it is positive, slope * x elsewhere.
-
-    Examples:
-        >>> convolution = torch.nn.Conv2d(16, 8, 1)
-        >>> Layer(convolution.weight.flatten(1), convolution.bias, Norm(), slope=0.01).weight.shape
-        torch.Size([8, 16])
-    """
-
-    weight: Tensor | None  # [outputs, inputs]; None, in `up` alone, for what changes nothing
-    bias: Tensor | None = None
-    norm: Norm | None = None
-    slope: float = 0.0  # 0 is ReLU, 1 no activation
 
 
 def ocr_block(
@@ -74,7 +41,7 @@ def ocr_block(
     scale: float | None = None,
     context_first: bool = True,
     mask: Tensor | None = None,
-    backend: str | None = None,
+    backend: Backend | None = None,
 ) -> Tensor:
     """Step 4 as one op: augmented representations z of every pixel (Eqs. 3, 5 and 6), or the classifier's logits.
 
@@ -224,7 +191,7 @@ class FoldedBlock(NamedTuple):
         exact = self.up.new_zeros(len(weight)) if bias is None else bias.to(self.up.dtype)
         return self._replace(weights=[*self.weights, weight.to(self.dtype).contiguous(), exact], output="logits")
 
-    def run(self, feats: Tensor, key: Tensor, value: Tensor, backend: str | None = None) -> Tensor:
+    def run(self, feats: Tensor, key: Tensor, value: Tensor, backend: Backend | None = None) -> Tensor:
         """What `ocr_block` gives, without its checks, of feats and key in `dtype`; outside of autocast."""
         scale = key.shape[1] ** -0.5 if self.scale is None else self.scale
         arguments = feats, key, self.contexts(value), self.weights, scale, self.slopes, self.output

@@ -1,8 +1,8 @@
-"""The layers of a block, made of PyTorch's modules as they are at a call."""
+"""The layers of a block, and how they are made of PyTorch's modules as they are at a call."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -10,31 +10,92 @@ from torch import Tensor, distributed, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from ocr_kernels.block.functional import Layer, Norm
+
+class Norm(NamedTuple):
+    """BatchNorm, with what `torch.nn.functional.batch_norm` takes; statistics that run are updated as it does.
+
+    Examples:
+        >>> norm = torch.nn.BatchNorm2d(8)
+        >>> Norm(norm.weight, norm.bias, norm.running_mean, norm.running_var, training=False).eps
+        1e-05
+    """
+
+    weight: Tensor | None = None  # [channels]
+    bias: Tensor | None = None
+    running_mean: Tensor | None = None
+    running_var: Tensor | None = None
+    training: bool = True  # whether statistics are the batch's
+    momentum: float = 0.1
+    eps: float = 1e-5
+    group: distributed.ProcessGroup | None = None  # the processes whose batches are one, as SyncBatchNorm has it
+
+    @classmethod
+    def of(cls, norm: nn.Module) -> Norm:
+        """A BatchNorm as it is at a call. In training it counts its batches, as before it calls `batch_norm` itself."""
+        assert isinstance(norm, _BatchNorm)
+        momentum = 0.0 if norm.momentum is None else norm.momentum
+        if norm.training and norm.track_running_stats and norm.num_batches_tracked is not None:
+            norm.num_batches_tracked.add_(1)
+            if norm.momentum is None:  # a cumulative average
+                momentum = 1.0 / float(norm.num_batches_tracked)
+        training = norm.training or (norm.running_mean is None and norm.running_var is None)
+        runs = not norm.training or norm.track_running_stats
+        mean, var = (norm.running_mean, norm.running_var) if runs else (None, None)
+        group = _group_of(norm) if isinstance(norm, nn.SyncBatchNorm) and norm.training else None
+        return cls(norm.weight, norm.bias, mean, var, training, momentum, norm.eps, group)
+
+
+class Layer(NamedTuple):
+    """A 1x1 convolution, a norm or none, and an activation: x where it is positive, slope * x elsewhere.
+
+    Examples:
+        >>> convolution = torch.nn.Conv2d(16, 8, 1)
+        >>> Layer(convolution.weight.flatten(1), convolution.bias, Norm(), slope=0.01).weight.shape
+        torch.Size([8, 16])
+    """
+
+    weight: Tensor | None  # [outputs, inputs]; None, in `up` alone, for what changes nothing
+    bias: Tensor | None = None
+    norm: Norm | None = None
+    slope: float = 0.0  # 0 is ReLU, 1 no activation
+
+    @classmethod
+    def of(cls, convolution: nn.Module, norm: nn.Module | None = None, activation: nn.Module | None = None) -> Layer:
+        """A layer of PyTorch's modules, as they are at a call: with their tensors, less their hooks.
+
+        Make it anew for each call, since a norm in training counts the batches that it sees.
+
+        Args:
+            convolution: a 1x1 convolution or a Linear, `[outputs, inputs]`.
+            norm: a BatchNorm or SyncBatchNorm in its present mode; `None` or an Identity for none.
+            activation: a ReLU, or a LeakyReLU; `None` or an Identity for none.
+
+        Raises:
+            TypeError: a module is of a kind that the block does not have.
+            ValueError: it is, with settings that the block does not have: a stride, a padding, a negative slope.
+
+        Examples:
+            >>> Layer.of(torch.nn.Conv2d(16, 8, 1), torch.nn.BatchNorm2d(8), torch.nn.LeakyReLU(0.1)).slope
+            0.1
+        """
+        if type(convolution) is not nn.Linear and not isinstance(convolution, _ConvNd):
+            raise TypeError(f"convolution must be a 1x1 convolution or a Linear, but is {convolution}")
+        if type(convolution) is not nn.Linear and not is_pointwise(convolution):
+            raise ValueError(f"convolution must have kernel, stride and groups of 1, no padding, but is {convolution}")
+        if norm is not None and type(norm) is not nn.Identity and not is_norm(norm):
+            raise TypeError(f"norm must be a BatchNorm, a SyncBatchNorm or None, but is {norm}")
+        slope = 1.0 if activation is None else slope_of(activation)
+        if slope is None:
+            error = ValueError if type(activation) is nn.LeakyReLU else TypeError
+            raise error(f"activation must be ReLU, LeakyReLU with a slope >= 0 or None, but is {activation}")
+        return layer_of(convolution, None if type(norm) is nn.Identity else norm, slope)
 
 
 def layer_of(convolution: nn.Module, norm: nn.Module | None, slope: float) -> Layer:
-    """A 1x1 convolution, or a Linear, and a BatchNorm or None, before an activation of that slope.
-
-    Does what the norm does before it calls `torch.nn.functional.batch_norm`: in training it counts its batches.
-    """
+    """`Layer.of` modules that are known to fit, before an activation of that slope."""
     weight: Any = convolution.weight
     bias: Any = convolution.bias
-    return Layer(weight.flatten(1), bias, None if norm is None else _norm_of(norm), slope)
-
-
-def _norm_of(norm: nn.Module) -> Norm:
-    assert isinstance(norm, _BatchNorm)
-    momentum = 0.0 if norm.momentum is None else norm.momentum
-    if norm.training and norm.track_running_stats and norm.num_batches_tracked is not None:
-        norm.num_batches_tracked.add_(1)
-        if norm.momentum is None:  # a cumulative average
-            momentum = 1.0 / float(norm.num_batches_tracked)
-    training = norm.training or (norm.running_mean is None and norm.running_var is None)
-    runs = not norm.training or norm.track_running_stats
-    mean, var = (norm.running_mean, norm.running_var) if runs else (None, None)
-    group = _group_of(norm) if isinstance(norm, nn.SyncBatchNorm) and norm.training else None
-    return Norm(norm.weight, norm.bias, mean, var, training, momentum, norm.eps, group)
+    return Layer(weight.flatten(1), bias, None if norm is None else Norm.of(norm), slope)
 
 
 def _group_of(norm: nn.SyncBatchNorm) -> Any:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ocr_kernels.block import reference
 from ocr_kernels.block.norms import Settings
-from ocr_kernels.core.backends import implementation, is_offered, resolve_backend
+from ocr_kernels.core.backends import Backend, implementation, is_offered, resolve_backend
 from ocr_kernels.core.derivatives import Op
 from ocr_kernels.core.layout import empty_in_format, pixels, statistics_dtype
 from ocr_kernels.core.registration import (
@@ -23,7 +23,7 @@ from ocr_kernels.core.registration import (
     register_op,
 )
 
-IMPLEMENTED = ("reference", "triton")
+IMPLEMENTED: tuple[Backend, ...] = ("reference", "triton")
 TENSORS = 14  # that have a derivative: feats, key, three matrices, contexts and eight vectors; the mask is the next
 _ARGUMENTS = (
     "Tensor feats, Tensor key, Tensor pixel_in, Tensor pixel_out, Tensor fusing, Tensor contexts, "
@@ -211,7 +211,7 @@ def _allocate_inference(
     scale: float,
     slopes: Sequence[float],
     output: str,
-    backend: str,
+    backend: Backend,
 ) -> Tensor:
     if output == "classes":
         return feats.new_empty((feats.shape[0], *feats.shape[2:]), dtype=torch.int64)

@@ -9,7 +9,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar, cast, get_args
 
 import torch
 from torch import Tensor
@@ -17,12 +17,15 @@ from torch import Tensor
 from ocr_kernels.core import libraries
 from ocr_kernels.core.layout import is_channels_last
 
-BACKENDS = ("reference", "triton", "native")
+Backend: TypeAlias = Literal["reference", "triton", "native"]
+BACKENDS: tuple[Backend, ...] = get_args(Backend)
 # Tried in this order when no backend is named; then the reference.
-_FASTEST = {"cpu": ("native",), "cuda": ("triton", "native")}
+_FASTEST: dict[str, tuple[Backend, ...]] = {"cpu": ("native",), "cuda": ("triton", "native")}
 
-_default = os.environ.get("OCR_KERNELS_BACKEND") or None
-_overrides: dict[object, str | None] = {}  # of the blocks of `use_backend` that are open, in the order of their start
+_default = cast("Backend | None", os.environ.get("OCR_KERNELS_BACKEND") or None)  # calls say what is wrong with it
+_overrides: dict[
+    object, Backend | None
+] = {}  # of the blocks of `use_backend` that are open, in the order of their start
 _selected = _default  # process-wide, like torch.backends' flags
 _lock = threading.Lock()
 _log = logging.getLogger("ocr_kernels")
@@ -39,7 +42,7 @@ def assume_constant_result(function: Function) -> Function:
     return function
 
 
-def available_backends(device_type: str | None = None) -> dict[str, bool | str]:
+def available_backends(device_type: str | None = None) -> dict[Backend, bool | str]:
     """Every backend with `True`, or with the sentence that says why it cannot run on this machine.
 
     With a `device_type`, `"cpu"` or `"cuda"`, why it cannot run on its tensors.
@@ -52,7 +55,7 @@ def available_backends(device_type: str | None = None) -> dict[str, bool | str]:
 
 
 @contextmanager
-def use_backend(backend: str | None) -> Iterator[None]:
+def use_backend(backend: Backend | None) -> Iterator[None]:
     """Run the calls inside the block that name no backend on `backend` (`None`: choose by device).
 
     The choice holds for the whole process, like PyTorch's own backend flags, so worker threads see it
@@ -84,7 +87,9 @@ def _override(change: Callable[[], object]) -> None:
         _selected = [_default, *_overrides.values()][-1]
 
 
-def resolve_backend(device: torch.device, backend: str | None = None, implemented: Sequence[str] = BACKENDS) -> str:
+def resolve_backend(
+    device: torch.device, backend: Backend | None = None, implemented: Sequence[Backend] = BACKENDS
+) -> Backend:
     """The backend for tensors on `device`: the caller's, else the selected one, else the fastest there.
 
     `implemented` are those that have the op in question. A backend that somebody named runs or raises; only the
@@ -117,20 +122,20 @@ def _say_what_runs(device_type: str) -> None:
         _log.warning("ocr_kernels: running on plain PyTorch, backend 'reference', on %s. %s", device_type, reasons)
 
 
-def is_offered(implemented: Sequence[str], by_default: bool = True) -> bool:
+def is_offered(implemented: Sequence[Backend], by_default: bool = True) -> bool:
     """Whether a module that has another way, too, is to use an op with these backends: a selected one is among them."""
     return by_default if _selected is None else _selected in implemented
 
 
 @functools.cache
-def implementation(op: str, backend: str, device_type: str, implemented: Sequence[str] = BACKENDS) -> Any:
+def implementation(op: str, backend: Backend, device_type: str, implemented: Sequence[Backend] = BACKENDS) -> Any:
     """The module that has an op's kernels for one backend, once it is known to run on that type of device."""
     return importlib.import_module(
         f"ocr_kernels.{op}.{resolve_backend(torch.device(device_type), backend, implemented)}"
     )
 
 
-def left_to_compiler(pixels: Tensor, backend: str | None = None, *, is_of_images: bool | None = None) -> bool:
+def left_to_compiler(pixels: Tensor, backend: Backend | None = None, *, is_of_images: bool | None = None) -> bool:
     """Whether a call is part of a program that torch.compile makes for a CPU, where plain PyTorch is faster than an op.
 
     Inductor lays pixels out channels last for its convolutions, whatever the program says, and plain products read what

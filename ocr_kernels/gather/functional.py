@@ -5,12 +5,14 @@ from __future__ import annotations
 from torch import Tensor
 
 from ocr_kernels.core.arguments import check_tensors, split_scale
-from ocr_kernels.core.backends import resolve_backend
+from ocr_kernels.core.backends import Backend, resolve_backend
 from ocr_kernels.core.registration import exportable
 from ocr_kernels.gather.registration import spatial_gather_op
 
 
-def spatial_gather(feats: Tensor, logits: Tensor, scale: float | Tensor = 1.0, *, backend: str | None = None) -> Tensor:
+def spatial_gather(
+    feats: Tensor, logits: Tensor, scale: float | Tensor = 1.0, *, backend: Backend | None = None
+) -> Tensor:
     """Region representations: each region's average pixel, weighted by a softmax **over pixels** (Eq. 4).
 
         f_k = sum_i m_ki x_i,    m_ki = softmax_i(scale * M_ki)

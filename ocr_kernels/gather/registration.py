@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from ocr_kernels.core.arguments import check_device, check_dtype, check_same_dtype, check_shape
-from ocr_kernels.core.backends import implementation
+from ocr_kernels.core.backends import Backend, implementation
 from ocr_kernels.core.layout import empty_in_format, statistics_dtype
 from ocr_kernels.core.registration import batch_back, batch_first, differentiate, differentiate_twice, register_op
 from ocr_kernels.gather import reference
@@ -36,7 +36,7 @@ def _stats_shape(feats: Tensor, logits: Tensor) -> tuple[int, int, int]:
     return feats.shape[0], feats.shape[1] + 2, logits.shape[1]
 
 
-def _allocate(feats: Tensor, logits: Tensor, scale: float, backend: str) -> tuple[Tensor, Tensor]:
+def _allocate(feats: Tensor, logits: Tensor, scale: float, backend: Backend) -> tuple[Tensor, Tensor]:
     """The result [B, C, K], and what the backward pass needs of the forward pass, `stats` [B, C + 2, K].
 
     Its rows are the result before it was rounded to the feats' dtype, the softmax's maxima and its sums: in the
@@ -47,7 +47,7 @@ def _allocate(feats: Tensor, logits: Tensor, scale: float, backend: str) -> tupl
     return out, feats.new_empty(_stats_shape(feats, logits), dtype=statistics_dtype(feats, logits))
 
 
-def _forward(feats: Tensor, logits: Tensor, scale: float, backend: str) -> tuple[Tensor, Tensor]:
+def _forward(feats: Tensor, logits: Tensor, scale: float, backend: Backend) -> tuple[Tensor, Tensor]:
     out, stats = _allocate(feats, logits, scale, backend)
     kernels = implementation("gather", backend, feats.device.type)
     if feats.numel() == 0:  # sums over no pixels, or no images
@@ -64,7 +64,7 @@ def _allocate_gradients(
     scale: float,
     need_feats: bool,
     need_logits: bool,
-    backend: str,
+    backend: Backend,
 ) -> tuple[Tensor, Tensor]:
     """Gradients in their inputs' memory formats; those not needed have no elements."""
     _check(feats, logits)
@@ -89,7 +89,7 @@ def _backward(
     scale: float,
     need_feats: bool,
     need_logits: bool,
-    backend: str,
+    backend: Backend,
 ) -> tuple[Tensor, Tensor]:
     dfeats, dlogits = _allocate_gradients(grad, feats, logits, stats, scale, need_feats, need_logits, backend)
     kernels = implementation("gather", backend, feats.device.type)
@@ -99,7 +99,7 @@ def _backward(
     return dfeats, dlogits
 
 
-def _define(feats: Tensor, logits: Tensor, scale: float, backend: str) -> tuple[Tensor, Tensor]:
+def _define(feats: Tensor, logits: Tensor, scale: float, backend: Backend) -> tuple[Tensor, Tensor]:
     _check(feats, logits)
     return reference.gather_and_statistics(feats, logits, scale)
 
@@ -112,7 +112,7 @@ def _define_backward(
     scale: float,
     need_feats: bool,
     need_logits: bool,
-    backend: str,
+    backend: Backend,
 ) -> tuple[Tensor, ...]:
     definition = functools.partial(reference.spatial_gather, scale=scale)
     return differentiate(definition, (feats, logits), grad, (need_feats, need_logits))
@@ -167,7 +167,9 @@ def _differentiate_backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tenso
     return dgrad, dfeats, dlogits, None, None, None, None, None
 
 
-def _vmap(info: Any, in_dims: Sequence[int | None], feats: Tensor, logits: Tensor, scale: float, backend: str) -> Any:
+def _vmap(
+    info: Any, in_dims: Sequence[int | None], feats: Tensor, logits: Tensor, scale: float, backend: Backend
+) -> Any:
     feats, logits = batch_first((feats, logits), in_dims[:2], info.batch_size)
     return batch_back(spatial_gather_op(feats, logits, scale, backend), info.batch_size)
 

@@ -17,7 +17,7 @@ from ocr_kernels.attention import pixel_region_attention
 from ocr_kernels.block.reference import convolved, query_of, split_weights
 from ocr_kernels.block.registration import IMPLEMENTED
 from ocr_kernels.core.activations import activate_
-from ocr_kernels.core.backends import BACKENDS
+from ocr_kernels.core.backends import BACKENDS, Backend
 from ocr_kernels.core.layout import in_format
 from ocr_kernels.models.block_trace import Call, Program, Ref
 
@@ -73,7 +73,7 @@ class Folded(NamedTuple):
             return None
         return self._replace(block=self.block.with_classifier(weight.detach(), None if bias is None else bias.detach()))
 
-    def compute(self, feats: Tensor, regions: Tensor, backend: str | None = None) -> Tensor:
+    def compute(self, feats: Tensor, regions: Tensor, backend: Backend | None = None) -> Tensor:
         """z, or logits, in the dtype of the weights, in the memory format of feats."""
         with torch.autocast(feats.device.type, enabled=False), torch.no_grad():
             dtype = self.block.dtype
@@ -107,7 +107,7 @@ class BlockPlan:
     """The path, the class, the names of tensors and the settings of each."""
 
     @property
-    def implemented(self) -> tuple[str, ...]:
+    def implemented(self) -> tuple[Backend, ...]:
         """The backends of what it runs."""
         return IMPLEMENTED if self.resizing is None else BACKENDS
 

@@ -16,7 +16,7 @@ from torch.nn.parameter import is_lazy
 
 from ocr_kernels import modules
 from ocr_kernels.block.registration import IMPLEMENTED, is_used_on
-from ocr_kernels.core.backends import resolve_backend
+from ocr_kernels.core.backends import Backend, resolve_backend
 from ocr_kernels.core.calls import has_own_forward
 from ocr_kernels.models.block_cache import BlockCache
 from ocr_kernels.models.block_plan import plan_block, verify
@@ -209,7 +209,7 @@ def _may_be_a_block(module: nn.Module, rewriter: Rewriter) -> bool:
     )
 
 
-def _backend(module: nn.Module, model: nn.Module, *implemented: str) -> str:
+def _backend(module: nn.Module, model: nn.Module, *implemented: Backend) -> str:
     """The backend that will run a module on its device, one of `implemented` if any are named."""
     has_tensors = next(module.parameters(), None) is not None
     device = device_of(module if has_tensors else model)
