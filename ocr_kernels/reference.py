@@ -19,7 +19,7 @@ from torch import Tensor, nn
 Layer = Callable[..., nn.Module]
 """Makes a layer: a normalisation from its number of channels, an activation from nothing."""
 
-relu = functools.partial(nn.ReLU, inplace=True)
+relu: Callable[[], nn.Module] = functools.partial(nn.ReLU, inplace=True)
 
 
 class SpatialGather(nn.Module):
@@ -84,11 +84,11 @@ class ObjectAttentionBlock(nn.Module):
         self.in_channels = in_channels
         self.key_channels = key_channels
         self.align_corners = align_corners
-        self.pool = nn.MaxPool2d(kernel_size=(scale, scale))
-        self.f_pixel = block(in_channels, key_channels, key_channels)
-        self.f_object = block(in_channels, key_channels, key_channels)
-        self.f_down = block(in_channels, key_channels)
-        self.f_up = block(key_channels, in_channels)
+        self.pool: nn.MaxPool2d = nn.MaxPool2d(kernel_size=(scale, scale))
+        self.f_pixel: nn.Sequential = block(in_channels, key_channels, key_channels)
+        self.f_object: nn.Sequential = block(in_channels, key_channels, key_channels)
+        self.f_down: nn.Sequential = block(in_channels, key_channels)
+        self.f_up: nn.Sequential = block(key_channels, in_channels)
 
     def forward(self, feats: Tensor, proxy_feats: Tensor) -> Tensor:
         """Pixels x `[B, C, H, W]` and regions f `[B, C, K, 1]` to contexts y `[B, C, H, W]`."""
@@ -138,7 +138,7 @@ class SpatialOCR(nn.Module):
         align_corners: bool = True,
     ) -> None:
         super().__init__()
-        self.object_context_block = self.attention(
+        self.object_context_block: ObjectAttentionBlock = self.attention(
             in_channels,
             key_channels,
             scale,
@@ -147,7 +147,9 @@ class SpatialOCR(nn.Module):
             act_layer=act_layer,
             align_corners=align_corners,
         )
-        self.conv_bn_dropout = _convolutions(2 * in_channels, out_channels, norm_layer=norm_layer, act_layer=act_layer)
+        self.conv_bn_dropout: nn.Sequential = _convolutions(
+            2 * in_channels, out_channels, norm_layer=norm_layer, act_layer=act_layer
+        )
         self.conv_bn_dropout.append(nn.Dropout2d(dropout))
 
     def forward(self, feats: Tensor, proxy_feats: Tensor) -> Tensor:
@@ -184,11 +186,11 @@ class OCRHead(nn.Module):
         align_corners: bool = True,
     ) -> None:
         super().__init__()
-        self.conv3x3_ocr = nn.Sequential(
+        self.conv3x3_ocr: nn.Sequential = nn.Sequential(
             nn.Conv2d(in_channels, mid_channels, kernel_size=3, padding=1), norm_layer(mid_channels), act_layer()
         )
-        self.ocr_gather_head = self.gathering(num_classes)
-        self.ocr_distri_head = self.distribution(
+        self.ocr_gather_head: SpatialGather = self.gathering(num_classes)
+        self.ocr_distri_head: SpatialOCR = self.distribution(
             mid_channels,
             key_channels,
             mid_channels,
@@ -198,8 +200,8 @@ class OCRHead(nn.Module):
             act_layer=act_layer,
             align_corners=align_corners,
         )
-        self.cls_head = nn.Conv2d(mid_channels, num_classes, kernel_size=1)
-        self.aux_head = nn.Sequential(
+        self.cls_head: nn.Conv2d = nn.Conv2d(mid_channels, num_classes, kernel_size=1)
+        self.aux_head: nn.Sequential = nn.Sequential(
             nn.Conv2d(in_channels, in_channels, kernel_size=1),
             norm_layer(in_channels),
             act_layer(),

@@ -570,3 +570,35 @@ def test_a_named_backend_runs_or_raises() -> None:
     _, ours = pair()
     with use_backend("reference"):
         ours(*inputs())
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_layers_of_modules(training: bool) -> None:
+    """Made of a module's own, they give what it gives, and their norms count the batch."""
+    plain, _ = pair(torch.float64, dropout=0)
+    twin = copy.deepcopy(plain.train(training))
+    feats, regions = inputs(torch.float64)
+    attention: Any = plain.object_context_block
+    key, value = (part(regions).flatten(2) for part in (attention.f_object, attention.f_down))
+    parts = [*attention.f_pixel, *attention.f_up, *plain.conv_bn_dropout[:2]]
+    *pixel, up, fusing = (
+        Layer.of(convolution, *pair) for convolution, pair in zip(parts[::2], parts[1::2], strict=True)
+    )
+    torch.testing.assert_close(ocr_block(feats, key, value, pixel, up, fusing), twin(feats, regions))
+    torch.testing.assert_close(plain.state_dict(), twin.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("modules", "error", "message"),
+    [
+        ([nn.ReLU()], TypeError, "convolution must be"),
+        ([nn.Conv2d(4, 4, 3)], ValueError, "convolution must have kernel, stride and groups of 1"),
+        ([nn.Conv2d(4, 4, 1, stride=2)], ValueError, "convolution must have"),
+        ([nn.Linear(4, 4), nn.GroupNorm(2, 4)], TypeError, "norm must be a BatchNorm"),
+        ([nn.Linear(4, 4), None, nn.GELU()], TypeError, "activation must be"),
+        ([nn.Linear(4, 4), nn.Identity(), nn.LeakyReLU(-1.0)], ValueError, "activation must be"),
+    ],
+)
+def test_layers_that_the_block_does_not_have(modules: list[Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        Layer.of(*modules)

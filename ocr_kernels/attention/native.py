@@ -7,7 +7,9 @@ others are copied over there.
 
 from __future__ import annotations
 
+from typing import Any
+
 from ocr_kernels.core import libraries
 
-forward = libraries.ops().attention_forward.default
-backward = libraries.ops().attention_backward.default
+forward: Any = libraries.ops().attention_forward.default
+backward: Any = libraries.ops().attention_backward.default

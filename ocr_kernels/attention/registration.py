@@ -12,6 +12,7 @@ from torch import Tensor
 from ocr_kernels.attention import reference
 from ocr_kernels.core.arguments import check_device, check_dtype, check_same_dtype, check_shape
 from ocr_kernels.core.backends import Backend, implementation
+from ocr_kernels.core.derivatives import Op
 from ocr_kernels.core.layout import empty_in_format, is_channels_last, pixels, statistics_dtype
 from ocr_kernels.core.registration import batch_back, batch_first, differentiate, differentiate_twice, register_op
 
@@ -186,7 +187,7 @@ def _vmap_backward(
     return batch_back(pixel_region_attention_backward_op(*tensors, *options), info.batch_size)
 
 
-pixel_region_attention_op = register_op(
+pixel_region_attention_op: Op = register_op(
     "pixel_region_attention(Tensor query, Tensor key, Tensor value, float? scale, str backend) -> Tensor",
     kernel=_forward,
     fake=_allocate,
@@ -197,7 +198,7 @@ pixel_region_attention_op = register_op(
     vmap=_vmap,
     autocast=3,
 )
-pixel_region_attention_backward_op = register_op(
+pixel_region_attention_backward_op: Op = register_op(
     "pixel_region_attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value,"
     " float? scale, bool need_query, bool need_key, bool need_value, str backend) -> (Tensor, Tensor, Tensor)",
     kernel=_backward,

@@ -194,8 +194,8 @@ class Contexts:
         self.mean_weights = mean_weights  # [B, K, 1]
         self.covariance = covariance  # [B, K, K], of weights less their means
         self.pixels = pixels  # of an image
-        self.means = u @ mean_weights  # [B, Y, 1]
-        self.centred = u - self.means  # [B, Y, K]
+        self.means: Tensor = u @ mean_weights  # [B, Y, 1]
+        self.centred: Tensor = u - self.means  # [B, Y, K]
 
     def moments(self) -> Tensor:
         """Means of u w, and sums of squares about them, image by image `[B, 2, Y]`."""

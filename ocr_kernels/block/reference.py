@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,7 @@ from ocr_kernels.block.norms import Contexts, Gradients, Layer, Moments, Norm, S
 from ocr_kernels.core.activations import activate_
 from ocr_kernels.core.layout import in_format, is_channels_last, statistics_dtype
 
-aten = torch.ops.aten
+aten: Any = torch.ops.aten
 
 TILE, INFERENCE_TILE = 2**19, 2**18
 """Values of feats at a time on a CPU, whose cache then holds what is between two products."""
@@ -86,7 +87,7 @@ class Tiles:
 
     def __init__(self, maps: Tensor, values: int) -> None:
         self.maps = maps
-        self.pixels = max(1, min((values if maps.is_cpu else 32 * values) // maps.shape[1], maps.shape[2]))
+        self.pixels: int = max(1, min((values if maps.is_cpu else 32 * values) // maps.shape[1], maps.shape[2]))
         self.memory: dict[str, Tensor] = {}
 
     def __iter__(self) -> Iterator[tuple[int, slice]]:

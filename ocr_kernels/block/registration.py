@@ -173,7 +173,7 @@ def _one_by_one(op: Op, size: int, in_dims: Sequence[Any], args: Sequence[Any]) 
     return tuple(map(torch.stack, zip(*outputs, strict=True))), (0,) * len(outputs[0])
 
 
-ocr_block_op = register_op(
+ocr_block_op: Op = register_op(
     f"ocr_block({_ARGUMENTS}, {_SETTINGS}, str backend) -> ({', '.join(['Tensor'] * 6)})",
     kernel=_forward,
     fake=_allocate,
@@ -184,7 +184,7 @@ ocr_block_op = register_op(
     vmap=_vmap,
     autocast=5,
 )
-ocr_block_backward_op = register_op(
+ocr_block_backward_op: Op = register_op(
     f"ocr_block_backward(Tensor grad, {_ARGUMENTS}, Tensor hidden_in, Tensor hidden_out, Tensor weights, Tensor fused, "
     f"Tensor statistics, {_SETTINGS}, bool[] needs, str backend) -> ({', '.join(['Tensor'] * TENSORS)})",
     kernel=_backward,
@@ -265,7 +265,7 @@ def _select(tensors: Sequence[Tensor], dims: Sequence[int | None], index: int) -
     return [t if d is None else t.select(d, index).contiguous() for t, d in zip(tensors, dims, strict=True)]
 
 
-ocr_block_inference_op = register_inference_op(
+ocr_block_inference_op: Op = register_inference_op(
     "ocr_block_inference(Tensor feats, Tensor key, Tensor contexts, Tensor[] weights, float scale, float[] slopes, "
     "str output, str backend) -> Tensor",
     kernel=_infer,

@@ -166,7 +166,7 @@ class TileTable:
 
     def __init__(self, tiles: Mapping[int, Sequence[Tile]]) -> None:
         self.tiles = tiles
-        self.choose = functools.cache(lambda problem: self.candidates(problem)[0])
+        self.choose: Callable[[Problem], Tile] = functools.cache(lambda problem: self.candidates(problem)[0])
 
     def candidates(self, problem: Problem) -> list[Tile]:
         """All that could be taken."""

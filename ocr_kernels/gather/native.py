@@ -7,7 +7,9 @@ channels last ones; others are copied over there.
 
 from __future__ import annotations
 
+from typing import Any
+
 from ocr_kernels.core import libraries
 
-forward = libraries.ops().gather_forward.default
-backward = libraries.ops().gather_backward.default
+forward: Any = libraries.ops().gather_forward.default
+backward: Any = libraries.ops().gather_backward.default

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ocr_kernels.core.arguments import check_device, check_dtype, check_same_dtype, check_shape
 from ocr_kernels.core.backends import Backend, implementation
+from ocr_kernels.core.derivatives import Op
 from ocr_kernels.core.layout import empty_in_format, statistics_dtype
 from ocr_kernels.core.registration import batch_back, batch_first, differentiate, differentiate_twice, register_op
 from ocr_kernels.gather import reference
@@ -181,7 +182,7 @@ def _vmap_backward(
     return batch_back(spatial_gather_backward_op(*tensors, *options), info.batch_size)
 
 
-spatial_gather_op = register_op(
+spatial_gather_op: Op = register_op(
     "spatial_gather(Tensor feats, Tensor logits, float scale, str backend) -> (Tensor, Tensor)",
     kernel=_forward,
     fake=_allocate,
@@ -192,7 +193,7 @@ spatial_gather_op = register_op(
     vmap=_vmap,
     autocast=1,  # feats; the logits are taken as they are
 )
-spatial_gather_backward_op = register_op(
+spatial_gather_backward_op: Op = register_op(
     "spatial_gather_backward(Tensor grad, Tensor feats, Tensor logits, Tensor stats, float scale,"
     " bool need_feats, bool need_logits, str backend) -> (Tensor, Tensor)",
     kernel=_backward,

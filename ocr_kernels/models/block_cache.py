@@ -148,22 +148,23 @@ class Structure:
     """What a module was: its layers, their attributes, parameters and buffers, and the code of their classes."""
 
     def __init__(self, module: nn.Module) -> None:
-        self.layers = list(module.modules())
-        self.classes = list(map(type, self.layers))
-        self.attributes = list(map(vars, self.layers))
-        self.sizes = list(map(len, self.attributes))
-        self.settings = _reads((vars(layer), _settings_of(layer)) for layer in self.layers)
+        self.layers: list[nn.Module] = list(module.modules())
+        self.classes: list[type[nn.Module]] = list(map(type, self.layers))
+        self.attributes: list[dict[str, Any]] = list(map(vars, self.layers))
+        self.sizes: list[int] = list(map(len, self.attributes))
+        self.settings: Reads = _reads((vars(layer), _settings_of(layer)) for layer in self.layers)
         self.settings += [(operator.itemgetter(*names), [globals]) for globals, names in globals_of(module)]
-        self.settings_before = [list(map(_kept, map(get, owners))) for get, owners in self.settings]
+        self.settings_before: list[list[Any]] = [list(map(_kept, map(get, owners))) for get, owners in self.settings]
         own = ("_modules", "_parameters", "_buffers")
         owned: list[dict[str, Any]] = [getattr(layer, name) for layer in self.layers for name in own]
-        self.owned, self.empty = [owner for owner in owned if owner], [owner for owner in owned if not owner]
-        self.owned_before = self._owned_now()
-        self.code = [vars(base) for base in {base for layer in self.layers for base in own_classes(layer)}]
-        self.code_before = [tuple(code.values()) for code in self.code]
+        self.owned: list[dict[str, Any]] = [owner for owner in owned if owner]
+        self.empty: list[dict[str, Any]] = [owner for owner in owned if not owner]
+        self.owned_before: list[Any] = self._owned_now()
+        self.code: list[Any] = [vars(base) for base in {base for layer in self.layers for base in own_classes(layer)}]
+        self.code_before: list[tuple[Any, ...]] = [tuple(code.values()) for code in self.code]
         # no public function tells of hooks on all modules
         kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-        self.hooks = [getattr(layer, kind) for layer in self.layers[1:] for kind in kinds]
+        self.hooks: list[Any] = [getattr(layer, kind) for layer in self.layers[1:] for kind in kinds]
         self.hooks += [getattr(torch_module, f"_global{kind}") for kind in kinds]
 
     def is_of(self, module: nn.Module) -> bool:
@@ -217,14 +218,18 @@ class Snapshot(Structure):
         super().__init__(module)
         self.dtype: torch.dtype | None = dtype
         self.plan = plan
-        self.weights = None if plan is None else plan.weights(module, dtype)
-        self.first = None if plan is None else tensor_at(module, plan.first)
-        self.tensors = [] if plan is None else [tensor_at(module, path) for _, path in plan.program.sources]
-        self.countable = all(type(t) in (Tensor, nn.Parameter) and not t.is_inference() for t in self.tensors)
+        self.weights: Folded | None = None if plan is None else plan.weights(module, dtype)
+        self.first: Tensor | None = None if plan is None else tensor_at(module, plan.first)
+        self.tensors: list[Tensor] = (
+            [] if plan is None else [tensor_at(module, path) for _, path in plan.program.sources]
+        )
+        self.countable: bool = all(type(t) in (Tensor, nn.Parameter) and not t.is_inference() for t in self.tensors)
         if self.countable:  # PyTorch counts their changes
-            self.versions = list(map(_version_of, self.tensors))
-            self.storages = [tensor.detach() for tensor in self.tensors]  # kept, so that no other gets its address
-            self.addresses = list(map(Tensor.data_ptr, self.tensors))
+            self.versions: list[int] = list(map(_version_of, self.tensors))
+            self.storages: list[Tensor] = [
+                tensor.detach() for tensor in self.tensors
+            ]  # kept, so that no other gets its address
+            self.addresses: list[int] = list(map(Tensor.data_ptr, self.tensors))
 
     def is_current(self, module: nn.Module, dtype: torch.dtype) -> bool:
         return (

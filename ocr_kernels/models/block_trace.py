@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-aten = torch.ops.aten
+aten: Any = torch.ops.aten
 
 
 # What is made of the module's own tensors
@@ -198,7 +198,7 @@ class Tracer(TorchDispatchMode):
         self.paths: list[str] = []
         self.known: dict[int, Own | Map] = {}
         self.kept: list[Tensor] = []  # so that no other gets its id
-        self.obstacle = ""  # what of the run is not seen in its result
+        self.obstacle: str = ""  # what of the run is not seen in its result
         own: dict[int, tuple[str, Tensor]] = {}
         for name, part in module.named_modules():
             for names in (part._parameters, part._buffers, vars(part)):

@@ -60,7 +60,7 @@ class Origin:
 
     def __init__(self, tensors: tuple[Tensor, ...], settings: Settings) -> None:
         self.tensors = tensors
-        self.versions = _versions(tensors)
+        self.versions: tuple[int, ...] = _versions(tensors)
         self.settings = settings
 
     def check_unchanged(self) -> None:
@@ -83,7 +83,8 @@ class Deferred:
 
     call: Call | None
     value: Tensor | None
-    __array_priority__ = Tensor.__array_priority__  # NumPy scalars leave the arithmetic to us, as they do to tensors
+    # NumPy scalars leave the arithmetic to us, as they do to tensors
+    __array_priority__: int = Tensor.__array_priority__
 
     def __init__(
         self,
@@ -99,11 +100,11 @@ class Deferred:
     ) -> None:
         self.recognition = recognition
         self.call = call
-        self.operands = operands
+        self.operands: tuple[Tensor, ...] = operands
         self.scale = scale
         self.flipped = flipped
         self.softmaxed = softmaxed
-        self.origin = origin or Origin(operands, _settings(operands[0]))
+        self.origin: Origin = origin or Origin(operands, _settings(operands[0]))
         self.is_result = is_result
         self.spatial = spatial
         self.value = None

@@ -35,10 +35,10 @@ class Replacement(StandIn):
     ) -> None:
         self.module = module
         self.classes = classes  # whose forwards may be followed: the module's own, and its children's
-        self.copies = copies
+        self.copies: Copies = copies
         self.block = block
         self.joins = joins  # of its children's calls
-        self.is_active = True
+        self.is_active: bool = True
         self.beside_block = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
