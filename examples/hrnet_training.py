@@ -20,12 +20,12 @@ from ocr_kernels.reference import SpatialGather, SpatialOCR  # stand for the cla
 CLASSES = 11  # the digits, and what is no ink
 GRID, SIDE = 4, 16  # digits in a row of a picture, pixels of a digit
 HELD_OUT = 400
+DIGITS = load_digits()
 
 
 def batch(size: int, seed: int, training: bool) -> tuple[Tensor, Tensor]:
     """Pictures `[B, 1, 64, 64]` of 16 digits each, and the class of every pixel `[B, 64, 64]`."""
-    digits = load_digits()
-    images, labels = torch.from_numpy(digits.images).float() / 16, torch.from_numpy(digits.target)
+    images, labels = torch.from_numpy(DIGITS.images).float() / 16, torch.from_numpy(DIGITS.target)
     images, labels = (x[HELD_OUT:] if training else x[:HELD_OUT] for x in (images, labels))
     chosen = torch.randint(len(images), (size, GRID, GRID), generator=torch.Generator().manual_seed(seed))
     tiles = F.interpolate(images[chosen].flatten(0, 2)[:, None], (SIDE, SIDE), mode="bilinear")
