@@ -54,8 +54,9 @@ sanitize: $(STAMP) ## the compiled library's tests under AddressSanitizer and UB
 		$(BIN)/python -m pytest tests/test_fuzz.py tests/test_native.py tests/test_parity.py tests/test_values.py \
 		-k "native or compiled or private" --hypothesis-profile=thorough
 
-integration: $(STAMP) ## tests with mmsegmentation, which it installs
-	$(BIN)/pip install --no-deps -r tests/integration/requirements.txt
+integration: $(STAMP) ## tests with mmsegmentation and Lightning, which it installs
+	$(BIN)/pip install -r tests/integration/requirements.txt
+	$(BIN)/pip install --no-deps -r tests/integration/openmmlab.txt
 	$(BIN)/python -m pytest -m integration
 
 CPP := $(shell find csrc examples tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')

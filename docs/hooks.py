@@ -9,7 +9,14 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parent.parent
-OUTSIDE = ("benchmarks/RESULTS.md", "benchmarks/results/**/*.*", "examples/**/*.*", "CHANGELOG.md", "constraints.txt")
+OUTSIDE = (
+    "benchmarks/RESULTS.md",
+    "benchmarks/results/**/*.*",
+    "examples/**/*.*",
+    "tests/integration/*.*",
+    "CHANGELOG.md",
+    "constraints.txt",
+)
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
+import torch
 from fresh import python
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -29,5 +31,35 @@ def test_parity_file() -> None:
     assert "3 passed" in result.stdout
 
 
+@pytest.mark.slow
+def test_training() -> None:
+    pytest.importorskip("sklearn", reason="ships the digits")
+    result = python(str(EXAMPLES / "hrnet_training.py"), "8", OMP_NUM_THREADS="1")
+    assert result.returncode == 0, result.stderr
+    assert "4 swapped, 0 left alone" in result.stdout
+    before, after = (float(line.split("loss ")[1].split(",")[0]) for line in result.stdout.splitlines()[-2:])
+    assert before < 2.8  # an untrained network's is about 1.4 log(11) = 3.4
+    assert after == pytest.approx(before, rel=0.05)
+
+
+@pytest.mark.slow
+def test_notebook(capsys: pytest.CaptureFixture[str]) -> None:
+    """Its cells run in order, without Jupyter; no output of theirs is stored."""
+    for package in ("matplotlib", "sklearn", "PIL"):
+        pytest.importorskip(package, reason="the notebook needs it")
+    notebook = json.loads((EXAMPLES / "quickstart.ipynb").read_text())
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert not any(cell["outputs"] for cell in cells)
+    names: dict[str, object] = {}
+    with torch.random.fork_rng():
+        for cell in cells:
+            exec("".join(cell["source"]), names)
+    assert "4 swapped, 0 left alone" in capsys.readouterr().out
+    losses = names["losses"]
+    assert losses[-1] < losses[0] / 2
+
+
 def test_every_example_is_run() -> None:
-    assert {path.name for path in EXAMPLES.glob("*.py")} == {"onnx_runtime.py", "aot_inductor.py", "test_parity.py"}
+    here = {"onnx_runtime.py", "aot_inductor.py", "test_parity.py", "hrnet_training.py", "quickstart.ipynb"}
+    in_integration = {"mmseg_ocrnet.py", "lightning_training.py"}
+    assert {path.name for path in EXAMPLES.iterdir() if path.suffix in (".py", ".ipynb")} == here | in_integration

@@ -1,0 +1,1 @@
+"""Hooks into other libraries; each file needs the one that it is named after."""
