@@ -6,7 +6,6 @@ import argparse
 import importlib.util
 import json
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,8 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from benchmarks import measure, report
-from benchmarks.cases import (
+from ocr_kernels.bench import measure, report
+from ocr_kernels.bench.cases import (
     CASES,
     MEMORY_FORMATS,
     NAMED,
@@ -29,14 +28,14 @@ from benchmarks.cases import (
     TOGETHER,
     our_backends,
 )
-from benchmarks.jobs import Job, jobs
+from ocr_kernels.bench.jobs import Job, jobs
 from ocr_kernels.core.backends import interpreting
 
 DTYPES = ("bfloat16", "float16", "float32")
 
 
-def main(argv: Sequence[str] | None = None, prog: str = "python -m benchmarks") -> int:
-    args = _parse(argv, prog)
+def main(argv: Sequence[str]) -> int:
+    args = _parse(argv)
     out = report.console()
     if args.compare:
         return _compare(args.compare[0], args.compare[1], out)
@@ -50,7 +49,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m benchmarks") 
         data = _run(args, out)
         status = int(bool(data["missing"] or data["failed"]) or report.ours_failed(data["results"]))
     if args.plot:
-        from benchmarks import plot  # matplotlib takes a second
+        from ocr_kernels.bench import plot  # matplotlib takes a second
 
         for path in plot.draw(data, args.plot):
             out.print(f"wrote {path}")
@@ -140,8 +139,8 @@ def _compare(old: Path, new: Path, out: Console) -> int:
     return 0
 
 
-def _parse(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog=prog, description=__doc__)
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="ocr-kernels bench", description=__doc__)
     names = [*CASES, *SWEEPS]
     parser.add_argument(
         "--cases",
@@ -205,7 +204,3 @@ def _write(path: Path | None, data: dict[str, Any]) -> None:
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(data, indent=1) + "\n")
     partial.replace(path)  # never half a file
-
-
-if __name__ == "__main__":
-    sys.exit(main())
