@@ -180,7 +180,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--quick",
         action=argparse.BooleanOptionalAction,
-        help=f"a minute: reduced sizes, {' and '.join(QUICK_CASES)} unless --cases; the default on cpu",
+        help=f"reduced sizes, few subjects and peers, {' and '.join(QUICK_CASES)} unless --cases; the default on cpu",
     )
     parser.add_argument("--seconds", type=float, help="to spend on timing one pass; default: 0.3, 0.1 with --quick")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results, as they come")
