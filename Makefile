@@ -73,7 +73,7 @@ format: $(STAMP) ## rewrite the code as `make lint` wants it
 	$(BIN)/clang-format -i $(CPP)
 
 bench: $(STAMP) ## times against eager PyTorch and torch.compile
-	$(BIN)/python -m benchmarks
+	$(BIN)/ocr-kernels bench
 
 report: $(STAMP) ## RESULTS.md, the README's table and the pictures, from benchmarks/results
 	$(BIN)/python -m benchmarks.pages

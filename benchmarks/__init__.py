@@ -1,1 +1,1 @@
-"""Times and floors of the ops: `python -m benchmarks`."""
+"""What needs a checkout: compiled code, errors, microbenchmarks, a round on a GPU, and the results with their pages."""

@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import measure
 from ocr_kernels import available_backends, pixel_region_attention, spatial_gather
 from ocr_kernels.attention import reference as attention
+from ocr_kernels.bench import measure
 from ocr_kernels.gather import reference as gather
 from ocr_kernels.testing import attention_inputs, gather_inputs
 

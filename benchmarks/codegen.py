@@ -40,7 +40,7 @@ import ocr_kernels.block.triton
 import ocr_kernels.block.triton_inference
 import ocr_kernels.core.triton_host
 import ocr_kernels.gather.triton
-from benchmarks.cases import CASES, Case
+from ocr_kernels.bench.cases import CASES, Case
 from ocr_kernels.block.norms import Settings
 from ocr_kernels.core.layout import statistics_dtype
 from ocr_kernels.core.triton_host import DeviceFacts

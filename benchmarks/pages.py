@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image
 
-from benchmarks import plot, report
+from ocr_kernels.bench import plot, report
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import measure
-from benchmarks.cases import (
+from ocr_kernels.bench import measure
+from ocr_kernels.bench.cases import (
     CASES,
     COMPILED,
     EAGER,

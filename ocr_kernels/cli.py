@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from ocr_kernels import __version__, check, demo, info
-
-CHECKOUT = Path(__file__).parent.parent
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,14 +46,10 @@ def _run(argv: Sequence[str]) -> int:
 
 
 def _bench(argv: Sequence[str]) -> int:
-    """Hand over to the benchmarks, which are part of a checkout and not of the installed package."""
-    if not (CHECKOUT / "benchmarks" / "cases.py").is_file():
-        print("ocr-kernels bench: needs a checkout of ocr_kernels, which has the folder benchmarks", file=sys.stderr)
+    missing = [name for name in ("matplotlib", "rich") if importlib.util.find_spec(name) is None]
+    if missing:
+        print(f"ocr-kernels bench: needs {', '.join(missing)}: pip install {' '.join(missing)}", file=sys.stderr)
         return 2
-    sys.path.insert(0, str(CHECKOUT))
-    try:
-        from benchmarks import __main__ as benchmarks
-    except ImportError as error:
-        print(f"ocr-kernels bench: {error}; pip install '.[bench]' in the checkout", file=sys.stderr)
-        return 2
-    return benchmarks.main(argv, "ocr-kernels bench")
+    from ocr_kernels.bench import command  # the others need neither
+
+    return command.main(argv)

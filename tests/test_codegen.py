@@ -11,9 +11,9 @@ from fresh import python
 
 pytest.importorskip("triton", reason="compiles with Triton")
 
-from benchmarks.cases import Case
 from benchmarks.codegen import ARCHITECTURES, BlockShape, Shape
 from ocr_kernels.attention import tiles as attention
+from ocr_kernels.bench.cases import Case
 from ocr_kernels.block.triton_inference import PIXELS_AT_ONCE, pixels_at_once
 from ocr_kernels.core.backends import interpreting
 from ocr_kernels.core.triton_host import Problem, TileTable, numbers_of

@@ -17,13 +17,13 @@ import pytest
 import torch
 from test_benchmarks import CPU, LAYERS, result, tiny
 
-from benchmarks import cases, measure
-from benchmarks.cases import CASES
 from benchmarks.gpu import __main__ as gpu_round
 from benchmarks.gpu import journal, page, prepare, profile, runner, smoke, times
 from benchmarks.gpu.__main__ import Stage
 from benchmarks.gpu.journal import JOURNAL, LOG, Journal
 from benchmarks.gpu.runner import Step
+from ocr_kernels.bench import cases, measure
+from ocr_kernels.bench.cases import CASES
 
 # A step whose subjects are named after what happens to their process.
 STEP = """

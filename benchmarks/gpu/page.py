@@ -10,10 +10,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cases import COMPILED, EAGER, sweep_of
 from benchmarks.gpu.journal import JOURNAL, LOG, STATES, Journal, Line
 from benchmarks.gpu.times import FIRST, HOST, LIMITS, STEPS
-from benchmarks.report import Grid, Results, grouped, share_of_floor, times_faster
+from ocr_kernels.bench.cases import COMPILED, EAGER, sweep_of
+from ocr_kernels.bench.report import Grid, Results, grouped, share_of_floor, times_faster
 
 MOST = 25  # entries of a list
 SANITIZER = re.compile(r"memcheck\.\d+ \| =+ ((?:Invalid|Misaligned|Error|ERROR SUMMARY: [1-9]).*)")
@@ -33,7 +33,7 @@ def write(out: Path) -> str:
 
 
 def collect(journal: Journal) -> dict[str, Any]:
-    """What `python -m benchmarks --json` would have written."""
+    """What `ocr-kernels bench --json` would have written."""
     record = journal.results("machine").get("machine") or {"commit": journal.about["commit"]}
     found = {step: journal.results(step) for step in STEPS}
     limits, host = found[STEPS[0]].pop(LIMITS, None), found[STEPS[1]].pop(HOST, [])

@@ -32,7 +32,7 @@ def build() -> list[str]:
 
 
 def machine(commit: str | None) -> dict[str, Any]:
-    from benchmarks import measure
+    from ocr_kernels.bench import measure
 
     return measure.record(commit)
 
@@ -41,8 +41,8 @@ def kernels() -> dict[str, Callable[[], object]]:
     """Triton's kernels, into its cache: those of the smoke step, then those that are timed first."""
     import torch
 
-    from benchmarks.cases import NAMED, OPS
     from benchmarks.gpu import smoke, times
+    from ocr_kernels.bench.cases import NAMED, OPS
     from ocr_kernels.testing import LAYOUTS
 
     device = torch.device("cuda")

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from benchmarks import measure
 from benchmarks.gpu import times
 from benchmarks.gpu.journal import Failed, Journal, Share, Skipped, work
 from benchmarks.gpu.runner import find_tool
+from ocr_kernels.bench import measure
 
 SUBJECTS = 6
 LAUNCHES = 12  # of a subject, at most

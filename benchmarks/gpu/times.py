@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from benchmarks import measure
-from benchmarks.cases import CASES, COMPILED, EAGER, MEMORY_FORMATS, NAMED, NETWORKS, OPS, PEERS, SUBJECTS
 from benchmarks.gpu.journal import Failed, Journal, Share, work
-from benchmarks.jobs import Job, jobs
+from ocr_kernels.bench import measure
+from ocr_kernels.bench.cases import CASES, COMPILED, EAGER, MEMORY_FORMATS, NAMED, NETWORKS, OPS, PEERS, SUBJECTS
+from ocr_kernels.bench.jobs import Job, jobs
 
 STEPS = ("times", "peers")  # in which first and later jobs are run
 DEVICE, DTYPE = torch.device("cuda"), "bfloat16"

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 import ocr_kernels.attention.reference
 import ocr_kernels.gather.reference
-from benchmarks.cases import AUTOTUNED, CHECKPOINTED, EAGER, OPS, SUBJECTS, TINY, Function, Pass, Work, Workload
 from ocr_kernels import info
+from ocr_kernels.bench.cases import AUTOTUNED, CHECKPOINTED, EAGER, OPS, SUBJECTS, TINY, Function, Pass, Work, Workload
 from ocr_kernels.testing import judge, peak_bytes, saved_bytes
 
 # Of the eager definition's own error, for every dtype, since other people's code is judged as well. A module is long
@@ -87,10 +87,11 @@ def load() -> float | None:
 
 
 def _commit() -> str:
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    root = Path(__file__).parents[2]  # whose repository it is: no other one may be around an installed package
+    place = f"--git-dir={root / '.git'}", f"--work-tree={root}"
+    command = ["git", *place, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        root = Path(__file__).parent
-        return subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):  # no git, or no repository
         return "unknown"
 

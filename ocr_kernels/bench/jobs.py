@@ -8,7 +8,7 @@ from itertools import product
 
 import torch
 
-from benchmarks.cases import AUTOTUNED, CASES, EAGER, NETWORKS, OPS, SUBJECTS, Workload, sweep_of
+from ocr_kernels.bench.cases import AUTOTUNED, CASES, EAGER, NETWORKS, OPS, SUBJECTS, Workload, sweep_of
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.cases import AUTOTUNED, BACKBONE, CHECKPOINTED, COMPILED, EAGER, PEERS, SDPA, TOGETHER, sweep_of
-from benchmarks.measure import EMPTY
+from ocr_kernels.bench.cases import AUTOTUNED, BACKBONE, CHECKPOINTED, COMPILED, EAGER, PEERS, SDPA, TOGETHER, sweep_of
+from ocr_kernels.bench.measure import EMPTY
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -87,7 +87,9 @@ SWEEPS = {  # cost against N and against K
     "regions": tuple(Case(f"regions-{k}", 1, 512, 256, k, 128, 128) for k in (2, 8, 19, 32, 64, 128, 256, 512, 1024)),
 }
 CASES = {case.name: case for case in (*NAMED, *SWEEPS["pixels"], *SWEEPS["regions"])}
-QUICK_CASES = ("cityscapes-inference", "ade20k")
+QUICK_CASES = ("cityscapes-half", "ade20k")
+QUICK_SUBJECTS = ("gather", "attention", "folded-module")
+QUICK_PEERS = (EAGER, SDPA)  # a compiler takes minutes on a CPU
 OPS = ("gather", "attention")  # the other subjects are modules
 TINY = Case("tiny", 1, 16, 8, 4, 4, 4)  # for what a call costs the host
 

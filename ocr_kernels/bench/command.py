@@ -6,8 +6,9 @@ import argparse
 import importlib.util
 import json
 import os
-import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,8 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from benchmarks import measure, report
-from benchmarks.cases import (
+from ocr_kernels.bench import measure, report
+from ocr_kernels.bench.cases import (
     CASES,
     MEMORY_FORMATS,
     NAMED,
@@ -24,19 +25,21 @@ from benchmarks.cases import (
     OPS,
     PEERS,
     QUICK_CASES,
+    QUICK_PEERS,
+    QUICK_SUBJECTS,
     SUBJECTS,
     SWEEPS,
     TOGETHER,
     our_backends,
 )
-from benchmarks.jobs import Job, jobs
+from ocr_kernels.bench.jobs import jobs
 from ocr_kernels.core.backends import interpreting
 
 DTYPES = ("bfloat16", "float16", "float32")
 
 
-def main(argv: Sequence[str] | None = None, prog: str = "python -m benchmarks") -> int:
-    args = _parse(argv, prog)
+def main(argv: Sequence[str]) -> int:
+    args = _parse(argv)
     out = report.console()
     if args.compare:
         return _compare(args.compare[0], args.compare[1], out)
@@ -50,7 +53,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m benchmarks") 
         data = _run(args, out)
         status = int(bool(data["missing"] or data["failed"]) or report.ours_failed(data["results"]))
     if args.plot:
-        from benchmarks import plot  # matplotlib takes a second
+        from ocr_kernels.bench import plot  # matplotlib takes a second
 
         for path in plot.draw(data, args.plot):
             out.print(f"wrote {path}")
@@ -80,15 +83,20 @@ def _run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
         }
         data["limits"] = {name: vars(limit) for name, limit in limits.items()}
         if set(OPS) & set(args.subjects):
-            data["host"] = measure.host_times(todo[0].workload)
+            with _recorded(data["failed"], "host times"):
+                data["host"] = measure.host_times(todo[0].workload)
+        start = time.perf_counter()
         with Progress(*columns, console=out, transient=True, disable=not out.is_terminal) as progress:
             for job in progress.track(todo, description=""):
                 progress.update(progress.task_ids[0], description=str(job))
-                _measure(job, limits[job.dtype], seconds, data)
+                with _recorded(data["failed"], str(job)):
+                    data["results"] += measure.measure(job.workload, limits[job.dtype], seconds)
                 data["missing"].remove(str(job))
                 _write(args.json, data)
                 if not out.is_terminal:
-                    out.print(f"{len(todo) - len(data['missing'])}/{len(todo)} {job}")
+                    done, left = len(todo) - len(data["missing"]), len(data["missing"])
+                    eta = (time.perf_counter() - start) / done * left
+                    out.print(f"{done}/{len(todo)} {job}, about {eta:.0f} s to go")
                 measure.require_device(device, f"Nothing runs on {device} after {job}.")
     except (KeyboardInterrupt, measure.DeviceLost) as stop:
         out.print(f"Stopped with {len(data['missing'])} of {len(todo)} measurements to go. {stop}".rstrip())
@@ -98,14 +106,13 @@ def _run(args: argparse.Namespace, out: Console) -> dict[str, Any]:
     return data
 
 
-def _measure(job: Job, limits: measure.Limits, seconds: float, data: dict[str, Any]) -> None:
-    """Add the job's results; a run goes on where one job fails, out of memory most likely."""
+@contextmanager
+def _recorded(failed: dict[str, str], name: str) -> Iterator[None]:
+    """A run goes on where one measurement fails, out of memory or of a compiler most likely."""
     try:
-        for result in measure.measure(job.workload, limits, seconds):
-            data["results"].append(result)
+        yield
     except Exception as error:
-        reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-        data["failed"][str(job)] = reason
+        failed[name] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         torch.compiler.reset()
 
 
@@ -140,8 +147,8 @@ def _compare(old: Path, new: Path, out: Console) -> int:
     return 0
 
 
-def _parse(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog=prog, description=__doc__)
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="ocr-kernels bench", description=__doc__)
     names = [*CASES, *SWEEPS]
     parser.add_argument(
         "--cases",
@@ -155,13 +162,17 @@ def _parse(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
         "--subjects",
         nargs="+",
         choices=measurable,
-        default=measurable,
         metavar="SUBJECT",
-        help=f"{', '.join(SUBJECTS)}; default: all, the networks ({', '.join(NETWORKS)}) where timm is installed",
+        help=f"{', '.join(SUBJECTS)}; default: all, the networks ({', '.join(NETWORKS)}) where timm is installed; "
+        f"with --quick {', '.join(QUICK_SUBJECTS)}",
     )
     every = [*PEERS, TOGETHER]
     parser.add_argument(
-        "--peers", nargs="+", choices=every, default=every, metavar="PEER", help=f"{', '.join(every)}; default: all"
+        "--peers",
+        nargs="+",
+        choices=every,
+        metavar="PEER",
+        help=f"{', '.join(every)}; default: all, with --quick {' and '.join(QUICK_PEERS)}",
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="default: bfloat16 on cuda, float32 on cpu")
@@ -169,7 +180,7 @@ def _parse(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
     parser.add_argument(
         "--quick",
         action=argparse.BooleanOptionalAction,
-        help=f"reduced sizes, and only {' and '.join(QUICK_CASES)} unless --cases; the default on cpu",
+        help=f"reduced sizes, few subjects and peers, {' and '.join(QUICK_CASES)} unless --cases; the default on cpu",
     )
     parser.add_argument("--seconds", type=float, help="to spend on timing one pass; default: 0.3, 0.1 with --quick")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results, as they come")
@@ -194,6 +205,8 @@ def _parse(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
     args.dtype = args.dtype or ["bfloat16" if args.device == "cuda" else "float32"]
     args.quick = args.device == "cpu" if args.quick is None else args.quick
     cases = args.cases or (QUICK_CASES if args.quick else list(CASES))
+    args.subjects = args.subjects or (QUICK_SUBJECTS if args.quick else measurable)
+    args.peers = args.peers or (QUICK_PEERS if args.quick else every)
     sweeps = {sweep: [case.name for case in members] for sweep, members in SWEEPS.items()}
     args.cases = list(dict.fromkeys(name for case in cases for name in sweeps.get(case, [case])))
     return args
@@ -205,7 +218,3 @@ def _write(path: Path | None, data: dict[str, Any]) -> None:
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(data, indent=1) + "\n")
     partial.replace(path)  # never half a file
-
-
-if __name__ == "__main__":
-    sys.exit(main())

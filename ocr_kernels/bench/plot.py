@@ -12,8 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
-from benchmarks.cases import AUTOTUNED, BACKBONE, COMPILED, EAGER, NETWORKS, OPS, SDPA, SUBJECTS, sweep_of
-from benchmarks.report import Result, device_name, grouped
+from ocr_kernels.bench.cases import AUTOTUNED, BACKBONE, COMPILED, EAGER, NETWORKS, OPS, SDPA, SUBJECTS, sweep_of
+from ocr_kernels.bench.report import Result, device_name, grouped
 
 # Okabe and Ito's colours, which colour-blind people tell apart
 COLOURS = {

@@ -1,0 +1,1 @@
+"""`ocr-kernels bench`: how fast ours is, beside its peers and the machine's floor."""
