@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 import torch
 from ops import DTYPES, Op, both_ops, native_on, over, pairwise
+from test_parity import SIZES_AND_OPTIONS, check
 from torch import Tensor
 
-from ocr_kernels.testing import LAYOUTS, poisoned_memory
+from ocr_kernels.testing import poisoned_memory
 
 ROOT = Path(__file__).parent.parent
 CXX, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"  # Debian's g++-aarch64-linux-gnu and qemu-user
@@ -71,20 +72,13 @@ def on_aarch64(program: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(f"ocr_kernels.{op}.native.{direction}", emulated(program, kernel))
 
 
-CASES = {
-    "dtype": DTYPES,
-    "layout": LAYOUTS,
-    "peak": (0, 20),
-    "batch": (1, 2),
-    "channels": (1, 17, 66),
-    "regions": (1, 7, 19, 129),
-    "spatial": ((16,), (5, 13), (43, 31)),
-}
+CASES = SIZES_AND_OPTIONS | {"channels": (16, 17, 66), "regions": (1, 7, 19, 129), "spatial": ((16,), (5, 13), (43, 31))}
 
 
+@pytest.mark.slow
 @both_ops
 @over(thinned=[pairwise(**CASES)], wide=[])
 @pytest.mark.usefixtures("on_aarch64")
 def test_parity(op: Op, case: dict[str, Any]) -> None:
     with poisoned_memory():
-        op.assert_parity("native", op.inputs(**case, requires_grad=True))
+        check(op, ("native", "cpu"), case)
