@@ -127,6 +127,26 @@ def test_installing_needs_neither_compiler_nor_pytorch(checkout: Path, missing: 
     assert [wheel.name for wheel in checkout.glob("*.whl")] == [PURE]
 
 
+def test_pytorch_that_pip_hides_is_found(checkout: Path) -> None:
+    """A build of pip's sees nothing of site-packages but what it requires itself."""
+    installed, required = checkout / "installed", checkout / "required"
+    (installed / "torch").mkdir(parents=True)
+    (installed / "torch" / "__init__.py").write_text("raise ImportError('found, and broken')")
+    required.mkdir()
+    packages = Path(pytest.importorskip("setuptools").__file__).parent.parent
+    for part in packages.glob("setuptools*"):
+        (required / part.name).symlink_to(part)
+    hide = f"""
+import site, sys
+sys.path = [{str(required)!r}, *(place for place in sys.path if not place.endswith("-packages"))]
+site.getsitepackages = lambda: [{str(installed)!r}]
+"""
+    result = build_wheel(checkout, hide)
+    assert result.returncode == 0, result.stderr
+    assert f"ocr_kernels: building for the PyTorch in {installed / 'torch'}\n" in result.stderr
+    assert "PyTorch does not import (ImportError: found, and broken)" in result.stderr
+
+
 def test_a_compiler_that_fails_later_leaves_the_library_out(checkout: Path) -> None:
     (checkout / "csrc" / "cpu" / "registration.cpp").write_text("#error\n")
     for source in checkout.glob("csrc/*/cpu_kernels.cpp"):
