@@ -17,16 +17,18 @@ import os
 import re
 import shlex
 import shutil
+import site
 import subprocess
 import sys
-import sysconfig
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 from setuptools.errors import CompileError
 
@@ -50,6 +52,13 @@ class BuildFromNothing(build_py):
         super().run()
 
 
+class ForAnyPython(bdist_wheel):
+    """The libraries are no modules of Python's: one wheel serves all Pythons, free-threaded ones too."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
 def configuration() -> dict[str, Any]:
     """The arguments of `setup` that the compiled library needs."""
     mode = os.environ.get("OCR_KERNELS_BUILD") or "auto"
@@ -57,6 +66,8 @@ def configuration() -> dict[str, Any]:
         sys.exit(f"OCR_KERNELS_BUILD must be auto, none, cpu or cuda, but is {mode!r}")
     if mode == "none":
         return {}
+    if find_spec("torch") is None:
+        look_behind_isolation()
     problem = obstacle()
     if problem is not None:
         leave_out("compiled library", mode, problem)
@@ -77,14 +88,25 @@ def leave_out(what: str, mode: str, problem: object) -> None:
     print(f"ocr_kernels: the {what} will be left out: {problem}", file=sys.stderr)
 
 
+def look_behind_isolation() -> None:
+    """Find the PyTorch that pip hides from a build, where it is installed; what the build brings itself comes first."""
+    places = site.getsitepackages()
+    if sys.prefix == sys.base_prefix:  # no virtual environment
+        places.append(site.getusersitepackages())
+    sys.path += [place for place in places if place not in sys.path]
+    found = find_spec("torch")
+    if found is not None:
+        print(f"ocr_kernels: building for the PyTorch in {found.submodule_search_locations[0]}", file=sys.stderr)
+
+
 def obstacle() -> str | None:
     """Why the library cannot be built here; None where it can."""
     try:
         from torch.utils import cpp_extension
     except Exception as error:  # a broken installation raises anything
         return (
-            f"PyTorch does not import ({type(error).__name__}: {error}); where it is installed, "
-            "pip install --no-build-isolation finds it"
+            f"PyTorch does not import ({type(error).__name__}: {error}); install it first. Other installers than pip "
+            "may need --no-build-isolation to find it"
         )
     if os.name == "nt":  # the compiler is found by setuptools later on
         return None
@@ -238,17 +260,14 @@ def libraries(optional: bool, gpus: tuple[str, list[str]] | None) -> dict[str, A
         OTHERS,
         depends=[str(header) for header in sorted(Path("csrc").rglob("*.h"))],
         define_macros=[*macros, ("OCR_INSTRUCTION_SETS", f'"{names}"')],
-        py_limited_api=True,
+        py_limited_api=True,  # it is not linked with PyTorch's library for Python
         optional=optional,
         extra_compile_args=[],
     )
     extensions = [cpu]
     if gpus:
         extensions.append(Extension("ocr_kernels.libocr_kernels_cuda", [], optional=optional))
-    configured: dict[str, Any] = {"ext_modules": extensions, "cmdclass": {"build_ext": Build}}
-    if not sysconfig.get_config_var("Py_GIL_DISABLED"):  # wheels of free-threaded Pythons may not say abi3
-        configured["options"] = {"bdist_wheel": {"py_limited_api": "cp310"}}
-    return configured
+    return {"ext_modules": extensions, "cmdclass": {"build_ext": Build, "bdist_wheel": ForAnyPython}}
 
 
 configured = configuration()

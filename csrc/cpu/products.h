@@ -9,8 +9,8 @@ inline namespace OCR_ISA {
 // Lanes that are added up one after the other; a longer sum is a sum of such, so that rounding errors do not pile up.
 constexpr int64_t kChain = 128;
 
-// Accumulators, operands and one spare fill the registers: 32 in AVX-512, 16 in the others.
-#if defined(__AVX512F__)
+// Accumulators, operands and one spare fill the registers: 32 in AVX-512 and on AArch64, 16 in the others.
+#if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int kDotRows = 6, kDotColumns = 4, kRows = 6, kVectors = 4;
 #else
 constexpr int kDotRows = 3, kDotColumns = 4, kRows = 6, kVectors = 2;

@@ -13,6 +13,8 @@
 
 #if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>  // which every such processor has
 #endif
 
 #if !defined(OCR_ISA)
@@ -207,6 +209,19 @@ struct Memory<float, Float16> {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph((__m256)x.v, _MM_FROUND_TO_NEAREST_INT));
   }
 };
+#elif defined(__aarch64__)
+template <>
+struct Memory<float, Float16> {
+  static OCR_INLINE Vec<float> load(const Float16* p) {
+    float16x4_t half;
+    memcpy(&half, p, sizeof half);
+    return {(Lanes<float>)vcvt_f32_f16(half)};
+  }
+  static OCR_INLINE void store(Float16* p, Vec<float> x) {
+    const float16x4_t half = vcvt_f16_f32((float32x4_t)x.v);
+    memcpy(p, &half, sizeof half);
+  }
+};
 #endif
 
 template <class Lane, class T>
@@ -241,6 +256,8 @@ OCR_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
   return {(Lanes<float>)_mm512_fmadd_ps((__m512)a.v, (__m512)b.v, (__m512)c.v)};
 #elif defined(__AVX2__)
   return {(Lanes<float>)_mm256_fmadd_ps((__m256)a.v, (__m256)b.v, (__m256)c.v)};
+#elif defined(__aarch64__)
+  return {(Lanes<float>)vfmaq_f32((float32x4_t)c.v, (float32x4_t)a.v, (float32x4_t)b.v)};
 #else
   return a * b + c;
 #endif
@@ -250,6 +267,8 @@ OCR_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
   return {(Lanes<double>)_mm512_fmadd_pd((__m512d)a.v, (__m512d)b.v, (__m512d)c.v)};
 #elif defined(__AVX2__)
   return {(Lanes<double>)_mm256_fmadd_pd((__m256d)a.v, (__m256d)b.v, (__m256d)c.v)};
+#elif defined(__aarch64__)
+  return {(Lanes<double>)vfmaq_f64((float64x2_t)c.v, (float64x2_t)a.v, (float64x2_t)b.v)};
 #else
   return a * b + c;
 #endif

@@ -1,0 +1,84 @@
+"""The kernels for CPUs on AArch64: compiled for it, and run in an emulator on what the public ops send them."""
+
+from __future__ import annotations
+
+import shutil
+import struct
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ops import DTYPES, Op, both_ops, native_on, over, pairwise
+from test_parity import SIZES_AND_OPTIONS, check
+from torch import Tensor
+
+from ocr_kernels.testing import poisoned_memory
+
+ROOT = Path(__file__).parent.parent
+CXX, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"  # Debian's g++-aarch64-linux-gnu and qemu-user
+RESULTS = {"gather_forward": 2, "gather_backward": 2, "attention_forward": 1, "attention_backward": 3}  # come first
+
+pytestmark = [native_on("cpu"), pytest.mark.xdist_group("aarch64")]
+
+
+@pytest.fixture(scope="session")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    missing = [name for name in (CXX, EMULATOR) if shutil.which(name) is None]
+    if missing:
+        pytest.skip(f"needs {' and '.join(missing)}")
+    file = tmp_path_factory.mktemp("aarch64") / "cpu_kernels_alone"
+    sources = [ROOT / "tests" / "cpu_kernels_alone.cpp", *sorted(ROOT.glob("csrc/*/cpu_kernels.cpp"))]
+    flags = ["-std=c++17", "-O3", "-fno-math-errno", "-ffp-contract=off", "-Wall", "-Werror", "-static"]
+    subprocess.run([CXX, *flags, *sources, "-o", file], check=True)
+    return file
+
+
+def memory(tensor: Tensor) -> Tensor:
+    """From a tensor's first element to its last, in one dimension."""
+    elements = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.detach().as_strided((elements,), (1,))
+
+
+def emulated(program: Path, kernel: str) -> Callable[..., None]:
+    """What takes the place of the compiled library's op."""
+
+    def packed(tensor: Tensor | None) -> bytes:
+        if tensor is None:
+            return bytes(64)
+        described = DTYPES.index(tensor.dtype), *tensor.shape, *tensor.stride()
+        data = memory(tensor).view(torch.uint8).numpy().tobytes()
+        return struct.pack("8q", len(data), *described) + data
+
+    def call(*arguments: Any) -> None:
+        tensors = [None if tensor is None else tensor.flatten(2) for tensor in arguments[:-1]]
+        sent = b"".join(map(packed, tensors)) + struct.pack("d", arguments[-1])
+        printed = subprocess.run([EMULATOR, program, kernel], input=sent, check=True, stdout=subprocess.PIPE).stdout
+        for result in tensors[: RESULTS[kernel]]:
+            if result is not None:
+                target = memory(result)
+                data, printed = printed[: target.nbytes], printed[target.nbytes :]
+                target.copy_(torch.frombuffer(bytearray(data), dtype=target.dtype))
+
+    return call
+
+
+@pytest.fixture
+def on_aarch64(program: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for kernel in RESULTS:
+        op, direction = kernel.split("_")
+        monkeypatch.setattr(f"ocr_kernels.{op}.native.{direction}", emulated(program, kernel))
+
+
+CASES = SIZES_AND_OPTIONS | {"channels": (16, 17, 66), "regions": (1, 7, 19, 129), "spatial": ((16,), (5, 13), (43, 31))}
+
+
+@pytest.mark.slow
+@both_ops
+@over(thinned=[pairwise(**CASES)], wide=[])
+@pytest.mark.usefixtures("on_aarch64")
+def test_parity(op: Op, case: dict[str, Any]) -> None:
+    with poisoned_memory():
+        check(op, ("native", "cpu"), case)
