@@ -24,6 +24,7 @@ from torch import Tensor
 from ocr_kernels import available_backends, pixel_region_attention, spatial_gather
 from ocr_kernels.attention import reference as attention
 from ocr_kernels.bench import measure
+from ocr_kernels.core.backends import Backend
 from ocr_kernels.gather import reference as gather
 from ocr_kernels.testing import attention_inputs, gather_inputs
 
@@ -51,12 +52,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def measured(backends: Sequence[str], seeds: int) -> Iterator[dict[str, Any]]:
+def measured(backends: Sequence[Backend], seeds: int) -> Iterator[dict[str, Any]]:
     draw: Callable[..., tuple[Tensor, ...]]
     names: tuple[str, ...]
     for dtype, logits_dtype, peak in itertools.product(DTYPES, DTYPES, PEAKS):
         draw = partial(gather_inputs, dtype=dtype, logits_dtype=logits_dtype, peak=peak, requires_grad=True, **SIZES)
-        calls = {name: partial(spatial_gather, backend=name) for name in backends}
+        calls: dict[str, Any] = {name: partial(spatial_gather, backend=name) for name in backends}
         names = ("feats", "logits")
         yield from case("gather", (dtype, logits_dtype), peak, names, gather.spatial_gather, calls, draw, seeds)
     for dtype, peak in itertools.product(DTYPES, PEAKS):
@@ -105,7 +106,7 @@ def differentiated(call: Callable[..., Tensor], inputs: Sequence[Tensor], grad: 
     return out.detach(), *torch.autograd.grad(out, leaves, grad)
 
 
-def table(rows: Sequence[dict[str, Any]], backends: Sequence[str]) -> Iterator[str]:
+def table(rows: Sequence[dict[str, Any]], backends: Sequence[Backend]) -> Iterator[str]:
     """The largest error relative to eager's own, beyond rounding, over all peaks and dtypes of the other input."""
     yield f"| | feats or query | {' | '.join(backends)} |"
     yield "|---|---|" + "---|" * len(backends)

@@ -19,6 +19,7 @@ from ocr_kernels import testing
 from ocr_kernels.attention.reference import pixel_region_attention
 from ocr_kernels.block import Layer, Norm, ocr_block
 from ocr_kernels.block.functional import Output
+from ocr_kernels.core.backends import Backend
 from ocr_kernels.gather.reference import spatial_gather
 
 BOUNDS = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5, torch.float64: 1e-12}  # of relative L2 errors
@@ -63,7 +64,7 @@ BLOCK_SIZES = [size for size in SIZES if size.dtype != torch.float64]
 Launched = tuple[Sequence[Tensor], Callable[[], Sequence[Tensor]], float]
 
 
-def launches(device: torch.device, backends: Sequence[str]) -> dict[str, Callable[[], Launched]]:
+def launches(device: torch.device, backends: Sequence[Backend]) -> dict[str, Callable[[], Launched]]:
     """Both ops on each backend, forward and backward, and the block for inference and in training."""
     found: dict[str, Callable[[], Launched]] = {
         f"{backend} {op} {size}": partial(launch_op, op, backend, size, device)
@@ -77,7 +78,7 @@ def launches(device: torch.device, backends: Sequence[str]) -> dict[str, Callabl
     }
 
 
-def launch_op(op: str, backend: str, size: Size, device: torch.device) -> Launched:
+def launch_op(op: str, backend: Backend, size: Size, device: torch.device) -> Launched:
     reason = ocr_kernels.available_backends(device.type)[backend]
     if reason is not True:
         raise Skipped(str(reason))
@@ -122,7 +123,7 @@ def launch_block(size: Size, device: torch.device, channels: int = CHANNELS, key
     key, value = (draw(size.batch, d, k) for _ in range(2))
     output: Output = "features" if size.batch == 1 else "logits"
 
-    def run(feats: Tensor, key: Tensor, value: Tensor, *weights: Tensor, backend: str | None = None) -> Tensor:
+    def run(feats: Tensor, key: Tensor, value: Tensor, *weights: Tensor, backend: Backend | None = None) -> Tensor:
         pairs = [weights[i : i + 2] for i in range(0, len(weights), 2)]
         first, second, up, fusing = (Layer(weight, bias) for weight, bias in pairs[:-1])
         classifier = pairs[-1][0], pairs[-1][1]
@@ -153,7 +154,7 @@ def launch_training(size: Size, device: torch.device, channels: int = CHANNELS, 
     inputs += [1 + draw(n, dtype=exact) / 4 for n in (d, d, c, c)]
     grad = draw(size.batch, c, *size.spatial)
 
-    def run(inputs: Sequence[Tensor], grad: Tensor, backend: str | None = None) -> Sequence[Tensor]:
+    def run(inputs: Sequence[Tensor], grad: Tensor, backend: Backend | None = None) -> Sequence[Tensor]:
         inputs = [tensor.detach().requires_grad_() for tensor in inputs]
         feats, key, value, *matrices, g1, g2, g3, g4 = inputs
         first, second, up, fusing = (
@@ -185,7 +186,7 @@ def check(results: Sequence[Tensor], exact: Callable[[], Sequence[Tensor]], boun
     return errors
 
 
-def subjects(device: torch.device, backends: Sequence[str]) -> dict[str, Callable[[], dict[str, float]]]:
+def subjects(device: torch.device, backends: Sequence[Backend]) -> dict[str, Callable[[], dict[str, float]]]:
     return {name: partial(_checked, launch) for name, launch in launches(device, backends).items()}
 
 

@@ -25,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import ocr_kernels
 from ocr_kernels import available_backends, modules, reference, replace_ocr_modules, use_backend
 from ocr_kernels.attention import reference as attention_reference
+from ocr_kernels.core.backends import Backend
 from ocr_kernels.gather import reference as gather_reference
 
 Pass = Literal["forward", "backward", "forward+backward"]
@@ -119,7 +120,7 @@ class Subject:
     forward: Callable[[Case], list[Work]]
     backward_products: Callable[[Case], int]
     plain: Callable[[Case], Function]
-    ours: Callable[[Case, str], Function]
+    ours: Callable[[Case, Backend], Function]
     passes: tuple[Pass, ...] = PASSES
     cases: tuple[str, ...] | None = None  # None: all
     finish: Callable[[nn.Module], object] = lambda module: None  # what is done to ours once it has its weights
@@ -183,7 +184,7 @@ def _products(works: Sequence[Work]) -> int:
 class Block(nn.Module):
     """SpatialOCR with the gather before it: pixels and logits to augmented pixels."""
 
-    def __init__(self, library: ModuleType, case: Case, backend: str | None = None) -> None:
+    def __init__(self, library: ModuleType, case: Case, backend: Backend | None = None) -> None:
         super().__init__()
         self.backend = backend
         self.gather = library.SpatialGather(case.regions)
@@ -200,7 +201,7 @@ class Block(nn.Module):
 class Head(nn.Module):
     """The whole head: a backbone's features to auxiliary logits and logits."""
 
-    def __init__(self, library: ModuleType, case: Case, backend: str | None = None) -> None:
+    def __init__(self, library: ModuleType, case: Case, backend: Backend | None = None) -> None:
         super().__init__()
         self.backend = backend
         self.head = library.OCRHead(
@@ -364,12 +365,12 @@ _FOLDED = _inference(_LAYERS[2], Block), _inference(_LAYERS[3], Head)
 SUBJECTS = {subject.name: subject for subject in (*_LAYERS, *_FOLDED, *map(_network, NETWORKS))}
 
 
-def our_backends(device: torch.device) -> list[str]:
+def our_backends(device: torch.device) -> list[Backend]:
     """The backends to time, the automatic choice first: kernels that run on `device`, or the reference without any."""
     usable = [name for name, state in available_backends(device.type).items() if state is True and name != "reference"]
     if device.type == "cpu":
         usable = [name for name in usable if name != "triton"]
-    return usable or ["reference"]
+    return [*usable] or ["reference"]
 
 
 @dataclass(frozen=True)
@@ -397,7 +398,7 @@ class Workload:
     def eager(self) -> Function:
         return self._ready(self.subject.plain(self.case))
 
-    def backends(self) -> list[str]:
+    def backends(self) -> list[Backend]:
         """The names of ours among the variants; where it chooses by itself, the one of the two ops."""
         return our_backends(self.device)[: 1 if self.subject.automatic else None]
 
@@ -423,7 +424,7 @@ class Workload:
             functions[TOGETHER] = _compiled(self._ours(self.backends()[0]))
         return functions
 
-    def _ours(self, backend: str) -> Function:
+    def _ours(self, backend: Backend) -> Function:
         function = self._ready(self.subject.ours(self.case, backend))
         self.subject.finish(function)  # type: ignore[arg-type]
         return function
