@@ -6,8 +6,8 @@ import torch
 
 import ocr_kernels
 from ocr_kernels.attention import reference as attention
-from ocr_kernels.gather import reference as gather
 from ocr_kernels.core.libraries import library
+from ocr_kernels.gather import reference as gather
 from ocr_kernels.testing import assert_parity, attention_inputs, gather_inputs
 
 for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
