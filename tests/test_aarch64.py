@@ -73,8 +73,9 @@ def on_aarch64(program: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 CASES = SIZES_AND_OPTIONS | {
+    "peak": (0, 1e3),  # between them the errors are a few numbers' luck, on any processor
     "channels": (16, 17, 66),
-    "regions": (1, 7, 19, 129),
+    "regions": (2, 7, 19, 129),
     "spatial": ((16,), (5, 13), (43, 31)),
 }
 
