@@ -27,14 +27,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--input", type=shape, action="append", default=[], metavar="1x3x512x1024", help="of an input, random numbers"
     )
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of model and inputs (default: %(default)s)")
-    parser.add_argument("--device", default="cpu", help="such as cuda (default: %(default)s)")
+    parser.add_argument("--device", help="such as cuda:0 (default: cuda where there is one)")
     parser.add_argument("--seconds", type=float, default=5.0, metavar="S", help="for each comparison of times")
 
 
 def main(args: argparse.Namespace) -> int:
     """0 where something was replaced, 1 where nothing was, 2 where the model does not run."""
     try:
-        model, inputs = _load(args.model, args.input, torch.device(args.device), DTYPES[args.dtype])
+        model, inputs = _load(
+            args.model,
+            args.input,
+            torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu")),
+            DTYPES[args.dtype],
+        )
         with torch.no_grad():
             model(*inputs)
     except Exception as error:  # a user's code raises anything

@@ -807,6 +807,9 @@ def test_one_line_for_a_test_of_a_model() -> None:
     for other in (nn.Conv2d(3, 4, 1), with_forward(attention_with_sigmoid_only)):
         with pytest.raises(RuntimeError, match="not every OCR module of the model was replaced"):
             replace_ocr_modules(other).raise_if_incomplete()
+    assert str(replace_ocr_modules(nn.Conv2d(3, 4, 1))).endswith("nothing in the model looks like OCR")
+    with pytest.raises(RuntimeError, match="give example_inputs"):
+        replace_ocr_modules(head()).raise_if_incomplete()  # nothing ran: nothing is known to be fused
     unreached = with_forward(lambda self, x: x + 1, head=head())
     with pytest.raises(RuntimeError, match="not run by example_inputs"):
         replace_ocr_modules(unreached, example_inputs=torch.zeros(1)).raise_if_incomplete()

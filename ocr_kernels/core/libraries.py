@@ -46,7 +46,7 @@ def _absent(device_type: str) -> str | None:
 
 
 def _build(device_type: str) -> str:
-    command = f"OCR_KERNELS_BUILD={device_type} pip install --no-build-isolation"
+    command = f"OCR_KERNELS_BUILD={device_type} pip install ."
     return f"`{command}` from a checkout builds it, or says what it lacks"
 
 

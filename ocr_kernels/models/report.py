@@ -59,18 +59,21 @@ class ReplacementReport:
 
         Raises:
             RuntimeError: with the report, where nothing was replaced, something that looks like OCR was left alone, or
-                a replaced module was not run by the example inputs.
+                a replaced module was not run: without example inputs, or by them.
         """
         missing = not self.swapped and not any(row.is_intended for row in self.left_alone)
         missing |= any(not row.is_intended for row in self.left_alone)
-        missing |= any(row.computations == () for row in self.swapped)
+        missing |= any(not row.computations for row in self.swapped)
         if missing:
-            raise RuntimeError(f"not every OCR module of the model was replaced:\n{self}")
+            unseen = any(row.computations is None for row in self.swapped)
+            hint = "; give example_inputs, which show what runs fused" if unseen else ""
+            raise RuntimeError(f"not every OCR module of the model was replaced{hint}:\n{self}")
 
     def __str__(self) -> str:
         swapped = [(row.name or "(model)", row.module_class, *_findings(row)) for row in self.swapped]
         left_alone = [(row.name or "(model)", row.module_class, row.reason) for row in self.left_alone]
-        lines = [f"{len(swapped)} swapped, {len(left_alone)} left alone"]
+        nothing = "" if swapped or left_alone else ": nothing in the model looks like OCR"
+        lines = [f"{len(swapped)} swapped, {len(left_alone)} left alone{nothing}"]
         if swapped:
             columns = "swapped", "class", "fused", "backend", "error", "eager's own", "relative", "saves", "remarks"
             lines.append(_table(columns, *swapped))
