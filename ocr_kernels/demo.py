@@ -411,7 +411,10 @@ def _draw_overview(
 ) -> Figure:
     """What the regions are, and what the swap brought."""
     title = "Object regions of a photo, and what training this small network on them costs on this machine"
-    figure = new_figure(14, 2.6 * photo.shape[1] / photo.shape[2] + 1.4, title)
+    caption = (
+        "Left, where the three largest regions have their weight; right, time and what is kept for the backward pass."
+    )
+    figure = new_figure(14, 2.6 * photo.shape[1] / photo.shape[2] + 1.65, title, caption)
     *pictures, time_axes, bytes_axes = figure.subplots(1, 5, width_ratios=(3, 3, 3, 1.6, 1.6))
     regions = regions.detach().float().cpu()
     largest = mask.flatten().bincount(minlength=REGIONS).argsort(descending=True)[: len(pictures)].sort().values
@@ -431,7 +434,8 @@ def _draw_overview(
 
 
 def _draw_photo(photo: Tensor) -> Figure:
-    figure = new_figure(7, 7 * photo.shape[1] / photo.shape[2] + 0.4, "The photo")
+    caption = "The network is trained on crops of it."
+    figure = new_figure(7, 7 * photo.shape[1] / photo.shape[2] + 0.65, "The photo", caption)
     show(figure.subplots(), photo.permute(1, 2, 0))
     return figure
 
@@ -440,7 +444,8 @@ def _draw_mask(photo: Tensor, labels: Tensor, mask: Tensor) -> Figure:
     from matplotlib.patches import Patch
 
     title = "Labels of k-means, and what the swapped network learnt of them"
-    figure = new_figure(12, 6 * photo.shape[1] / photo.shape[2] + 1.0, title)
+    caption = "A colour is a region, in both."
+    figure = new_figure(12, 6 * photo.shape[1] / photo.shape[2] + 1.25, title, caption)
     grey = 0.25 + 0.75 * photo.mean(0).unsqueeze(2)
     large = labels.repeat_interleave(STRIDE, 0).repeat_interleave(STRIDE, 1)
     left, right = figure.subplots(1, 2)
@@ -453,7 +458,8 @@ def _draw_mask(photo: Tensor, labels: Tensor, mask: Tensor) -> Figure:
 
 def _draw_losses(runs: Sequence[_Run]) -> Figure:
     before, moved, after = runs
-    figure = new_figure(12, 4.5, "Training before and after the swap")
+    caption = "Left, the losses themselves. Right, what the swap moves them by, beside what rounding alone does."
+    figure = new_figure(12, 4.75, "Training before and after the swap", caption)
     left, right = figure.subplots(1, 2)
     left.plot(before.losses, color=COLOURS[0], linewidth=4, label="before")
     left.plot(after.losses, color=COLOURS[4], linewidth=1.5, label="after")

@@ -45,7 +45,8 @@ def plot_region_maps(image: Tensor, maps: Tensor, names: Sequence[str] | None = 
     height, width = photo.shape[:2]
     size = max(3.25, 6.5 / columns)  # of a panel, in inches: the title is 6 inches long
     title = "Soft object regions: for each region, a softmax over pixels"
-    figure = new_figure(size * columns, rows * (size * height / width + 0.35) + 0.5, title)
+    caption = "Over the greyed image; a colour is at full strength from the 99th percentile of its region's weights on."
+    figure = new_figure(size * columns, rows * (size * height / width + 0.35) + 0.75, title, caption)
     panels = figure.subplots(rows, columns, squeeze=False).flat
     for k, weights in enumerate(maps):
         show(panels[k], region_over(photo, weights, colours(len(maps))[k]), names[k])
@@ -103,7 +104,9 @@ def plot_attention(
     every = colours(len(maps))
     top = min((limit for limit in (0.1, 0.25, 0.5) if weights.max() <= limit), default=1)
 
-    figure = new_figure(12, max(6, 1.2 * len(pixels)), "Pixel-region attention: for each pixel, a softmax over regions")
+    title = "Pixel-region attention: for each pixel, a softmax over regions"
+    caption = "Bars are a pixel's weights on the regions, whose colours they have; they sum to 1."
+    figure = new_figure(12, max(6, 1.2 * len(pixels)), title, caption)
     grid = figure.add_gridspec(len(pixels), 2, width_ratios=(2.2, 1))
     picture = figure.add_subplot(grid[:, 0])
     owner = "that has the most weight" if labels is None else "they belong to"
@@ -134,13 +137,15 @@ def _checked(image: Tensor, maps: Tensor, names: Sequence[str] | None) -> tuple[
     return photo.clamp(0, 1), maps.detach().float().cpu(), names
 
 
-def new_figure(width: float, height: float, title: str) -> Figure:
+def new_figure(width: float, height: float, title: str, caption: str) -> Figure:
+    """In inches, with what it shows above it, and how to read it below."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("drawing needs matplotlib: pip install matplotlib") from error
     figure = Figure(figsize=(width, height), layout="constrained")
     figure.suptitle(title, fontsize=13)
+    figure.supxlabel(caption, fontsize=9, color="0.3")
     return figure
 
 
