@@ -34,12 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """0 where something was replaced, 1 where nothing was, 2 where the model does not run."""
     try:
-        model, inputs = _load(
-            args.model,
-            args.input,
-            torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu")),
-            DTYPES[args.dtype],
-        )
+        device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        model, inputs = _load(args.model, args.input, device, DTYPES[args.dtype])
         with torch.no_grad():
             model(*inputs)
     except Exception as error:  # a user's code raises anything

@@ -595,6 +595,7 @@ def test_layers_of_modules(training: bool) -> None:
         ([nn.Conv2d(4, 4, 3)], ValueError, "convolution must have kernel, stride and groups of 1"),
         ([nn.Conv2d(4, 4, 1, stride=2)], ValueError, "convolution must have"),
         ([nn.Linear(4, 4), nn.GroupNorm(2, 4)], TypeError, "norm must be a BatchNorm"),
+        ([nn.Linear(4, 4), "batch"], TypeError, "norm must be a BatchNorm"),
         ([nn.Linear(4, 4), None, nn.GELU()], TypeError, "activation must be"),
         ([nn.Linear(4, 4), nn.Identity(), nn.LeakyReLU(-1.0)], ValueError, "activation must be"),
     ],

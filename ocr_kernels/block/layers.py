@@ -32,7 +32,8 @@ class Norm(NamedTuple):
     @classmethod
     def of(cls, norm: nn.Module) -> Norm:
         """A BatchNorm as it is at a call. In training it counts its batches, as before it calls `batch_norm` itself."""
-        assert isinstance(norm, _BatchNorm)
+        if not isinstance(norm, _BatchNorm):
+            raise TypeError(f"norm must be a BatchNorm or a SyncBatchNorm, but is {norm}")
         momentum = 0.0 if norm.momentum is None else norm.momentum
         if norm.training and norm.track_running_stats and norm.num_batches_tracked is not None:
             norm.num_batches_tracked.add_(1)
@@ -115,7 +116,7 @@ def slope_of(activation: nn.Module) -> float | None:
 
 def is_norm(norm: nn.Module) -> bool:
     """Whether a norm computes what `layer_of` takes it for, whatever library's it is."""
-    return type(norm).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+    return isinstance(norm, nn.Module) and type(norm).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
 
 
 def mask_of(dropout: nn.Dropout2d, feats: Tensor, channels: int) -> Tensor | None:
