@@ -69,11 +69,12 @@ def render(readme: str) -> str:
 INTRODUCTION = """# Results
 
 Written by `make report` from the files in `benchmarks/results`, which `ocr-kernels bench --json FILE` made. Times are
-medians in milliseconds with their interquartile range, the fastest in bold; ours are named by their backend. Nothing
-is timed before its result has passed the float64 oracle. The floor is what must be moved and computed at the copy
-bandwidth and the matrix rate of the same run: more than 100 % is where a convolution beats the matrix product. Saved
-bytes are those kept for the backward pass besides the inputs. Peaks are those of PyTorch's allocator, in which the
-compiled library's own tiles and partial sums do not count. **No GPU has been measured.**
+medians in milliseconds with their interquartile range, in bold where one is faster than all others by more than that;
+~ marks a ratio of two that differ by less. Ours are named by their backend. Nothing is timed before its result has
+passed the float64 oracle. The floor is what must be moved and computed at the copy bandwidth and the matrix rate of the
+same run: more than 100 % is where a convolution beats the matrix product. Saved bytes are those kept for the backward
+pass besides the inputs. Peaks are those of PyTorch's allocator, in which the compiled library's own tiles and partial
+sums do not count. **No GPU has been measured.**
 """
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import copy
 import importlib.util
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ocr_kernels.bench.timing import Timing
 from ocr_kernels.models.replace import replace_ocr_modules
 from ocr_kernels.testing import saved_bytes
 
@@ -47,8 +47,9 @@ def main(args: argparse.Namespace) -> int:
     if not report:
         return 1
     print()
-    for line in _rows({"before": model, "after": after}, inputs, args.seconds):
-        print("{:30}{:>16}{:>16}{:>16}".format(*line).rstrip())
+    for row in _rows({"before": model, "after": after}, inputs, args.seconds):
+        print("{:30}{:>16}{:>16}{:>16}".format(*row).rstrip())
+    print("± interquartile range; ~ no difference beyond it")
     return 0
 
 
@@ -142,6 +143,6 @@ def _compared(
                 torch.cuda.synchronize()
             times[kind].append(time.perf_counter() - start)
         end = end or time.perf_counter() + seconds  # after the first round, which warms up
-    quartiles = {kind: statistics.quantiles(taken[1:], n=4) for kind, taken in times.items()}
-    cells = [f"{1e3 * middle:.3g} ±{(high - low) / middle:.0%}" for low, middle, high in quartiles.values()]
-    return name, *cells, f"{quartiles['before'][1] / quartiles['after'][1]:.2f}"
+    before, after = (Timing.of(times[kind][1:]) for kind in ("before", "after"))
+    sign = "" if before.differs(after) else "~"
+    return name, str(before), str(after), f"{sign}{before.median / after.median:.2f}"

@@ -66,7 +66,8 @@ def blocks(journal: Journal, results: Results, log: Path) -> Iterator[str]:
     if results:
         yield (
             "## Speed\nThe faster of ours, t(riton) or n(ative): its time, the floor's share of that, "
-            "and how many times faster it is than eager and than torch.compile.\n\n" + _speed(results).markdown()
+            "and how many times faster it is than eager and than torch.compile, ~ where the spreads overlap.\n\n"
+            + _speed(results).markdown()
         )
     kernels = journal.results("profile")
     if kernels:
@@ -132,7 +133,7 @@ def _cell(lines: Results) -> str:
         return "; ".join(f"{name} {text.partition(':')[0]}" for name, text in lines[0]["problems"].items())
     share, name = max(timed)
     ratios = (times_faster(lines, name, peer) for peer in (EAGER, COMPILED))
-    cells = [f"{ratio[0]:.2f}x" if ratio else "-" for ratio in ratios]
+    cells = [str(ratio) if ratio else "-" for ratio in ratios]
     return " ".join([name[0], f"{lines[0]['times'][name]['median'] * 1e6:.0f} us", f"{share:.0%}", *cells])
 
 

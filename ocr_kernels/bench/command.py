@@ -125,7 +125,8 @@ def _print(data: dict[str, Any], out: Console) -> None:
         copy, rate = limit["bytes_per_second"] / 1e9, limit["flops_per_second"] / 1e12
         out.print(f"{dtype}: a large copy runs at {copy:.0f} GB/s, a large matrix product at {rate:.3g} TFLOP/s.")
     out.print(
-        "The floor is what must be moved and computed at these rates; ± is the interquartile range. "
+        "The floor is what must be moved and computed at these rates; ± is the interquartile range, ~ a ratio of times "
+        "that differ by less. "
         "sdpa is the fastest of its kernels, layout conversions included."
     )
     lines = {

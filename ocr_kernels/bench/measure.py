@@ -7,7 +7,6 @@ import functools
 import itertools
 import math
 import os
-import statistics
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,6 +24,7 @@ import ocr_kernels.attention.reference
 import ocr_kernels.gather.reference
 from ocr_kernels import info
 from ocr_kernels.bench.cases import AUTOTUNED, CHECKPOINTED, EAGER, OPS, SUBJECTS, TINY, Function, Pass, Work, Workload
+from ocr_kernels.bench.timing import Timing
 from ocr_kernels.testing import judge, peak_bytes, saved_bytes
 
 # Of the eager definition's own error, for every dtype, since other people's code is judged as well. A module is long
@@ -40,14 +40,6 @@ Prepare = Callable[[Any], Callable[[], object]]
 
 class DeviceLost(RuntimeError):
     """A kernel's fault after which nothing more can run on the device in this process."""
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Seconds per call: the median, and the interquartile range as a share of it."""
-
-    median: float
-    spread: float
 
 
 @dataclass(frozen=True)
@@ -302,7 +294,7 @@ def time_interleaved(
     rounds = seconds / (time.perf_counter() - start)
     samples = [one_round() for _ in range(math.ceil(min(200, max(5, rounds * batch)) / batch))]
     return {
-        name: _timing([times[i] for times in samples for i in range(index, len(names), len(calls))])
+        name: Timing.of([times[i] for times in samples for i in range(index, len(names), len(calls))])
         for index, name in enumerate(calls)
     }
 
@@ -333,11 +325,6 @@ def _cuda_round(thunks: Sequence[Callable[[], object]], lead: float) -> tuple[li
     return [before.elapsed_time(after) * 1e-3 for before, after in events], host
 
 
-def _timing(samples: list[float]) -> Timing:
-    low, median, high = statistics.quantiles(samples, n=4)
-    return Timing(median, (high - low) / median)
-
-
 def host_times(workload: Workload, repeats: int = 15, calls: int = 50) -> list[dict[str, Any]]:
     """Seconds that a call of an op on a tiny input costs the host, beside the same op with kernels that do nothing.
 
@@ -345,8 +332,14 @@ def host_times(workload: Workload, repeats: int = 15, calls: int = 50) -> list[d
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # waiting for a second thread takes longer than the rest
+    try:
+        return list(_host_times(workload, repeats, calls))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _host_times(workload: Workload, repeats: int, calls: int) -> Iterator[dict[str, Any]]:
     tiny = replace(workload, case=TINY, peers=tuple(p for p in workload.peers if p != AUTOTUNED))
-    lines = []
     for name in OPS:
         subject = SUBJECTS[name]
         functions = replace(tiny, subject=subject).variants()
@@ -364,11 +357,9 @@ def host_times(workload: Workload, repeats: int = 15, calls: int = 50) -> list[d
                         run(what, function, inputs)
                     samples[variant].append((time.perf_counter() - start) / calls)
                 synchronize(workload.device)
-            times = {variant: asdict(_timing(values)) for variant, values in samples.items()}
-            lines.append({"subject": name, "pass": what, "times": times})
+            times = {variant: asdict(Timing.of(values)) for variant, values in samples.items()}
+            yield {"subject": name, "pass": what, "times": times}
         torch.compiler.reset()
-    torch.set_num_threads(threads)
-    return lines
 
 
 def _no_kernels() -> ExitStack:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ocr_kernels.bench.cases import AUTOTUNED, BACKBONE, CHECKPOINTED, COMPILED, EAGER, PEERS, SDPA, TOGETHER, sweep_of
 from ocr_kernels.bench.measure import EMPTY
+from ocr_kernels.bench.timing import Timing
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -109,10 +110,25 @@ def grouped(results: Results, by: Callable[[Result], Key] = key) -> dict[Key, li
     return groups
 
 
-def times_faster(lines: Results, ours: str, peer: str) -> tuple[float, str] | None:
+class Ratio(NamedTuple):
+    """How many times faster ours is than a peer, and whether the two differ by more than their spreads."""
+
+    times: float
+    peer: str
+    differs: bool
+
+    @classmethod
+    def of(cls, peer: str, theirs: Mapping[str, float], ours: Mapping[str, float]) -> Ratio:
+        return cls(theirs["median"] / ours["median"], peer, Timing(**theirs).differs(Timing(**ours)))
+
+    def __str__(self) -> str:
+        return f"{'' if self.differs else '~'}{self.times:.2f}x"
+
+
+def times_faster(lines: Results, ours: str, peer: str) -> Ratio | None:
     """How many times faster ours is than a peer in the same rounds; than the fastest, if the peer is SDPA."""
     ratios = [
-        (timing["median"] / line["times"][ours]["median"], name)
+        Ratio.of(name, timing, line["times"][ours])
         for line in lines
         if ours in line["times"]
         for name, timing in line["times"].items()
@@ -173,10 +189,10 @@ def _speed_row(lines: Results, ours: str) -> list[str]:
     ratios = {peer: times_faster(lines, ours, peer) for peer in PEERS}
     broken = {name: text.split(":")[0] for part in lines for name, text in part["problems"].items()}
     cells = [_ratio(ratios[peer], broken.get(peer, "-")) for peer in PEERS]
-    slower = ", ".join(name.removeprefix(f"{SDPA}-") for ratio, name in filter(None, ratios.values()) if ratio < 1)
+    slower = ", ".join(r.peer.removeprefix(f"{SDPA}-") for r in ratios.values() if r and r.times < 1)
     return [
         *row,
-        f"{seconds * 1e3:.3g} ±{timing['spread']:.0%}",
+        str(Timing(**timing)),
         _number(line["bytes"] / seconds, 1e9),
         _number(line["flops"] / seconds, 1e12),
         _percent(share_of_floor(lines, ours)),
@@ -195,10 +211,11 @@ def networks(results: Results) -> list[Grid]:
         if not {EAGER, ours} <= line["times"].keys():
             continue
         backbone, eager, folded = (line["times"][name]["median"] for name in (BACKBONE, EAGER, ours))
+        faster = Ratio.of(EAGER, line["times"][EAGER], line["times"][ours])
         image = f"{4 * shape['height']}x{4 * shape['width']}"
         cells = [c for t in (eager, folded) for c in (_number(t, 1e-3), _percent(1 - backbone / t))]
         place = [line["subject"], image, _short_dtype(line["dtype"]), _short_format(line["memory_format"])]
-        grid.rows.append([*place, *cells, _times(eager / folded)])
+        grid.rows.append([*place, *cells, str(faster)])
     return [grid] if grid.rows else []
 
 
@@ -232,12 +249,13 @@ def headline(files: Sequence[Mapping[str, Any]]) -> Grid:
             name = line["ours"][0]
             devices.add(f"{device_name(data)}, PyTorch {data['versions']['torch']}")
             shown = [line["times"].get(each) for each in (EAGER, COMPILED, name, TOGETHER)]
-            best = min(filter(None, shown), key=lambda timing: float(timing["median"]))
+            best = _fastest(shown)
             saved = line["saved_bytes"].get(name), line["saved_bytes"].get(EAGER)
             kept = "-" if saved[0] is None else f"{_number(saved[0], 2**20)} of {_number(saved[1], 2**20)} MiB"
-            cells = [_milliseconds(timing, timing is best) for timing in shown]
+            cells = [_milliseconds(timing, best) for timing in shown]
             grid.rows.append([label, _short_format(memory_format), *cells, kept, f"`{data['commit'][:8]}`"])
-    grid.title = f"1x512x128x256, K=19, float32, {'; '.join(sorted(devices))}; median ± interquartile range"
+    grid.title = f"1x512x128x256, K=19, float32, {'; '.join(sorted(devices))}; median ± interquartile range, "
+    grid.title += "in bold where it is faster than the others by more than that"
     return grid.without_empty_columns()
 
 
@@ -268,8 +286,8 @@ def cases(results: Results) -> list[Grid]:
             if kernels:
                 found[SDPA] = min((found[name] for name in kernels), key=lambda timing: float(timing["median"]))
             shown = {name: found[name] for name in (*peers, *ours, TOGETHER) if name in found}
-            best = min(shown.values(), key=lambda timing: float(timing["median"]), default=None)
-            times = [_milliseconds(shown.get(name), shown.get(name) is best) for name in (*peers, *ours, TOGETHER)]
+            best = _fastest(shown.values())
+            times = [_milliseconds(shown.get(name), best) for name in (*peers, *ours, TOGETHER)]
             name = line["ours"][0]
             saved, peak = (
                 (values.get(name), values.get(EAGER)) for values in (line["saved_bytes"], line["peak_bytes"])
@@ -290,11 +308,18 @@ def cases(results: Results) -> list[Grid]:
     return grids
 
 
-def _milliseconds(timing: Mapping[str, float] | None, best: bool) -> str:
+def _fastest(timings: Iterable[Mapping[str, float] | None]) -> Mapping[str, float] | None:
+    """The one that is faster than all others by more than the spreads, if there is one."""
+    known = sorted(filter(None, timings), key=lambda timing: timing["median"])
+    if len(known) < 2 or not all(Timing(**known[0]).differs(Timing(**other)) for other in known[1:]):
+        return None
+    return known[0]
+
+
+def _milliseconds(timing: Mapping[str, float] | None, best: Mapping[str, float] | None) -> str:
     if timing is None:
         return "-"
-    text = f"{_number(timing['median'], 1e-3)} ±{timing['spread']:.0%}"
-    return f"**{text}**" if best else text
+    return f"**{Timing(**timing)}**" if timing is best else str(Timing(**timing))
 
 
 def _share(part: float | None, whole: float | None) -> str:
@@ -360,7 +385,7 @@ def losses(results: Results) -> list[str]:
     for (subject, case, what, dtype, memory_format), lines in grouped(results).items():
         for ours in lines[0]["ours"]:
             ratios = {peer: times_faster(lines, ours, peer) for peer in (EAGER, COMPILED)}
-            slower = [f"{ratio[0]:.2f}x {peer}" for peer, ratio in ratios.items() if ratio and ratio[0] < 1]
+            slower = [f"{r} {peer}" for peer, r in ratios.items() if r and r.times < 1]
             if slower:
                 where = f"{subject} {SHORT[what]} {case} {_short_dtype(dtype)} {_short_format(memory_format)}"
                 found.append(f"{where} ({', '.join(slower)})")
@@ -370,7 +395,7 @@ def losses(results: Results) -> list[str]:
 def _summary_cells(cases: list[list[Result]], ours: str) -> list[str]:
     cells, lost = [str(len(cases))], set()
     for peer in PEERS:
-        ratios = {i: r[0] for i, lines in enumerate(cases) if (r := times_faster(lines, ours, peer))}
+        ratios = {i: r.times for i, lines in enumerate(cases) if (r := times_faster(lines, ours, peer))}
         lost |= {i for i, ratio in ratios.items() if ratio < 1}
         cells += [_times(geometric_mean(ratios.values())), _times(min(ratios.values(), default=None))]
     shares = [share for lines in cases if (share := share_of_floor(lines, ours)) is not None]
@@ -398,10 +423,10 @@ def comparison(old: Mapping[str, Any], new: Mapping[str, Any]) -> Grid:
             grid.rows.append([*row, "-", "only in one"])
             continue
         a, b = before[place], after[place]
-        ratio = b["median"] / a["median"]
-        noise = (a["spread"] + b["spread"]) / 2
-        verdict = "same" if abs(ratio - 1) <= max(0.02, noise) else "slower" if ratio > 1 else "faster"
-        grid.rows.append([*row, *(_number(t["median"], 1e-3) for t in (a, b)), f"{ratio:.2f}", verdict])
+        change = b["median"] / a["median"]
+        same = abs(change - 1) <= 0.02 or not Timing(**a).differs(Timing(**b))
+        verdict = "same" if same else "slower" if change > 1 else "faster"
+        grid.rows.append([*row, *(_number(t["median"], 1e-3) for t in (a, b)), f"{change:.2f}", verdict])
     mean = geometric_mean(control)
     if mean:
         grid.rows.append(["control", f"{len(control)} peers", "", "", "", "", f"{mean:.2f}", "the machine"])
@@ -413,11 +438,11 @@ def geometric_mean(values: Iterable[float]) -> float | None:
     return math.exp(sum(logs) / len(logs)) if logs else None
 
 
-def _ratio(value: tuple[float, str] | None, missing: str) -> str:
+def _ratio(value: Ratio | None, missing: str) -> str:
     if value is None:
         return missing
-    name = value[1].removeprefix(f"{SDPA}-")
-    return f"{value[0]:.2f}x" + (f" {name}" if name != value[1] else "")
+    name = value.peer.removeprefix(f"{SDPA}-")
+    return f"{value} {name}" if name != value.peer else str(value)
 
 
 def _times(value: float | None) -> str:
