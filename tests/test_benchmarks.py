@@ -23,6 +23,7 @@ from benchmarks import accuracy, pages
 from ocr_kernels import cli, replace_ocr_modules
 from ocr_kernels.bench import cases, command, jobs, measure, plot, report
 from ocr_kernels.bench.cases import BACKBONE, CASES, NETWORKS, OPS, SUBJECTS, Case, Pass, Subject, Workload
+from ocr_kernels.bench.timing import Timing
 from ocr_kernels.core import backends
 
 LAYERS = {name: subject for name, subject in SUBJECTS.items() if name not in NETWORKS}  # the networks need timm
@@ -298,6 +299,78 @@ def test_a_job_that_fails_does_not_end_the_run(
     assert failed == {"gather lip float32 contiguous": "OutOfMemoryError: too large"}
 
 
+def test_host_times_that_fail_do_not_end_the_run(
+    tiny_cases: None, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: Workload) -> list[dict[str, Any]]:
+        raise RuntimeError("no compiler\nand a long story")
+
+    monkeypatch.setattr(measure, "host_times", fail)
+    path = tmp_path / "a.json"
+    assert command.main([*RUN, str(path), "--cases", "lip", "--subjects", "gather", "--peers", "eager"]) == 1
+    data = json.loads(path.read_text())
+    assert data["failed"] == {"host times": "RuntimeError: no compiler"}
+    assert (len(data["results"]), data["missing"], data["host"]) == (3, [], [])
+    assert "Not measured: 1\n  host times: RuntimeError: no compiler\n" in capsys.readouterr().out
+
+
+def test_host_times_that_fail_leave_the_threads_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is measured after them would run in one."""
+    before, inside = torch.get_num_threads(), []
+
+    def fail(*_: Any) -> None:
+        inside.append(torch.get_num_threads())
+        raise RuntimeError
+
+    monkeypatch.setattr(measure, "run", fail)
+    torch.set_num_threads(3)
+    try:
+        with pytest.raises(RuntimeError):
+            measure.host_times(workload(GATHER))
+        assert (inside, torch.get_num_threads()) == ([1], 3)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_in_a_pipe_every_measurement_says_how_long_the_rest_takes(
+    tiny_cases: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first of three takes 10 s, the others 1 s each; and nothing is on stderr."""
+    clock = iter((0.0, 10.0, 11.0, 12.0))
+    monkeypatch.setattr(command, "time", types.SimpleNamespace(perf_counter=lambda: next(clock)))
+    monkeypatch.setattr(measure, "measure", lambda *_: ())
+    arguments = ["--cases", "lip", "--subjects", "gather", "attention", "module", "--peers", "eager"]
+    assert command.main([*RUN[:-1], *arguments]) == 0
+    printed = capsys.readouterr()
+    assert [line for line in printed.out.splitlines() if "to go" in line] == [
+        "1/3 gather lip float32 contiguous, about 20 s to go",
+        "2/3 attention lip float32 contiguous, about 6 s to go",
+        "3/3 module lip float32 contiguous, about 0 s to go",
+    ]
+    assert printed.err == ""
+
+
+def test_on_a_cpu_a_run_is_quick_unless_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    args = command._parse(["--device", "cpu"])
+    assert (args.quick, args.dtype, args.subjects, args.peers) == (
+        *(True, ["float32"], cases.QUICK_SUBJECTS, cases.QUICK_PEERS),
+    )
+    todo = jobs.jobs(CPU, args.dtype, args.memory_format, args.cases, args.subjects, args.peers, args.quick)
+    assert {job.workload.case.name for job in todo} == set(cases.QUICK_CASES)
+    assert len(todo) == len(cases.QUICK_CASES) * len(cases.QUICK_SUBJECTS)
+    assert all(job.workload.case.pixels <= CASES[job.workload.case.name].pixels / 15 for job in todo)
+    assert all(job.workload.case.batch == 1 for job in todo)
+
+    some = command._parse(["--device", "cpu", "--cases", "lip", "--peers", "compile"])
+    assert (some.quick, some.cases, some.peers, some.subjects) == (True, ["lip"], ["compile"], cases.QUICK_SUBJECTS)
+    assert not command._parse(["--device", "cpu", "--no-quick"]).quick
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    whole = command._parse([])
+    assert (whole.device, whole.quick, whole.dtype) == ("cuda", False, ["bfloat16"])
+    assert set(cases.NAMED) == {CASES[name] for name in whole.cases} - {c for s in cases.SWEEPS.values() for c in s}
+
+
 def test_a_lost_device_ends_the_run(
     tiny_cases: None, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -364,6 +437,41 @@ def test_ratios_shares_and_losses() -> None:
     assert report.losses([fast, slow, later]) == ["attention fwd other bf16 NCHW (0.50x eager)"]
     (grid,) = report.speed([fast, slow, later])
     assert [dict(zip(grid.header, row, strict=True))["slower than"] for row in grid.rows] == ["flash", "eager"]
+
+
+@pytest.mark.parametrize(
+    ("spread", "cell", "ratio"),
+    [(0.04, "**10 ±4%**", "1.10x"), (0.06, "10 ±6%", "~1.10x"), (2.0, "10 ±200%", "~1.10x")],
+)
+def test_a_difference_within_the_spreads_is_no_win(spread: float, cell: str, ratio: str) -> None:
+    """11 ms and 10 ms: the two touch at 4.76 % each."""
+    line = result(eager=0.011, triton=0.010)
+    line |= {"saved_bytes": {}, "peak_bytes": {}}
+    line["times"] = {name: {**timing, "spread": spread} for name, timing in line["times"].items()}
+    (grid,) = report.cases([line])
+    row = dict(zip(grid.header, grid.rows[0], strict=True))
+    assert (row["eager"], row["triton"]) == (f"11 ±{spread:.0%}", cell)
+    (grid,) = report.speed([line])
+    assert dict(zip(grid.header, grid.rows[0], strict=True))["eager"] == ratio
+    line["times"]["eager"]["median"] = 0.0091
+    assert report.losses([line]) == [f"attention fwd tiny bf16 NCHW ({'' if spread < 0.05 else '~'}0.91x eager)"]
+
+
+def test_one_of_three_wins_over_both_or_not_at_all() -> None:
+    times = [{"median": 1.0, "spread": 0.01}, {"median": 1.5, "spread": 0.01}, {"median": 1.6, "spread": 0.5}]
+    assert report._fastest([None, *reversed(times[:2])]) is times[0]
+    assert report._fastest(times) is None
+    assert report._fastest([times[0], None]) is None  # nothing to win over
+    assert report._fastest([]) is None
+
+
+def test_a_timing_is_its_median_and_its_quartiles() -> None:
+    timing = Timing.of([5.0, 1.0, 2.0, 4.0, 3.0])
+    assert (timing.median, timing.spread) == (3.0, pytest.approx(1.0))  # 1.5 to 4.5
+    assert [str(Timing(seconds, 0.125)) for seconds in (12.3456e-3, 1.23456)] == ["12.3 ±12%", "1235 ±12%"]
+    assert not timing.differs(Timing(5.9, 0.0))
+    assert timing.differs(Timing(6.1, 0.0))
+    assert Timing(6.1, 0.0).differs(timing)
 
 
 def test_tables_with_every_column_fit(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,15 +1,18 @@
 """The command line: what it prints, and how it fails."""
 
+import itertools
 import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
+import torch
 from fresh import PYTHONPATH, python
 
-from ocr_kernels import __version__, info
+from ocr_kernels import __version__, check, info
 from ocr_kernels.cli import main
 
 
@@ -130,10 +133,28 @@ def test_check_compares_a_model_with_itself_replaced(
     assert report.startswith("4 swapped, 0 left alone")
     rows = {line[:30].strip(): line[30:].split() for line in table.splitlines()}
     assert rows[""] == ["before", "after", "times", "less"]
-    assert list(rows)[1:] == ["inference [ms]", "forward and backward [ms]", "saved for backward [MiB]"]
+    *_, note = table.splitlines()
+    assert note == "± interquartile range; ~ no difference beyond it"
+    assert list(rows)[1:-1] == ["inference [ms]", "forward and backward [ms]", "saved for backward [MiB]"]
     before, after, ratio = map(float, rows["saved for backward [MiB]"])
     assert after <= before
     assert ratio > 1
+
+
+@pytest.mark.parametrize(("seconds", "ratio"), [((0.011, 0.010), "~1.10"), ((0.020, 0.010), "2.00")])
+def test_check_claims_no_difference_within_the_spread(
+    monkeypatch: pytest.MonkeyPatch, seconds: tuple[float, float], ratio: str
+) -> None:
+    """Calls that take turns, a tenth longer or shorter: ±20 %."""
+    clock, noise = [0.0], itertools.cycle((0.9, 0.9, 1.0, 1.0, 1.1, 1.1))
+    monkeypatch.setattr(check, "time", types.SimpleNamespace(perf_counter=lambda: clock[0]))
+
+    def call(model: torch.nn.Module) -> None:
+        clock[0] += seconds[model is after] * next(noise)
+
+    before, after = torch.nn.Identity(), torch.nn.Identity()
+    _, *cells = check._compared("time", {"before": before, "after": after}, call, 0.5)
+    assert cells == [*(f"{1e3 * median:.0f} ±20%" for median in seconds), ratio]
 
 
 def test_check_of_a_model_that_is_not_trained(model: str, capsys: pytest.CaptureFixture[str]) -> None:
