@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import sys
 from pathlib import Path
 
 import pytest
@@ -141,10 +142,33 @@ def file_of(name: str) -> str:
     return f"{name.replace('.', '/')}/__init__.py".lstrip("/") if path.is_dir() else f"{name.replace('.', '/')}.py"
 
 
-@pytest.mark.parametrize("file", sorted(str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py")))
+FILES = sorted(str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("file", FILES)
 def test_dependencies_run_one_way(file: str) -> None:
     for imported in imports(PACKAGE / file):
         assert LEVELS[file_of(imported)] < LEVELS[file], f"{file} imports {imported}"
+
+
+def outside(path: Path) -> set[str]:
+    """The top-level packages that a file imports, anywhere in it, those by name too, without Python's own."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            found |= {argument.value for argument in node.args if isinstance(argument, ast.Constant)}
+    return {name.partition(".")[0] for name in found} - sys.stdlib_module_names
+
+
+def test_nothing_of_the_checkout_is_imported() -> None:
+    """A wheel has the package alone: no benchmarks, no tests."""
+    others = {"torch", "triton", "numpy", "matplotlib", "rich", "PIL", "sklearn", "timm", "mmengine"}
+    assert {file: found for file in FILES if (found := outside(PACKAGE / file) - others - {"ocr_kernels"})} == {}
+    assert set().union(*(outside(PACKAGE / file) for file in FILES)) == others | {"ocr_kernels"}
 
 
 def test_design_lists_files_that_exist() -> None:

@@ -388,7 +388,20 @@ def test_no_library() -> None:
     assert caught == "1 ocr_kernels: OCR_KERNELS_LIBRARY names a file that is not there: absent.so"
     assert chosen == "reference"
     assert error.startswith("backend 'native' cannot run: this installation contains no compiled library (absent.so)")
-    assert "OCR_KERNELS_BUILD=cpu pip install ." in error
+    assert "OCR_KERNELS_BUILD=cpu pip install " in error
+
+
+@pytest.mark.parametrize(
+    ("file", "command"), [("setup.py", "pip install -e .` builds"), ("other.py", "pip install .` f")]
+)
+def test_what_builds_the_library_where_the_package_lies(
+    file: str, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is installed beside an imported checkout would not be found."""
+    (tmp_path / file).touch()
+    monkeypatch.setattr(libraries, "__file__", str(tmp_path / "ocr_kernels" / "core" / "libraries.py"))
+    monkeypatch.delenv("OCR_KERNELS_LIBRARY", raising=False)
+    assert f"`OCR_KERNELS_BUILD=cpu {command}" in str(libraries.problem())
 
 
 @pytest.mark.parametrize("kind", ["a symbol that PyTorch lacks", "no library at all"])
@@ -473,7 +486,7 @@ def test_no_library_for_gpus(tmp_path: Path) -> None:
     assert error.startswith(
         "backend 'native' cannot run on a cuda tensor: this installation contains no compiled library for GPUs ("
     )
-    assert "OCR_KERNELS_BUILD=cuda pip install ." in error
+    assert "OCR_KERNELS_BUILD=cuda pip install " in error
 
 
 @built

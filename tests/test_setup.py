@@ -1,6 +1,7 @@
 """What is installed: pins, what the wheel contains, what is built, and the example that uses it from C++."""
 
 import itertools
+import json
 import os
 import shutil
 import subprocess
@@ -264,18 +265,25 @@ def test_wheel_in_an_empty_environment(checkout: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert not [name for name in names if name.startswith(("csrc", "tests"))]
 
+    clean = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "OCR_KERNELS_LIBRARY")}
     environment = checkout / "environment"
     venv.create(environment)
     (packages,) = environment.glob("lib/python*/site-packages")
     install = [sys.executable, "-m", "pip", "--python", str(environment), "install", "--no-deps", str(wheel)]
-    subprocess.run(install, check=True, capture_output=True)
+    subprocess.run(install, env=clean, check=True, capture_output=True)
     (packages / "torch.pth").write_text(str(Path(torch.__file__).parent.parent))  # after what is installed there
-    clean = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "OCR_KERNELS_LIBRARY")}
-    run = [str(environment / "bin" / "python"), str(ROOT / "tests" / "smoke.py")]
-    printed = subprocess.run(run, cwd=environment, env=clean, check=True, capture_output=True, text=True).stdout
-    assert printed.split() == [
+
+    def printed(*arguments: str) -> str:
+        run = [environment / "bin" / "python", *arguments]
+        return subprocess.run(run, cwd=environment, env=clean, check=True, capture_output=True, text=True).stdout
+
+    assert printed(str(ROOT / "tests" / "smoke.py")).split() == [
         str(packages / "ocr_kernels" / name) for name in ("__init__.py", "libocr_kernels_cpu.so")
     ]
+    bench = "-m ocr_kernels bench --device cpu --cases interactive-w18 --subjects gather --peers eager --json a.json"
+    assert "Failed or wrong: none" in printed(*bench.split())
+    results = json.loads((environment / "a.json").read_text())
+    assert (results["commit"], [line["ours"] for line in results["results"]]) == ("unknown", [["native"]] * 3)
 
 
 @needs_compiler

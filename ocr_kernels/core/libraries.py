@@ -46,8 +46,10 @@ def _absent(device_type: str) -> str | None:
 
 
 def _build(device_type: str) -> str:
-    command = f"OCR_KERNELS_BUILD={device_type} pip install ."
-    return f"`{command}` from a checkout builds it, or says what it lacks"
+    command = f"OCR_KERNELS_BUILD={device_type} pip install"
+    if (Path(__file__).parents[2] / "setup.py").is_file():  # in its folder Python imports it, whatever is installed
+        return f"`{command} -e .` builds it in this checkout, or says what it lacks"
+    return f"`{command} .` from a checkout builds it, or says what it lacks"
 
 
 @functools.cache
