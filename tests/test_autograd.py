@@ -26,6 +26,18 @@ def test_gradcheck(op: Op, target: tuple[str, str], layout: str) -> None:
 
 
 @both_ops
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided"])
+def test_the_result_may_be_modified_in_place(op: Op, target: tuple[str, str], layout: str) -> None:
+    """PyTorch refuses it for a view that an op returns."""
+    backend, device = target
+    inputs = op.inputs(regions=3, layout=layout, device=device, **(SIZES | {"spatial": (2, 3)}))
+    out = op.on(backend)(*inputs)
+    expected = torch.autograd.grad((2 * out + 1).square().sum(), inputs, retain_graph=True)
+    found = torch.autograd.grad(out.mul_(2).add_(1).square().sum(), inputs)
+    torch.testing.assert_close(found, expected)
+
+
+@both_ops
 def test_gradcheck_many_regions(op: Op, kernels: tuple[str, str]) -> None:
     """More regions than one tile holds."""
     backend, device = kernels

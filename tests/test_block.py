@@ -71,6 +71,17 @@ def block(*args: Tensor, training: bool = True, layers: int = 2, slope: float = 
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
+def test_z_may_be_modified_in_place(backend: str, layout: Any) -> None:
+    """As by nn.ReLU(inplace=True), or a residual that is added: PyTorch refuses it for a view that an op returns."""
+    feats, *rest = tensors()
+    feats = lay_out(feats.detach(), layout).requires_grad_()
+    z = block(feats, *rest)
+    expected = torch.autograd.grad((2 * z + 1).square().sum(), (feats, *rest), retain_graph=True)
+    found = torch.autograd.grad(z.mul_(2).add_(1).square().sum(), (feats, *rest))
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
 @pytest.mark.parametrize("training", [True, False])
 def test_gradients(backend: str, training: bool, layout: Any) -> None:
     feats, *rest = tensors()

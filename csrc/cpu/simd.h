@@ -1,6 +1,6 @@
 // Vectors of float and double as wide as the instruction set this file is compiled for, and the four element types.
 //
-// Lane file of kernels is compiled once per instruction set with -DOCR_ISA=<name>. The inline namespace keeps the
+// A file of kernels is compiled once per instruction set with -DOCR_ISA=<name>. The inline namespace keeps the
 // compilations apart, so that the linker never hands one processor's code to another; for the same reason nothing here
 // or in the kernels calls a template or inline function of the standard library.
 #pragma once

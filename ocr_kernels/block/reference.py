@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ocr_kernels.block.norms import Contexts, Gradients, Layer, Moments, Norm, Settings, split_statistics, statistics_of
 from ocr_kernels.core.activations import activate_
-from ocr_kernels.core.layout import in_format, is_channels_last, statistics_dtype
+from ocr_kernels.core.layout import empty_in_format, in_format, is_channels_last, statistics_dtype
 
 aten: Any = torch.ops.aten
 
@@ -187,7 +187,7 @@ def forward(
     layers = settings.layers(vectors)
     depth, outputs, regions = len(pixel_in), len(fusing), key.shape[2]
     hidden_in, hidden_out = empty_maps(x, depth), empty_maps(x, len(pixel_out))
-    weights, fused, z = empty_maps(x, regions), empty_maps(x, outputs), empty_maps(x, outputs)
+    weights, fused, z = empty_maps(x, regions), empty_maps(x, outputs), empty_in_format(feats, outputs)
 
     moments = Moments(layers[0])
     for image, part in tiles:
@@ -218,11 +218,12 @@ def forward(
         h = multiply(fusing, both, fused[image][:, part])
         add_moments(moments, h, tiles.empty("outputs", outputs, part, exact))
     last = moments.norm()
+    flat = z.flatten(2)
     for image, part in tiles:
         out = activated(last, fused[image][:, part], tiles.empty("outputs", outputs, part, exact))
-        z[image][:, part] = out.mul_(mask[image][:, None]) if len(mask) else out
-    maps = (each.unflatten(2, feats.shape[2:]) for each in (z, hidden_in, hidden_out, weights, fused))
-    return *maps, statistics_of((first, second, up, last))
+        flat[image][:, part] = out.mul_(mask[image][:, None]) if len(mask) else out
+    maps = (each.unflatten(2, feats.shape[2:]) for each in (hidden_in, hidden_out, weights, fused))
+    return z, *maps, statistics_of((first, second, up, last))
 
 
 def _joined(

@@ -19,7 +19,7 @@ from ocr_kernels.block import tiles
 from ocr_kernels.block.norms import Contexts, Gradients, Layer, Moments, Norm, Settings, split_statistics, statistics_of
 from ocr_kernels.block.reference import activation_backward_, empty_maps, maps_of
 from ocr_kernels.block.triton_inference import activated, infer
-from ocr_kernels.core.layout import statistics_dtype
+from ocr_kernels.core.layout import empty_in_format, statistics_dtype
 from ocr_kernels.core.triton_device import (
     add_product,
     finite,
@@ -414,9 +414,9 @@ def _known(layer: Layer, both: Tensor, count: Tensor) -> Norm:
     return _norm_of(layer._replace(group=""), both.view(1, 2, -1), 1, 1)._replace(layer=layer, pixels=count)
 
 
-def _apply(norm: Norm, h: Tensor, mask: Tensor | None = None) -> Tensor:
+def _apply(norm: Norm, h: Tensor, mask: Tensor | None = None, out: Tensor | None = None) -> Tensor:
     """rho of a map, times the mask where it has elements."""
-    out = empty_maps(h, h.shape[1])
+    out = empty_maps(h, h.shape[1]) if out is None else out
     _, channels, pixels = h.shape
     is_masked = mask is not None and len(mask) > 0
     if h.numel():
@@ -588,9 +588,10 @@ def forward(
         _contexts(y.normalised(up), up, weights, inside)
         fused = _times(fusing, both)
         last = _norm(layers[3], fused)
-        z = _apply(last, fused, mask)
-    maps = (each.unflatten(2, feats.shape[2:]) for each in (z, hidden_in, hidden_out, weights, fused))
-    return *maps, statistics_of((first, second, up, last))
+        z = empty_in_format(feats, len(fusing))
+        _apply(last, fused, mask, z.flatten(2))
+    maps = (each.unflatten(2, feats.shape[2:]) for each in (hidden_in, hidden_out, weights, fused))
+    return z, *maps, statistics_of((first, second, up, last))
 
 
 def _halves(tensor: Tensor, contexts: int, settings: Settings) -> tuple[Tensor, Tensor]:

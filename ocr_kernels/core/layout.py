@@ -18,12 +18,17 @@ def is_channels_last(tensor: Tensor) -> bool:
 def empty_in_format(like: Tensor, channels: int) -> Tensor:
     """An uninitialised `[B, channels, *S]` in the memory format of `like` `[B, C, *S]`.
 
-    There are two formats, channels last and contiguous; anything else (slices, expansions) yields contiguous.
+    There are two formats, channels last and contiguous; anything else (slices, expansions) yields contiguous. It is no
+    view of another tensor: what an op with a derivative returns could not be modified in place then.
     """
     batch, _, *spatial = like.shape
-    if is_channels_last(like):
-        return like.new_empty((batch, *spatial, channels)).movedim(-1, 1)
-    return like.new_empty((batch, channels, *spatial))
+    if not is_channels_last(like):
+        return like.new_empty((batch, channels, *spatial))
+    strides, step = [], channels
+    for size in reversed(spatial):
+        strides.append(step)
+        step = step * size
+    return like.new_empty_strided((batch, channels, *spatial), (step, 1, *reversed(strides)))
 
 
 def in_format(out: Tensor, like: Tensor) -> Tensor:
