@@ -122,6 +122,16 @@ def sharded(module: nn.Module) -> nn.Module:
     return module
 
 
+def replaced_once_sharded() -> None:
+    """A trial would leave FSDP2 with gathered weights that are not there; the model stays as it is, and runs."""
+    model, inputs = sharded(spatial_ocr(reference.SpatialOCR)), draw()
+    report = replace_ocr_modules(model, example_inputs=inputs)
+    assert not report
+    assert "replace before `fully_shard`" in report.left_alone[0].reason, report
+    expected = spatial_ocr(reference.SpatialOCR)(*inputs)
+    torch.testing.assert_close(model(*inputs), expected, rtol=1e-9, atol=1e-10)
+
+
 def group_of_one() -> None:
     """A process group of this process alone shares nothing."""
     groups = [distributed.new_group([rank]) for rank in range(2)]
@@ -142,6 +152,7 @@ CASES: dict[str, Callable[[], None]] = {
     "DDP, replaced": lambda: compare_training(replaced, DistributedDataParallel),
     "FSDP2": lambda: compare_training(ours, sharded),
     "FSDP2, replaced": lambda: compare_training(replaced, sharded),
+    "FSDP2, replaced too late": replaced_once_sharded,
     "a group of one": group_of_one,
 }
 if available_backends("cpu")["triton"] is True:  # in its interpreter

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import math
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -61,6 +62,8 @@ def dry_run(
         return findings, "the model has parameters that its first call makes; call it once before"
     if any(tensor.is_nested for tensor in model.buffers()):
         return findings, "the model has a nested tensor, which could not be put back"
+    if _is_sharded(model):
+        return findings, "FSDP2 shards the model, and keeps in mind what a run did; replace before `fully_shard`"
     kwargs = example_inputs if isinstance(example_inputs, dict) else {}
     args = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     args = () if isinstance(example_inputs, dict) else args
@@ -79,6 +82,11 @@ def dry_run(
         except Exception as error:
             return findings, f"{type(error).__name__}: {error}"
     return findings, None
+
+
+def _is_sharded(model: nn.Module) -> bool:
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # whose import takes long
+    return fsdp is not None and any(isinstance(module, fsdp.FSDPModule) for module in model.modules())
 
 
 class _Observer(StandIn):
