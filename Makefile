@@ -72,7 +72,7 @@ format: $(STAMP) ## rewrite the code as `make lint` wants it
 	$(BIN)/ruff format
 	$(BIN)/clang-format -i $(CPP)
 
-bench: $(STAMP) ## times against eager PyTorch and torch.compile
+bench: $(STAMP) ## times beside eager PyTorch, a few on a CPU; on a GPU all, beside torch.compile too
 	$(BIN)/ocr-kernels bench
 
 report: $(STAMP) ## RESULTS.md, the README's table and the pictures, from benchmarks/results

@@ -39,7 +39,7 @@ def _run(argv: Sequence[str]) -> int:
         command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         module.add_arguments(command)
         command.set_defaults(main=module.main)
-    commands.add_parser("bench", help="times beside eager PyTorch, torch.compile and this machine's floor")
+    commands.add_parser("bench", help="times beside eager PyTorch, other peers and this machine's floor")
     args = parser.parse_args(argv)
     status: int = args.main(args)
     return status

@@ -40,5 +40,25 @@ def test_links_of_a_page(page: Path) -> None:
             assert anchor in slugs, link
 
 
+OTHERS = ["RELEASING.md", "SECURITY.md", "examples/cpp/README.md", ".github/pull_request_template.md"]
+COMMANDS = {"make": re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)}
+COMMANDS |= {"ocr-kernels": ["bench", "check", "demo", "info"]}
+
+
+@pytest.mark.parametrize("page", [*PAGES, *(ROOT / name for name in OTHERS)], ids=lambda page: page.name)
+def test_commands_and_files_of_a_page(page: Path) -> None:
+    """They are there; of files, those of the repository that a code span names, and no compiled ones."""
+    blocks, spans = re.split(r"```", page.read_text())[1::2], re.findall(r"`([^`\n]+)`", page.read_text())
+    lines = [line.partition("#")[0] for block in blocks for line in block.splitlines()]
+    for line in [*lines, *spans]:
+        for command, names in re.findall(r"(?:^|[ /;])(make|ocr-kernels)((?: [a-z][a-z-]*)+)", line):
+            known = COMMANDS[command]
+            given = names.split() if command == "make" else names.split()[:1]
+            assert set(given) <= set(known), line
+    for span in spans:
+        if re.fullmatch(r"(tests|benchmarks|docs|examples|csrc|ocr_kernels)/[\w/.-]+", span) and span[-3:] != ".so":
+            assert (ROOT / span).exists(), span
+
+
 def test_the_readme_is_short() -> None:
     assert len(PAGES[0].read_text().splitlines()) <= 150
