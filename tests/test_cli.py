@@ -1,5 +1,6 @@
 """The command line: what it prints, and how it fails."""
 
+import dataclasses
 import itertools
 import json
 import os
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import types
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -159,7 +161,23 @@ def test_check_claims_no_difference_within_the_spread(
 
 def test_check_of_a_model_that_is_not_trained(model: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", f"{model}:fixed", "--seconds", "0"]) == 0
-    assert "saved for backward" not in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "saved for backward" not in printed
+    assert "\nforward and backward          no output has a derivative\n" in printed
+
+
+def test_outputs_are_found_in_containers() -> None:
+    @dataclasses.dataclass
+    class Output:
+        logits: list[torch.Tensor]
+        loss: torch.Tensor
+
+    class Model(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> Any:
+            return {"a": Output([x, 2 * x], 3 * x), "b": (4 * x.detach(), "text", 5 * x)}
+
+    found = check._outputs(Model(), [torch.ones((), requires_grad=True)])
+    assert sorted(out.item() for out in found) == [1, 2, 3, 5]
 
 
 @pytest.mark.parametrize(
