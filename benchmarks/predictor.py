@@ -40,14 +40,16 @@ class Device:
     special: float = 1 / 8  # of them exponentials and reciprocals of a warp
     shared_bytes: int = 128  # that shared memory moves in a cycle
     latency: float = 0.8  # microseconds that a load takes where many are under way
+    cache: float = 25e6  # bytes: of launches on fewer, what they load was just written and lies in the second-level cache
+    cache_latency: float = 0.4
     launch: float = 2.5  # microseconds
 
 
 DEVICES = {
-    "A100": Device("sm_80", 1410, 1.7e6, 4.0e6, 1.1e8),
+    "A100": Device("sm_80", 1410, 1.7e6, 4.0e6, 1.1e8, cache=20e6),
     "H100": Device("sm_90", 1700, 3.0e6, 5.5e6, 3.5e8),
     "H200": Device("sm_90", 1700, 4.3e6, 5.5e6, 3.5e8),
-    "B200": Device("sm_100", 1850, 7.0e6, 10.0e6, 7.9e8),
+    "B200": Device("sm_100", 1850, 7.0e6, 10.0e6, 7.9e8, cache=60e6),
     # a wavefront of 64 takes a unit of 16 lanes four cycles
     "MI300X": Device("gfx942", 2100, 4.0e6, 10.0e6, 4.6e8, issued=0.25, special=1 / 16),
 }
@@ -295,7 +297,7 @@ def estimate(call: Call, device: Device, found: Resources, kernel: Loop) -> Esti
     lanes = warps * on.target.warp_size
     count_loops(kernel, call)
     schedulers = 4 * device.issued * device.clock
-    warp = Warp(max(warps, 4) / schedulers, device.latency)
+    warp = Warp(max(warps, 4) / schedulers, device.latency if call.bytes > device.cache else device.cache_latency)
     warp.run(kernel)
 
     busy = {  # microseconds for which a block occupies a multiprocessor, or all blocks the whole device
@@ -304,8 +306,8 @@ def estimate(call: Call, device: Device, found: Resources, kernel: Loop) -> Esti
         "shared": kernel.bytes("to shared", "from shared", "copy") * lanes / (device.shared_bytes * device.clock),
         "products": kernel.bytes("product") * warps * on.facts.multiprocessors / device.products,
     }
-    floor = call.bytes / device.bandwidth
     requested = kernel.bytes("load", "copy", "store") * lanes
+    floor = min(call.bytes, requested * call.programs) / device.bandwidth  # not all of a tensor may be touched
     together = on.facts.multiprocessors * found.blocks
     full, rest = divmod(call.programs, together)
 
@@ -313,7 +315,7 @@ def estimate(call: Call, device: Device, found: Resources, kernel: Loop) -> Esti
         blocks = ceil(programs / on.facts.multiprocessors)
         shared = {name: blocks * time for name, time in busy.items()}
         memory = {"memory": floor * programs / call.programs, "cache": requested * programs / device.cache_bandwidth}
-        return {"latency": warp.time, **memory, **shared}
+        return {"loads": warp.time, **memory, **shared}
 
     def joined(times: dict[str, float]) -> float:
         return float(sum(time**4 for time in times.values()) ** 0.25)  # what is nearly as busy delays it too
