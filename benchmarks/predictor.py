@@ -59,6 +59,7 @@ DEVICES = {
 LOOPS = {
     "reduce_splits": ["splits/BLOCK_S"],
     "gather_forward": ["split_length/BLOCK_N"],
+    "gather_forward_many": ["split_length/BLOCK_N"],
     "gather_delta": ["C/BLOCK_C"],
     "gather_backward": ["C/BLOCK_C"],
     "gather_peaks": ["pixel_tiles/BLOCK_T"],

@@ -11,6 +11,7 @@ FEW = 64
 FORWARD = TileTable(
     {
         2: (
+            Tile(regions=32, channels=128, pixels=64, stages=3, when=is_scattered),
             Tile(regions=32, channels=256, pixels=64, stages=3, shared=112),
             Tile(regions=64, channels=128, pixels=64, stages=3, shared=80),
             Tile(regions=32, channels=128, pixels=32, warps=4, stages=2, resident=2),
@@ -27,11 +28,12 @@ FORWARD_MANY = TileTable(
         2: (
             Tile(regions=64, last_regions=64, channels=128, pixels=32, stages=3),
             Tile(regions=128, last_regions=32, channels=256, pixels=32, stages=3, when=has_wgmma),
-            Tile(regions=128, last_regions=64, channels=128, pixels=32, stages=3),
-            Tile(regions=128, last_regions=128, channels=64, pixels=32, when=is_scattered),
-            Tile(regions=128, last_regions=128, channels=128, pixels=32, when=has_wgmma),
-            Tile(regions=128, last_regions=128, channels=128, pixels=16, warps=16),
-            Tile(regions=128, last_regions=64, up_to=ANY, channels=128, pixels=32, stages=3),
+            Tile(regions=128, last_regions=64, channels=256, pixels=32, stages=3, when=has_wgmma),
+            Tile(regions=128, last_regions=64, channels=128, pixels=32, stages=2),
+            Tile(regions=128, last_regions=128, channels=64, pixels=32, stages=2, when=is_scattered),
+            Tile(regions=128, last_regions=128, channels=128, pixels=32, stages=2, when=has_wgmma),
+            Tile(regions=128, last_regions=128, channels=128, pixels=16, warps=16, stages=2),
+            Tile(regions=128, last_regions=64, up_to=ANY, channels=128, pixels=32, stages=2),
         ),
         4: (
             Tile(regions=64, last_regions=64, channels=64, pixels=16),
@@ -43,8 +45,8 @@ FORWARD_MANY = TileTable(
         ),
         8: (
             Tile(regions=64, last_regions=64, channels=32, pixels=16),
-            Tile(regions=128, last_regions=128, channels=16, pixels=16),
-            Tile(regions=128, last_regions=64, up_to=ANY, channels=16, pixels=16),
+            Tile(regions=128, last_regions=128, channels=16, pixels=16, shared=96),
+            Tile(regions=64, last_regions=64, up_to=ANY, channels=16, pixels=16),
         ),
     }
 )
@@ -56,7 +58,7 @@ BACKWARD = TileTable(
             Tile(regions=64, channels=32, pixels=64, stages=3, when=is_scattered),
             Tile(regions=32, channels=64, pixels=64, warps=4, stages=3),
             Tile(regions=64, channels=64, pixels=64, stages=3),
-            Tile(regions=256, channels=64, pixels=64, stages=3, shared=160),
+            Tile(regions=256, channels=64, pixels=64, stages=3, when=has_wgmma),
             Tile(regions=128, channels=64, pixels=64),
             Tile(regions=256, channels=64, pixels=32),
             Tile(regions=128, up_to=ANY, channels=64, pixels=64, stages=3, shared=96),

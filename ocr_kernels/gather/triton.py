@@ -106,17 +106,23 @@ def spatial_gather_forward_kernel(
     )
 
 
+@triton.jit
+def highest_scores(extremes, k0, K, factor, BLOCK_K: tl.constexpr):
+    k = k0 + tl.arange(0, BLOCK_K)
+    return tl.load(extremes + k, mask=k < K, other=0.0).to(factor.dtype) * factor
+
+
 @triton.jit(do_not_specialize=["splits"])
 def spatial_gather_forward_many_kernel(
-    partial,  # [B, splits, C, row_length]: sum over the split's pixels of exp(score - maximum) x, not normalised
-    partial_stats,  # [B, splits, 3, K]: the split's maximum, sum of weights, sum of weights as they were rounded
+    partial, partial_stats,  # as above, of the whole image's maximum
+    extremes,  # [B, K]: the logit with the highest score
     feats, feats_strides,  # [B, C, N]
     logits, logits_strides,  # [B, K, N]
     C, K, N, row_length, split_length, splits, scale: tl.float64,
     NUMBERS: tl.constexpr, ALIGNMENT: tl.constexpr, INT64: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """The same of more regions, BLOCK_K and then BLOCK_L: the maxima are found first, so that no sum is rescaled."""
+    """The same of more regions, BLOCK_K and then BLOCK_L; their maxima are known, so that no sum is rescaled."""
     c0, k0, program, start = split_of_program(C, K, splits, split_length, BLOCK_C, BLOCK_K + BLOCK_L)
     image = tl.cast(program // splits, tl.int64)
     feats = image_of(feats, feats_strides, image, C, N, ALIGNMENT, INT64)
@@ -125,12 +131,8 @@ def spatial_gather_forward_many_kernel(
     factor = tl.full((), scale, NUMBERS.accumulator)
     end = min(start + split_length, logits.width)
     l0 = k0 + BLOCK_K
-    highest = tl.full([BLOCK_K, BLOCK_N], float("-inf"), NUMBERS.accumulator)
-    last_highest = tl.full([BLOCK_L, BLOCK_N], float("-inf"), NUMBERS.accumulator)
-    for n0 in tl.range(start, end, BLOCK_N, num_stages=STAGES):
-        highest = tl.maximum(highest, scores_of(logits, k0, n0, factor, BLOCK_K, BLOCK_N))
-        last_highest = tl.maximum(last_highest, scores_of(logits, l0, n0, factor, BLOCK_L, BLOCK_N))
-    maximum, last_maximum = tl.max(highest, 1), tl.max(last_highest, 1)
+    maximum = highest_scores(extremes + image * K, k0, K, factor, BLOCK_K)
+    last_maximum = highest_scores(extremes + image * K, l0, K, factor, BLOCK_L)
     total = tl.zeros([BLOCK_K], NUMBERS.accumulator)
     rounded_total = tl.zeros([BLOCK_K], NUMBERS.accumulator)
     sums = tl.zeros([BLOCK_C, BLOCK_K], NUMBERS.accumulator)
@@ -196,7 +198,7 @@ def forward(out: Tensor, stats: Tensor, feats: Tensor, logits: Tensor, scale: fl
     batch, channels, pixels = x.shape
     regions = m.shape[1]
     numbers, device = numbers_of(x, m), device_facts(x.device)
-    scattered = m.dtype.itemsize > numbers.itemsize or m.stride(2) != 1
+    scattered = alignment(x, m) == 1 or m.dtype.itemsize > numbers.itemsize
     problem = Problem(numbers.itemsize, device, channels, regions, scattered=scattered)
     few = regions <= tiles.FEW
     tile = (tiles.FORWARD if few else tiles.FORWARD_MANY).choose(problem)
@@ -204,15 +206,20 @@ def forward(out: Tensor, stats: Tensor, feats: Tensor, logits: Tensor, scale: fl
     split_length, splits = split(pixels, tile.pixels, programs, tile.resident * device.multiprocessors)
     partial = stats.new_empty((batch, splits, channels, round_up(regions)))
     partial_stats = stats.new_empty((batch, splits, 3, regions))
-    kernel = spatial_gather_forward_kernel if few else spatial_gather_forward_many_kernel
     block_s, block_k = padded(splits), padded(regions, 32)
     block_c = max(1, 16384 // (block_s * block_k))
     with torch.cuda.device_of(x):
-        kernel[(programs * splits,)](
-            partial, partial_stats, x, x.stride(), m, m.stride(),
-            channels, regions, pixels, partial.shape[3], split_length, splits, scale,
-            **({} if few else {"STAGES": 4}), **constants(tile, numbers, (x, m)),
+        arguments = (
+            x, x.stride(), m, m.stride(), channels, regions, pixels, partial.shape[3], split_length, splits, scale
         )  # fmt: skip
+        options = constants(tile, numbers, (x, m))
+        if few:
+            spatial_gather_forward_kernel[(programs * splits,)](partial, partial_stats, *arguments, **options)
+        else:
+            extremes = m.amax(2) if scale >= 0 else m.amin(2)
+            spatial_gather_forward_many_kernel[(programs * splits,)](
+                partial, partial_stats, extremes, *arguments, **options
+            )
         spatial_gather_merge_kernel[(batch * cdiv(channels, block_c) * cdiv(regions, block_k),)](
             out, out.stride(), stats, partial, partial_stats, channels, regions, partial.shape[3], splits,
             BLOCK_S=block_s, BLOCK_C=block_c, BLOCK_K=block_k, num_warps=8, **NEVER_FUSED,
