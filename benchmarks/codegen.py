@@ -309,7 +309,7 @@ class Operations(TorchDispatchMode):
     """Adds to the calls what PyTorch itself launches."""
 
     def __init__(self, recorded: list[Call]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.recorded = recorded
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

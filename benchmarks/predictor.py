@@ -165,16 +165,18 @@ class Estimate:
     def __str__(self) -> str:
         times = f"{self.time:7.1f}{self.floor:6.1f}{100 * self.floor / self.time:4.0f}  {self.limit}"
         if not self.resources:
-            return f"{self.call.launch!s:92}{times}"
+            return f"{self.call.launch!s:87}{times}"
         left = "-" if self.left is None else f"{self.left / 1024:.0f}"
         return (
-            f"{self.call.launch!s:52}{self.resources.blocks:3}{self.waves:7.2f}{100 * self.last_wave:4.0f}"
-            f"{self.instructions:6.3f}{self.in_flight / 1024:5.0f}{left:>5}{self.load_width:5.1f}{self.store_width:5.1f}"
+            f"{str(self.call.launch):50.50}{self.resources.blocks:3}{self.waves:6.2f}{100 * self.last_wave:4.0f}"
+            f"{self.instructions:6.3f}{self.in_flight / 1024:4.0f}{left:>4}{self.load_width:5.1f}{self.store_width:5.1f}"
             f"{self.conversions:3}{self.barriers:3}{times}"
         )
 
 
-HEADER = f"{'tiles':25}blk  waves   % in/B   KB left load store cv ba   us floor   %  limit"
+# Blocks that are resident, waves, the last one's share of full; of the main loop: instructions a byte, KB in flight at
+# most and left after a wait, bytes a load and (the kernel's) a store, conversions through shared memory, barriers.
+HEADER = f"{'tiles':23}blk waves   % in/B  KB left load store cv ba   us floor   %  limit"
 
 
 def estimate(call: Call, device: Device) -> Estimate:
@@ -285,7 +287,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                         print(one, *(f"  ^ {fault}" for fault in faults(one, device)), sep="\n")
                     total = sum(one.time for one in estimates)
                     floor = SUBJECTS[op].bytes(CASES[case], direction, dtype) / device.bandwidth
-                    print(f"{f'= {op} {direction}':92}{total:7.1f}{floor:6.1f}{100 * floor / total:4.0f}", flush=True)
+                    print(f"{f'= {op} {direction}':87}{total:7.1f}{floor:6.1f}{100 * floor / total:4.0f}", flush=True)
     return 0
 
 
