@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 LOADS = "load", "copy"  # to registers, and to shared memory while others are computed with
 MEMORY = *LOADS, "store"
+UNSIZED = "", "barrier", "special"
 
 
 class Op(NamedTuple):
@@ -102,8 +103,10 @@ def _sass_op(name: str, operands: str) -> Op:
     if name == "DEPBAR.LE" and "SB0" in operands:
         return Op("wait", int(operands.split(",")[1], 16))
     kind = SASS_KINDS.get(base, "")
-    size = next((SASS_SIZES[suffix] for suffix in suffixes if suffix in SASS_SIZES), 4)
     registers = re.findall(r"\bR\d+", operands)
+    if kind in UNSIZED:
+        return Op(kind, registers=frozenset(registers), closes=base == "LDGDEPBAR")
+    size = next((SASS_SIZES[suffix] for suffix in suffixes if suffix in SASS_SIZES), 4)
     if base in ("LDSM", "STSM"):  # of one, two or four matrices
         size = 4 * int(suffixes[-1]) if suffixes[-1].isdigit() else 4
     elif kind == "product":  # tcgen05's shapes are not in its instructions
@@ -112,7 +115,7 @@ def _sass_op(name: str, operands: str) -> Op:
     elif kind == "load" and registers:
         first = int(registers[0][1:])
         registers = [f"R{first + i}" for i in range(max(1, size // 4))]
-    return Op(kind, size, frozenset(registers), base == "LDGDEPBAR")
+    return Op(kind, size, frozenset(registers))
 
 
 # Scalar instructions, which a unit of their own runs, are left out.
@@ -151,6 +154,8 @@ def _amd_op(name: str, operands: str) -> Op:
     if name == "s_waitcnt" and (allowed := re.search(r"vmcnt\((\d+)\)", operands)):
         return Op("wait", int(allowed[1]))
     kind = next((kind for start, kind in AMD_KINDS.items() if re.match(start, name)), "")
+    if kind in UNSIZED:
+        return Op(kind)
     size = next((size for part, size in AMD_SIZES.items() if re.search(part, name)), 4)
     if kind == "product":
         size = prod(map(int, re.findall(r"\d+", re.findall(r"\d+x\d+x\d+", name)[0])))

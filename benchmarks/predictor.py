@@ -106,6 +106,7 @@ class Warp:
     latency: float
     main: Loop
     time: float = 0.0
+    waited: float = 0.0  # of it
     group: int = 0
     loads: list[Load] = field(default_factory=list)  # issued, and not waited for
     most: int = 0  # bytes a lane that are under way in the main loop at a time
@@ -113,9 +114,10 @@ class Warp:
 
     def run(self, loop: Loop, in_main: bool = False) -> None:
         in_main = in_main or loop is self.main
-        turns = min(loop.times, 4)  # the rest are like the last of them
-        for _ in range(turns):
-            begin = self.time
+        turns = min(loop.times, 16)
+        for turn in range(turns):
+            if turn in (0, 4):  # from the fifth on they are alike, but for a rhythm of two, three or four stages
+                first, time, waited = turn, self.time, self.waited
             if loop is self.main:
                 self.left = None
             for part in loop.body:
@@ -123,14 +125,16 @@ class Warp:
                     self.run(part, in_main)
                 else:
                     self.step(part, in_main)
-        rest = (loop.times - turns) * (self.time - begin)
-        self.time += rest
-        self.loads = [load._replace(arrival=load.arrival + rest) for load in self.loads]
+        rest = (loop.times - turns) / (turns - first)
+        self.waited += rest * (self.waited - waited)
+        self.loads = [load._replace(arrival=load.arrival + rest * (self.time - time)) for load in self.loads]
+        self.time += rest * (self.time - time)
 
     def step(self, op: Op, in_main: bool) -> None:
         needed = [load for load in self.loads if load.is_needed(op, self.group)]
         if needed:
-            self.time = max(self.time, *(load.arrival for load in needed))
+            wait = max(0.0, max(load.arrival for load in needed) - self.time)
+            self.time, self.waited = self.time + wait, self.waited + wait
             self.loads = [load for load in self.loads if not load.is_needed(op, self.group)]
             if in_main:
                 left = sum(load.op.size for load in self.loads)
@@ -167,11 +171,9 @@ class Estimate:
         if not self.resources:
             return f"{self.call.launch!s:87}{times}"
         left = "-" if self.left is None else f"{self.left / 1024:.0f}"
-        return (
-            f"{str(self.call.launch):50.50}{self.resources.blocks:3}{self.waves:6.2f}{100 * self.last_wave:4.0f}"
-            f"{self.instructions:6.3f}{self.in_flight / 1024:4.0f}{left:>4}{self.load_width:5.1f}{self.store_width:5.1f}"
-            f"{self.conversions:3}{self.barriers:3}{times}"
-        )
+        launch = f"{self.call.launch!s:50.50}{self.resources.blocks:3}{self.waves:6.2f}{100 * self.last_wave:4.0f}"
+        loop = f"{self.instructions:6.3f}{self.in_flight / 1024:4.0f}{left:>4}{self.load_width:5.1f}"
+        return f"{launch}{loop}{self.store_width:5.1f}{self.conversions:3}{self.barriers:3}{times}"
 
 
 # Blocks that are resident, waves, the last one's share of full; of the main loop: instructions a byte, KB in flight at
@@ -225,13 +227,15 @@ def estimate_of(call: Call, device: Device, resources: Resources, kernel: Loop) 
     full, rest = divmod(call.programs, together)
     waves = [wave(together)] * full + [wave(rest)] * (rest > 0)
     time = device.launch + sum(map(joined, waves))
-    longest = max(waves[0], key=lambda name: waves[0][name])
+    limit = "launch" if device.launch > time / 2 else max(waves[0], key=lambda name: waves[0][name])
+    if limit == "loads" and warp.waited < warp.time / 2:
+        limit = "issue"
     resident = lanes * min(resources.blocks, ceil(call.programs / multiprocessors))
     return Estimate(
         call,
         time,
         program["memory"] * call.programs,
-        "launch" if device.launch > time / 2 else longest,
+        limit,
         resources,
         call.programs / together,
         rest / together or 1.0,
