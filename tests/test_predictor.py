@@ -201,7 +201,7 @@ def test_registers_are_waited_for_where_they_are_used() -> None:
         ([Op("special")] * 500, 2, 1 << 20, "exp"),
         ([Op("to shared", 16)] * 500, 2, 1 << 20, "shared"),
         ([Op("product", 1 << 15)] * 500, 2, 1 << 20, "products"),
-        ([Op("load", 16)] * 500, 2, 1 << 20, "cache"),
+        ([Op("load", 16)] * 50, 2, 1 << 20, "cache"),
         ([Op()], 2, 1 << 10, "launch"),
     ],
 )
