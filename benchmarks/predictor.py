@@ -255,20 +255,20 @@ def joined(times: dict[str, float]) -> float:
 
 
 def faults(found: Estimate, device: Device) -> list[str]:
-    """What a launch should not be whose bytes take longer than launching it."""
+    """What a launch should not be; all but spills matter only where its bytes take longer than launching it."""
     launch, resources = found.call.launch, found.resources
     if not isinstance(launch, Launch) or not resources:
         return []
     numbers, alignment = launch.constant("NUMBERS"), launch.constant("ALIGNMENT")
     widest = min(16, alignment * numbers.itemsize) if numbers and alignment else 0
-    in_loop = found.left is not None
+    matters, in_loop = found.floor > device.launch, found.left is not None
     problems = {
         "spills": resources.spilled > codegen.allowed_spills(launch, resources),
-        "its loop waits for all that is under way": found.left == 0,
-        f"its loop loads fewer than {widest} bytes at once": in_loop and found.load_width < 0.9 * widest,
-        "its last wave is less than 60 % full": found.waves > 1 and found.last_wave < 0.6,
+        "its loop waits for all that is under way": matters and found.left == 0,
+        f"its loop loads fewer than {widest} bytes at once": matters and in_loop and found.load_width < 0.9 * widest,
+        "its last wave is less than 60 % full": matters and found.waves > 1 and found.last_wave < 0.6,
     }
-    return [problem for problem, present in problems.items() if present and found.floor > device.launch]
+    return [problem for problem, present in problems.items() if present]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
