@@ -140,13 +140,9 @@ class Shape:
         gradients = like(query), like(key), like(key)
         return {
             ("gather", "forward"): lambda: gather.forward(out, stats, feats, logits, 1.0),
-            ("gather", "backward"): lambda: gather.backward(
-                like(feats), like(logits), out, feats, logits, stats, 1.0
-            ),
+            ("gather", "backward"): lambda: gather.backward(like(feats), like(logits), out, feats, logits, stats, 1.0),
             ("attention", "forward"): lambda: attention.forward(like(query), query, key, like(key), 1.0),
-            ("attention", "backward"): lambda: attention.backward(
-                *gradients, like(query), query, key, like(key), 1.0
-            ),
+            ("attention", "backward"): lambda: attention.backward(*gradients, like(query), query, key, like(key), 1.0),
         }
 
 
@@ -309,6 +305,20 @@ class Call:
     bytes: int  # of its different tensors
 
 
+class Operations(TorchDispatchMode):
+    """Adds to the calls what PyTorch itself launches."""
+
+    def __init__(self, recorded: list[Call]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.recorded = recorded
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if not func.is_view and "empty" not in func.__name__:
+            self.recorded.append(Call(func.__name__, 1, {}, _bytes((args, kwargs, result))))
+        return result
+
+
 def launches(architecture: str, run: Callable[[], None]) -> list[Launch]:
     """The different kernel launches that `run` makes on an architecture; its tensors must be meta tensors."""
     made = (call.launch for call in calls(architecture, run))
@@ -325,15 +335,8 @@ def calls(architecture: str, run: Callable[[], None]) -> list[Call]:
         numbers |= {name: value for name, value in options.items() if type(value) is int}
         recorded.append(Call(_launch(kernel, args, options), prod(grid), numbers, _bytes(args)))
 
-    class Operations(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            result = func(*args, **(kwargs or {}))
-            if not func.is_view and "empty" not in func.__name__:
-                recorded.append(Call(func.__name__, 1, {}, _bytes((args, kwargs, result))))
-            return result
-
     with ExitStack() as stack:
-        stack.enter_context(Operations())
+        stack.enter_context(Operations(recorded))
         stack.enter_context(mock.patch.object(JITFunction, "run", record))
         for module in (*OPS, ocr_kernels.core.triton_host):
             stack.enter_context(mock.patch.object(module, "device_facts", return_value=facts))
