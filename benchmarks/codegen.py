@@ -436,7 +436,7 @@ def allowed_spills(launch: Launch, found: Resources) -> int:
     """
     if found.registers < min(254, REGISTERS // dict(launch.options).get("num_warps", 4)):
         return 64
-    return 32 if launch.constant("ALIGNMENT") == 1 else 0
+    return {1: 32, 2: 48, 4: 48}.get(launch.constant("ALIGNMENT"), 0)
 
 
 def faults(architecture: str, launch: Launch, found: Resources) -> list[str]:
