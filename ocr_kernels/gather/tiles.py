@@ -45,7 +45,7 @@ FORWARD_MANY = TileTable(
         ),
         8: (
             Tile(regions=64, last_regions=64, channels=32, pixels=16),
-            Tile(regions=128, last_regions=128, channels=16, pixels=16, shared=96),
+            Tile(regions=128, last_regions=128, channels=16, pixels=16, shared=128),
             Tile(regions=64, last_regions=64, up_to=ANY, channels=16, pixels=16),
         ),
     }
