@@ -76,11 +76,11 @@ SASS_SIZES = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 3
 
 
 def read_sass(text: str) -> Loop:
-    """What jumps back is a loop, unless it is so short that it waits for a barrier in memory."""
+    """What jumps back is a loop, but not what waits for a barrier in memory: short, it may lie behind the rest."""
     ops: list[Op] = []
     labels: dict[str, int] = {}
-    jumps: list[tuple[int, str]] = []
-    end = 0
+    jumps: dict[int, str] = {}
+    exits: list[int] = []
     for line in text.splitlines():
         if line.startswith(".L"):
             labels[line.split(":")[0]] = len(ops)
@@ -88,12 +88,15 @@ def read_sass(text: str) -> Loop:
         if not found or found["predicate"] == "!PT":  # which never runs
             continue
         if target := re.search(r"BRA.*`\((\.L\w+)\)", line):
-            jumps.append((len(ops), target[1]))
-        ops.append(_sass_op(found["name"], found["operands"]))
+            jumps[len(ops)] = target[1]
         if found["name"] == "EXIT" and not found["predicate"]:
-            end = len(ops)  # after it, subroutines
-    spans = [(labels[label], at) for at, label in jumps if labels.get(label, at) < at < end]
-    return _nested(ops[:end], [(first, last) for first, last in spans if last - first >= 8])
+            exits.append(len(ops))
+        ops.append(_sass_op(found["name"], found["operands"]))
+    ops = ops[: max(exits, default=len(ops)) + 1]  # without subroutines
+    lengths = {at: at - labels.get(label, at + 1) for at, label in jumps.items() if at < len(ops)}
+    waits = {at for at, length in lengths.items() if 0 <= length < 8}
+    ways_back = {at + 1 for at in waits}
+    return _nested(ops, [(at - length, at) for at, length in lengths.items() if length >= 8 and at not in ways_back])
 
 
 def _sass_op(name: str, operands: str) -> Op:

@@ -73,6 +73,12 @@ def test_reads_sass() -> None:
     assert loop.width("load", "copy") == 9
 
 
+def test_reads_sass_that_ends_in_a_jump() -> None:
+    """No instruction ends the kernel for sure; behind it, one waits for a barrier in memory and jumps back."""
+    (loop,) = read_code(SASS.replace("     EXIT", "@P0 EXIT")).loops()
+    assert len(loop.body) == 13
+
+
 @pytest.mark.parametrize(
     ("line", "op"),
     [
