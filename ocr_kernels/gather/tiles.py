@@ -28,7 +28,7 @@ FORWARD_MANY = TileTable(
         2: (
             Tile(regions=64, last_regions=64, channels=128, pixels=32, stages=3),
             Tile(regions=128, last_regions=32, channels=256, pixels=32, stages=3, when=has_wgmma),
-            Tile(regions=128, last_regions=64, channels=256, pixels=32, stages=3, when=has_wgmma),
+            Tile(regions=128, last_regions=64, channels=128, pixels=32, stages=3, when=has_wgmma),
             Tile(regions=128, last_regions=64, channels=128, pixels=32, stages=2),
             Tile(regions=128, last_regions=128, channels=64, pixels=32, stages=2, when=is_scattered),
             Tile(regions=128, last_regions=128, channels=128, pixels=32, stages=2, when=has_wgmma),
@@ -43,11 +43,7 @@ FORWARD_MANY = TileTable(
             Tile(regions=128, last_regions=128, channels=64, pixels=16),
             Tile(regions=128, last_regions=64, up_to=ANY, channels=32, pixels=16),
         ),
-        8: (
-            Tile(regions=64, last_regions=64, channels=32, pixels=16),
-            Tile(regions=128, last_regions=128, channels=16, pixels=16, shared=128),
-            Tile(regions=64, last_regions=64, up_to=ANY, channels=16, pixels=16),
-        ),
+        8: (Tile(regions=64, last_regions=64, up_to=ANY, channels=32, pixels=16),),
     }
 )
 
