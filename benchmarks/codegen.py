@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from math import prod
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,6 +32,8 @@ if __name__ == "__main__":
 import torch
 import triton
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
@@ -40,12 +43,12 @@ import ocr_kernels.block.triton
 import ocr_kernels.block.triton_inference
 import ocr_kernels.core.triton_host
 import ocr_kernels.gather.triton
-from ocr_kernels.bench.cases import CASES, Case
+from ocr_kernels.bench.cases import CASES, Case, Pass
 from ocr_kernels.block.norms import Settings
 from ocr_kernels.core.layout import statistics_dtype
 from ocr_kernels.core.triton_host import DeviceFacts
 
-CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+NVIDIA = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TYPES = {
     torch.float64: "fp64",
     torch.int32: "i32",
@@ -115,7 +118,11 @@ class Shape:
         return f"{case}, {TYPES[self.dtype]}{logits}, {FORMATS[self.memory_format]}"
 
     def launch(self) -> None:
-        """Run gather and attention forward and backward on meta tensors."""
+        for run in self.passes().values():
+            run()
+
+    def passes(self) -> dict[tuple[str, Pass], Callable[[], None]]:
+        """Gather and attention, forward and backward, on meta tensors."""
         gather, attention = ocr_kernels.gather.triton, ocr_kernels.attention.triton
         case = self.case
 
@@ -129,10 +136,14 @@ class Shape:
         out = feats.new_empty((case.batch, case.channels, case.regions))
         statistics = statistics_dtype(feats, logits)
         stats = feats.new_empty((case.batch, case.channels + 2, case.regions), dtype=statistics)
-        gather.forward(out, stats, feats, logits, 1.0)
-        gather.backward(feats, logits, out, feats, logits, stats, 1.0)
-        attention.forward(query, query, key, key, 1.0)
-        attention.backward(query, key, key, query, query, key, key, 1.0)
+        like = torch.empty_like  # a tensor of its own for each argument, so that bytes are counted
+        gradients = like(query), like(key), like(key)
+        return {
+            ("gather", "forward"): lambda: gather.forward(out, stats, feats, logits, 1.0),
+            ("gather", "backward"): lambda: gather.backward(like(feats), like(logits), out, feats, logits, stats, 1.0),
+            ("attention", "forward"): lambda: attention.forward(like(query), query, key, like(key), 1.0),
+            ("attention", "backward"): lambda: attention.backward(*gradients, like(query), query, key, like(key), 1.0),
+        }
 
 
 class BlockShape(Shape):
@@ -284,20 +295,58 @@ class Resources:
 HEADER = f"{'tiles':25} regs spill  shared blocks  {'matrix':20}copies"
 
 
+@dataclass(frozen=True)
+class Call:
+    """A launch as it is made: of so many programs, with these numbers, on so many bytes."""
+
+    launch: Launch | str  # or the name of an operation of PyTorch's
+    programs: int
+    numbers: dict[str, int]
+    bytes: int  # of its different tensors
+
+
+class Operations(TorchDispatchMode):
+    """Adds to the calls what PyTorch itself launches."""
+
+    def __init__(self, recorded: list[Call]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.recorded = recorded
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if not func.is_view and "empty" not in func.__name__:
+            self.recorded.append(Call(func.__name__, 1, {}, _bytes((args, kwargs, result))))
+        return result
+
+
 def launches(architecture: str, run: Callable[[], None]) -> list[Launch]:
     """The different kernel launches that `run` makes on an architecture; its tensors must be meta tensors."""
-    recorded: list[Launch] = []
+    made = (call.launch for call in calls(architecture, run))
+    return list(dict.fromkeys(launch for launch in made if isinstance(launch, Launch)))
+
+
+def calls(architecture: str, run: Callable[[], None]) -> list[Call]:
+    """All that `run` launches, in its order, with what PyTorch itself does in between."""
+    recorded: list[Call] = []
     facts = ARCHITECTURES[architecture].facts
 
     def record(kernel: JITFunction[Any], *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
-        recorded.append(_launch(kernel, args, options))
+        numbers = {name: value for name, value in zip(kernel.arg_names, args, strict=False) if type(value) is int}
+        numbers |= {name: value for name, value in options.items() if type(value) is int}
+        recorded.append(Call(_launch(kernel, args, options), prod(grid), numbers, _bytes(args)))
 
     with ExitStack() as stack:
+        stack.enter_context(Operations(recorded))
         stack.enter_context(mock.patch.object(JITFunction, "run", record))
         for module in (*OPS, ocr_kernels.core.triton_host):
             stack.enter_context(mock.patch.object(module, "device_facts", return_value=facts))
         run()
-    return list(dict.fromkeys(recorded))
+    return recorded
+
+
+def _bytes(arguments: Any) -> int:
+    tensors = {id(leaf): leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)}
+    return sum(tensor.numel() * tensor.itemsize for tensor in tensors.values())
 
 
 def _launch(kernel: JITFunction[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Launch:
@@ -339,8 +388,11 @@ def chosen(architecture: str, shapes: Iterable[Shape]) -> dict[Launch, list[Shap
 
 def measure(architecture: str, launch: Launch) -> Resources:
     """Compile a launch."""
+    return measured(architecture, launch.compile(ARCHITECTURES[architecture].target))
+
+
+def measured(architecture: str, compiled: Any) -> Resources:
     on = ARCHITECTURES[architecture]
-    compiled = launch.compile(on.target)
     metadata = compiled.metadata
     assembly = compiled.asm["ptx" if "ptx" in compiled.asm else "amdgcn"]
     registers, spilled = _registers(compiled)
@@ -360,14 +412,21 @@ def _registers(compiled: Any) -> tuple[int, int]:
     if "cubin" not in compiled.asm:
         counts = dict(re.findall(r"\.(vgpr_count|vgpr_spill_count):\s*(\d+)", compiled.asm["amdgcn"]))
         return int(counts["vgpr_count"]), int(counts["vgpr_spill_count"])
+    dump = _read_cubin(compiled, "cuobjdump", "--dump-resource-usage")
+    usage = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", dump)}
+    return usage["REG"], usage["STACK"] + usage["LOCAL"]
+
+
+def instructions(compiled: Any) -> str:
+    """The machine code as text: SASS, or AMD's assembly."""
+    return str(compiled.asm["amdgcn"]) if "amdgcn" in compiled.asm else _read_cubin(compiled, "nvdisasm", "-c")
+
+
+def _read_cubin(compiled: Any, tool: str, option: str) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        dump = subprocess.run(
-            [CUOBJDUMP, "--dump-resource-usage", file.name], check=True, capture_output=True, text=True
-        )
-    usage = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", dump.stdout)}
-    return usage["REG"], usage["STACK"] + usage["LOCAL"]
+        return subprocess.run([NVIDIA / tool, option, file.name], check=True, capture_output=True, text=True).stdout
 
 
 def allowed_spills(launch: Launch, found: Resources) -> int:
@@ -377,7 +436,7 @@ def allowed_spills(launch: Launch, found: Resources) -> int:
     """
     if found.registers < min(254, REGISTERS // dict(launch.options).get("num_warps", 4)):
         return 64
-    return 32 if launch.constant("ALIGNMENT") == 1 else 0
+    return {1: 32, 2: 48, 4: 48}.get(launch.constant("ALIGNMENT"), 0)
 
 
 def faults(architecture: str, launch: Launch, found: Resources) -> list[str]:

@@ -5,6 +5,8 @@ And what the launchers decide: tiles, grids, steps.
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from fresh import python
@@ -16,8 +18,11 @@ from ocr_kernels.attention import tiles as attention
 from ocr_kernels.bench.cases import Case
 from ocr_kernels.block.triton_inference import PIXELS_AT_ONCE, pixels_at_once
 from ocr_kernels.core.backends import interpreting
-from ocr_kernels.core.triton_host import Problem, TileTable, numbers_of
+from ocr_kernels.core.triton_host import Problem, TileTable, numbers_of, split
 from ocr_kernels.gather import tiles as gather
+
+
+ATTENTION = attention.FORWARD, attention.MAPS, attention.SUMS
 
 
 @pytest.mark.slow
@@ -112,16 +117,38 @@ def test_unknown_dtypes_fail_by_name() -> None:
         numbers_of(torch.zeros(1, dtype=torch.float8_e5m2))
 
 
-@pytest.mark.parametrize("table", [gather.FORWARD, gather.BACKWARD, attention.FORWARD, attention.MAPS, attention.SUMS])
+@pytest.mark.parametrize(
+    ("table", "all_regions"),
+    [
+        (gather.FORWARD, (1, 32, 33, gather.FEW)),
+        (gather.FORWARD_MANY, (gather.FEW + 1, 128, 150, 160, 161, 193, 256, 257, 5000)),
+        *((table, (1, 32, 33, 150, 256, 257, 5000)) for table in (gather.BACKWARD, *ATTENTION)),
+    ],
+)
 @pytest.mark.parametrize("itemsize", [2, 4, 8])
-@pytest.mark.parametrize("regions", [1, 32, 33, 150, 256, 257, 5000])
 @pytest.mark.parametrize("scattered", [False, True])
-def test_tiles_for_any_problem(table: TileTable, itemsize: int, regions: int, scattered: bool) -> None:
+def test_tiles_for_any_problem(
+    table: TileTable, all_regions: tuple[int, ...], itemsize: int, scattered: bool
+) -> None:
     """One or more, none larger than the problem, on any architecture."""
-    for architecture in ARCHITECTURES.values():
+    for architecture, regions in itertools.product(ARCHITECTURES.values(), all_regions):
         problem = Problem(itemsize, architecture.facts, channels=20, regions=regions, scattered=scattered)
         tiles = table.candidates(problem)
         assert tiles[0] == table.choose(problem)
         for tile in tiles:
             assert tile.channels <= 32
             assert tile.regions <= max(16, 2 * regions - 1)
+            assert tile.shared * 1024 <= architecture.facts.shared_memory
+
+
+@pytest.mark.parametrize("programs", [1, 3, 4, 131, 132, 133, 200, 1000])
+@pytest.mark.parametrize("length", [1, 100, 16900, 1 << 20])
+def test_splits_fill_a_wave(programs: int, length: int) -> None:
+    """None is empty, all pixels are in one, and where pixels suffice no wave is begun that the splits do not fill."""
+    split_length, splits = split(length, 32, programs, 132)
+    assert split_length % 32 == 0
+    assert (splits - 1) * split_length < length <= splits * split_length
+    waves = -(-programs // 132)
+    assert programs * splits <= waves * 132
+    if length >= 1 << 20 and programs <= 66:
+        assert programs * splits > 0.9 * 132 - programs

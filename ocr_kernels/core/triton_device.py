@@ -127,6 +127,12 @@ def finite(maximum):
 
 
 @triton.jit
+def exponential(x):
+    """exp(x); in float32 as the GPU's own exponential has it, which takes those below 2**-126 as 0."""
+    return tl.exp(x) if x.dtype == tl.float64 else tl.exp2(x * 1.4426950408889634)
+
+
+@triton.jit
 def tile_of_program(TILES, N, BLOCK_N: tl.constexpr):
     """What a program makes: one of TILES tiles of something, of the pixels from n0 on, of an image."""
     # pixels vary slowest, so that programs which share a tile of them run together

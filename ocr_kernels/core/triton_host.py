@@ -132,12 +132,20 @@ class Tile:
     outputs: int = 0
     pixels: int = 0
     warps: int = 8
-    stages: int = 1  # of the pipeline of loads
+    stages: int = 1  # of the pipeline of loads: from three on, some are under way while others are waited for
+    last_regions: int = 0  # a second tile of them, where a power of two holds too many
+    resident: int = 1  # programs that a multiprocessor holds at a time
+    shared: int = 0  # KiB of shared memory, where not every GPU has as much
     up_to: int = 0  # the most regions that the tile is for, by default those that it holds
     when: Callable[[Problem], bool] = field(default=always, compare=False)
 
     def fits(self, problem: Problem) -> bool:
-        return problem.regions <= (self.up_to or self.regions) and self.when(problem)
+        has_memory = self.shared * 1024 <= problem.device.shared_memory
+        return problem.regions <= (self.up_to or self.all_regions) and has_memory and self.when(problem)
+
+    @property
+    def all_regions(self) -> int:
+        return self.regions + self.last_regions
 
     def cut_to(self, problem: Problem) -> Tile:
         """The tile, no larger than the problem."""
@@ -151,7 +159,8 @@ class Tile:
     @functools.cached_property
     def arguments(self) -> dict[str, int]:
         """As arguments of a launch."""
-        sizes = {"BLOCK_K": self.regions, "BLOCK_C": self.channels, "BLOCK_O": self.outputs, "BLOCK_N": self.pixels}
+        sizes = {"BLOCK_K": self.regions, "BLOCK_L": self.last_regions, "BLOCK_C": self.channels}
+        sizes |= {"BLOCK_O": self.outputs, "BLOCK_N": self.pixels}
         blocks = {name: size for name, size in sizes.items() if size}
         return blocks | {"num_warps": self.warps, "num_stages": self.stages} | NEVER_FUSED
 
@@ -230,12 +239,13 @@ def aligned_rows(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def split(length: int, block: int, programs: int, wanted: int) -> tuple[int, int]:
-    """Cut `length` into splits of whole blocks so that `programs` times as many programs reach `wanted`.
+    """Cut `length` into splits of whole blocks so that `programs` times as many programs fill `wanted`, or its multiple.
 
     Returns (length of a split, number of splits); none is empty.
     """
     blocks = cdiv(length, block)
-    split_length = cdiv(blocks, max(1, min(blocks, cdiv(wanted, programs)))) * block
+    splits = cdiv(programs, wanted) * wanted // programs
+    split_length = cdiv(blocks, min(blocks, splits)) * block
     return split_length, cdiv(length, split_length)
 
 

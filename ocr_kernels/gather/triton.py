@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ocr_kernels.core.triton_device import (
     add_product,
+    exponential,
     finite,
     image_of,
     load_tile,
@@ -32,11 +33,42 @@ from ocr_kernels.core.triton_host import (
     constants,
     device_facts,
     numbers_of,
-    reduce_splits,
+    padded,
     round_up,
     split,
 )
 from ocr_kernels.gather import tiles
+
+
+@triton.jit
+def scores_of(logits, k0, n0, factor, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr):
+    """factor * M, a [BLOCK_K, BLOCK_N] tile, with -inf where there is no pixel."""
+    m = load_tile(logits, k0, n0, BLOCK_K, BLOCK_N)
+    return tl.where((n0 + tl.arange(0, BLOCK_N) < logits.width)[None, :], m.to(factor.dtype) * factor, float("-inf"))
+
+
+@triton.jit
+def add_pixels(sums, total, rounded_total, x, scores, maximum, NUMBERS: tl.constexpr):
+    """The sums of a split and of its weights, with those of a tile of pixels."""
+    weights = exponential(scores - finite(maximum)[:, None])
+    rounded = narrow(weights * NUMBERS.lift, NUMBERS.dot)
+    total += tl.sum(weights, 1)
+    rounded_total += tl.sum(rounded.to(NUMBERS.accumulator), 1)
+    return add_product(sums, x, tl.trans(rounded), NUMBERS), total, rounded_total
+
+
+@triton.jit
+def store_split(
+    partial, partial_stats, program, sums, maximum, total, rounded_total, C, K, row_length, c0, k0,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    program = tl.cast(program, tl.int64)
+    k = k0 + tl.arange(0, BLOCK_K)
+    stats = partial_stats + program * 3 * K + k
+    tl.store(stats, maximum, mask=k < K)
+    tl.store(stats + K, total, mask=k < K)
+    tl.store(stats + 2 * K, rounded_total, mask=k < K)
+    store_tile(rows_of(partial + program * C * row_length, C, row_length, row_length), sums, c0, k0)
 
 
 @triton.jit(do_not_specialize=["splits"])
@@ -49,39 +81,115 @@ def spatial_gather_forward_kernel(
     NUMBERS: tl.constexpr, ALIGNMENT: tl.constexpr, INT64: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    """A program owns a tile of channels, a split of the pixels, and all regions: their maxima are found on the way."""
     c0, k0, program, start = split_of_program(C, K, splits, split_length, BLOCK_C, BLOCK_K)
     image = tl.cast(program // splits, tl.int64)
     feats = image_of(feats, feats_strides, image, C, N, ALIGNMENT, INT64)
     logits = image_of(logits, logits_strides, image, K, N, ALIGNMENT, INT64)
 
-    k = k0 + tl.arange(0, BLOCK_K)
-    in_k = k < K
-    n = tl.arange(0, BLOCK_N)
     factor = tl.full((), scale, NUMBERS.accumulator)
     maximum = tl.full([BLOCK_K], float("-inf"), NUMBERS.accumulator)
     total = tl.zeros([BLOCK_K], NUMBERS.accumulator)
     rounded_total = tl.zeros([BLOCK_K], NUMBERS.accumulator)
     sums = tl.zeros([BLOCK_C, BLOCK_K], NUMBERS.accumulator)
     for n0 in range(start, min(start + split_length, logits.width), BLOCK_N):
-        in_n = n0 + n < logits.width
-        m = load_tile(logits, k0, n0, BLOCK_K, BLOCK_N)
+        scores = scores_of(logits, k0, n0, factor, BLOCK_K, BLOCK_N)
         x = load_tile(feats, c0, n0, BLOCK_C, BLOCK_N)
-        scores = tl.where(in_n[None, :], m.to(NUMBERS.accumulator) * factor, float("-inf"))  # [BLOCK_K, BLOCK_N]
         new_maximum = tl.maximum(maximum, tl.max(scores, 1))
-        shift = finite(new_maximum)
-        weights = tl.exp(scores - shift[:, None])
-        rounded = narrow(weights * NUMBERS.lift, NUMBERS.dot)
-        decay = tl.exp(maximum - shift)
-        total = total * decay + tl.sum(weights, 1)
-        rounded_total = rounded_total * decay + tl.sum(rounded.to(NUMBERS.accumulator), 1)
-        sums = add_product(sums * decay[None, :], x, tl.trans(rounded), NUMBERS)
+        decay = exponential(maximum - finite(new_maximum))
         maximum = new_maximum
+        sums, total, rounded_total = add_pixels(
+            sums * decay[None, :], total * decay, rounded_total * decay, x, scores, maximum, NUMBERS
+        )
+    store_split(
+        partial, partial_stats, program, sums, maximum, total, rounded_total, C, K, row_length, c0, k0, BLOCK_K
+    )
 
-    stats = partial_stats + tl.cast(program, tl.int64) * 3 * K + k
-    tl.store(stats, maximum, mask=in_k)
-    tl.store(stats + K, total, mask=in_k)
-    tl.store(stats + 2 * K, rounded_total, mask=in_k)
-    store_tile(rows_of(partial + tl.cast(program, tl.int64) * C * row_length, C, row_length, row_length), sums, c0, k0)
+
+@triton.jit
+def highest_scores(extremes, k0, K, factor, BLOCK_K: tl.constexpr):
+    k = k0 + tl.arange(0, BLOCK_K)
+    return tl.load(extremes + k, mask=k < K, other=0.0).to(factor.dtype) * factor
+
+
+@triton.jit(do_not_specialize=["splits"])
+def spatial_gather_forward_many_kernel(
+    partial, partial_stats,  # as above, of the whole image's maximum
+    extremes,  # [B, K]: the logit with the highest score
+    feats, feats_strides,  # [B, C, N]
+    logits, logits_strides,  # [B, K, N]
+    C, K, N, row_length, split_length, splits, scale: tl.float64,
+    NUMBERS: tl.constexpr, ALIGNMENT: tl.constexpr, INT64: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """The same of more regions, BLOCK_K and then BLOCK_L; their maxima are known, so that no sum is rescaled."""
+    c0, k0, program, start = split_of_program(C, K, splits, split_length, BLOCK_C, BLOCK_K + BLOCK_L)
+    image = tl.cast(program // splits, tl.int64)
+    feats = image_of(feats, feats_strides, image, C, N, ALIGNMENT, INT64)
+    logits = image_of(logits, logits_strides, image, K, N, ALIGNMENT, INT64)
+
+    factor = tl.full((), scale, NUMBERS.accumulator)
+    end = min(start + split_length, logits.width)
+    l0 = k0 + BLOCK_K
+    maximum = highest_scores(extremes + image * K, k0, K, factor, BLOCK_K)
+    last_maximum = highest_scores(extremes + image * K, l0, K, factor, BLOCK_L)
+    total = tl.zeros([BLOCK_K], NUMBERS.accumulator)
+    rounded_total = tl.zeros([BLOCK_K], NUMBERS.accumulator)
+    sums = tl.zeros([BLOCK_C, BLOCK_K], NUMBERS.accumulator)
+    last_total = tl.zeros([BLOCK_L], NUMBERS.accumulator)
+    last_rounded_total = tl.zeros([BLOCK_L], NUMBERS.accumulator)
+    last_sums = tl.zeros([BLOCK_C, BLOCK_L], NUMBERS.accumulator)
+    for n0 in range(start, end, BLOCK_N):
+        scores = scores_of(logits, k0, n0, factor, BLOCK_K, BLOCK_N)
+        last_scores = scores_of(logits, l0, n0, factor, BLOCK_L, BLOCK_N)
+        x = load_tile(feats, c0, n0, BLOCK_C, BLOCK_N)
+        sums, total, rounded_total = add_pixels(sums, total, rounded_total, x, scores, maximum, NUMBERS)
+        last_sums, last_total, last_rounded_total = add_pixels(
+            last_sums, last_total, last_rounded_total, x, last_scores, last_maximum, NUMBERS
+        )
+    store_split(
+        partial, partial_stats, program, sums, maximum, total, rounded_total, C, K, row_length, c0, k0, BLOCK_K
+    )
+    store_split(
+        partial, partial_stats, program, last_sums, last_maximum, last_total, last_rounded_total,
+        C, K, row_length, c0, l0, BLOCK_L,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["splits"])
+def spatial_gather_merge_kernel(
+    out, out_strides,  # [B, C, K]
+    stats,  # [B, C + 2, K]: `out` before its rounding, the softmax's maxima and its sums
+    partial,  # [B, splits, C, row_length]
+    partial_stats,  # [B, splits, 3, K]
+    C, K, row_length, splits,
+    BLOCK_S: tl.constexpr,  # >= splits: all at once, for many independent loads
+    BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Add up the splits in a fixed order, rescaled to their common maximum, and normalise them."""
+    c0, k0, program, _ = split_of_program(C, K, 1, 0, BLOCK_C, BLOCK_K)
+    image = tl.cast(program, tl.int64)
+    split = tl.arange(0, BLOCK_S)
+    c, k = c0 + tl.arange(0, BLOCK_C), k0 + tl.arange(0, BLOCK_K)
+    rows = partial + ((image * splits + split)[:, None] * C + c[None, :]) * row_length
+    in_rows = (split < splits)[:, None] & (c < C)[None, :]
+    pieces = tl.load(rows[:, :, None] + k, mask=in_rows[:, :, None] & (k < row_length), other=0.0)
+    rows = partial_stats + (image * splits + split)[:, None] * 3 * K + k[None, :]
+    inside = (split < splits)[:, None] & (k < K)[None, :]
+    maxima = tl.load(rows, mask=inside, other=float("-inf"))
+    totals = tl.load(rows + K, mask=inside, other=0.0)
+    rounded_totals = tl.load(rows + 2 * K, mask=inside, other=0.0)
+
+    maximum = tl.max(maxima, 0)
+    decay = tl.exp(maxima - finite(maximum)[None, :])
+    factors = decay / tl.sum(decay * rounded_totals, 0)[None, :]
+    result = tl.sum(pieces * factors[:, None, :], 0)
+    stats += image * (C + 2) * K
+    in_k = (k < K) & (c0 == 0)
+    tl.store(stats + C * K + k, maximum, mask=in_k)
+    tl.store(stats + (C + 1) * K + k, tl.sum(decay * totals, 0), mask=in_k)
+    store_tile(rows_of(stats, C, K, K), result, c0, k0)
+    store_tile(image_of(out, out_strides, image, C, K, 1, False), result, c0, k0)
 
 
 def forward(out: Tensor, stats: Tensor, feats: Tensor, logits: Tensor, scale: float) -> None:
@@ -90,19 +198,32 @@ def forward(out: Tensor, stats: Tensor, feats: Tensor, logits: Tensor, scale: fl
     batch, channels, pixels = x.shape
     regions = m.shape[1]
     numbers, device = numbers_of(x, m), device_facts(x.device)
-    scattered = m.dtype.itemsize > numbers.itemsize or m.stride(2) != 1
-    tile = tiles.FORWARD.choose(Problem(numbers.itemsize, device, channels, regions, scattered=scattered))
-    programs = cdiv(channels, tile.channels) * cdiv(regions, tile.regions) * batch
-    split_length, splits = split(pixels, tile.pixels, programs, 2 * device.multiprocessors)
+    scattered = alignment(x, m) == 1 or m.dtype.itemsize > numbers.itemsize
+    problem = Problem(numbers.itemsize, device, channels, regions, scattered=scattered)
+    few = regions <= tiles.FEW
+    tile = (tiles.FORWARD if few else tiles.FORWARD_MANY).choose(problem)
+    programs = cdiv(channels, tile.channels) * cdiv(regions, tile.all_regions) * batch
+    split_length, splits = split(pixels, tile.pixels, programs, tile.resident * device.multiprocessors)
     partial = stats.new_empty((batch, splits, channels, round_up(regions)))
     partial_stats = stats.new_empty((batch, splits, 3, regions))
+    block_s, block_k = padded(splits), padded(regions, 32)
+    block_c = max(1, 16384 // (block_s * block_k))
     with torch.cuda.device_of(x):
-        spatial_gather_forward_kernel[(programs * splits,)](
-            partial, partial_stats, x, x.stride(), m, m.stride(),
-            channels, regions, pixels, partial.shape[3], split_length, splits, scale,
-            **constants(tile, numbers, (x, m)),
+        arguments = (
+            x, x.stride(), m, m.stride(), channels, regions, pixels, partial.shape[3], split_length, splits, scale
         )  # fmt: skip
-        reduce_splits(out, partial, (partial_stats, stats))
+        options = constants(tile, numbers, (x, m))
+        if few:
+            spatial_gather_forward_kernel[(programs * splits,)](partial, partial_stats, *arguments, **options)
+        else:
+            extremes = m.amax(2) if scale >= 0 else m.amin(2)
+            spatial_gather_forward_many_kernel[(programs * splits,)](
+                partial, partial_stats, extremes, *arguments, **options
+            )
+        spatial_gather_merge_kernel[(batch * cdiv(channels, block_c) * cdiv(regions, block_k),)](
+            out, out.stride(), stats, partial, partial_stats, channels, regions, partial.shape[3], splits,
+            BLOCK_S=block_s, BLOCK_C=block_c, BLOCK_K=block_k, num_warps=8, **NEVER_FUSED,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -137,7 +258,7 @@ def softmax_over_pixels(logits, stats, k0, n0, factor, K, BLOCK_K: tl.constexpr,
     m = load_tile(logits, k0, n0, BLOCK_K, BLOCK_N)
     maximum = tl.load(stats + k, mask=k < K, other=0.0)
     total = tl.load(stats + K + k, mask=k < K, other=1.0)
-    return tl.exp(m.to(factor.dtype) * factor - maximum[:, None]) / total[:, None]
+    return exponential(m.to(factor.dtype) * factor - maximum[:, None]) / total[:, None]
 
 
 @triton.jit
