@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ocr_kernels.core.triton_host import ANY, Tile, TileTable, has_large_shared_memory, has_wgmma, is_scattered
+from ocr_kernels.core.triton_host import ANY, Tile, TileTable, has_wgmma, is_scattered
 
 FEW = 64
 """Regions up to which their maxima are found on the way."""
@@ -29,11 +29,12 @@ FORWARD_MANY = TileTable(
             Tile(regions=64, last_regions=64, channels=128, pixels=32, stages=3),
             Tile(regions=128, last_regions=32, channels=256, pixels=32, stages=3, when=has_wgmma),
             Tile(regions=128, last_regions=64, channels=128, pixels=32, stages=3, when=has_wgmma),
-            Tile(regions=128, last_regions=64, channels=128, pixels=32, stages=2),
+            Tile(regions=128, last_regions=64, channels=128, pixels=16, stages=3),
             Tile(regions=128, last_regions=128, channels=64, pixels=32, stages=2, when=is_scattered),
             Tile(regions=128, last_regions=128, channels=128, pixels=32, stages=2, when=has_wgmma),
             Tile(regions=128, last_regions=128, channels=128, pixels=16, warps=16, stages=2),
-            Tile(regions=128, last_regions=64, up_to=ANY, channels=128, pixels=32, stages=2),
+            Tile(regions=128, last_regions=64, up_to=ANY, channels=128, pixels=32, stages=3, when=has_wgmma),
+            Tile(regions=128, last_regions=64, up_to=ANY, channels=128, pixels=16, stages=3),
         ),
         4: (
             Tile(regions=64, last_regions=64, channels=64, pixels=16),
@@ -53,7 +54,8 @@ BACKWARD = TileTable(
         2: (
             Tile(regions=64, channels=32, pixels=64, stages=3, when=is_scattered),
             Tile(regions=32, channels=64, pixels=64, warps=4, stages=3),
-            Tile(regions=64, channels=64, pixels=64, stages=3),
+            Tile(regions=64, channels=64, pixels=64, stages=3, when=has_wgmma),
+            Tile(regions=64, channels=32, pixels=64, stages=3),
             Tile(regions=256, channels=64, pixels=64, stages=3, when=has_wgmma),
             Tile(regions=128, channels=64, pixels=64),
             Tile(regions=256, channels=64, pixels=32),
@@ -69,8 +71,8 @@ BACKWARD = TileTable(
         ),
         8: (
             Tile(regions=128, channels=16, pixels=16),
-            Tile(regions=256, channels=16, pixels=16, when=has_large_shared_memory),
-            Tile(regions=128, up_to=ANY, channels=16, pixels=16, when=has_large_shared_memory),
+            Tile(regions=256, channels=16, pixels=16, shared=96),
+            Tile(regions=128, up_to=ANY, channels=16, pixels=16, shared=96),
             Tile(regions=64, up_to=ANY, channels=16, pixels=16),
         ),
     }
