@@ -27,10 +27,11 @@ FORWARD_MANY = TileTable(
     {
         2: (
             Tile(regions=64, last_regions=64, channels=128, pixels=32, stages=3),
-            Tile(regions=128, last_regions=32, channels=256, pixels=32, stages=3, when=has_wgmma),
-            Tile(regions=128, last_regions=64, channels=128, pixels=32, stages=3, when=has_wgmma),
+            Tile(regions=128, last_regions=64, channels=128, pixels=16, stages=3, when=is_scattered),
+            Tile(regions=128, last_regions=32, channels=256, pixels=16, stages=4, when=has_wgmma),
+            Tile(regions=128, last_regions=64, channels=256, pixels=16, stages=4, when=has_wgmma),
             Tile(regions=128, last_regions=64, channels=128, pixels=16, stages=3),
-            Tile(regions=128, last_regions=128, channels=64, pixels=32, stages=2, when=is_scattered),
+            Tile(regions=128, last_regions=128, channels=64, pixels=16, stages=2, when=is_scattered),
             Tile(regions=128, last_regions=128, channels=128, pixels=32, stages=2, when=has_wgmma),
             Tile(regions=128, last_regions=128, channels=128, pixels=16, warps=16, stages=2),
             Tile(regions=128, last_regions=64, up_to=ANY, channels=128, pixels=32, stages=3, when=has_wgmma),
