@@ -33,7 +33,7 @@ FORWARD_MANY = TileTable(
             Tile(regions=128, last_regions=64, channels=128, pixels=16, stages=3),
             Tile(regions=128, last_regions=128, channels=64, pixels=16, stages=2, when=is_scattered),
             Tile(regions=128, last_regions=128, channels=128, pixels=32, stages=2, when=has_wgmma),
-            Tile(regions=128, last_regions=128, channels=128, pixels=16, warps=16, stages=2),
+            Tile(regions=128, last_regions=128, channels=64, pixels=16, stages=2),
             Tile(regions=128, last_regions=64, up_to=ANY, channels=128, pixels=32, stages=3, when=has_wgmma),
             Tile(regions=128, last_regions=64, up_to=ANY, channels=128, pixels=16, stages=3),
         ),
