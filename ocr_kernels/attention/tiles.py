@@ -1,24 +1,19 @@
-"""The attention's tiles: the file to tune. Chosen so that no architecture spills registers; never measured."""
+"""The attention's tiles: the file to tune. Chosen by machine code, so that no architecture spills; never measured."""
 
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
-from ocr_kernels.core.triton_host import ANY, Problem, Tile, TileTable, has_large_shared_memory, padded
-
-
-def has_few_channels(problem: Problem) -> bool:
-    return problem.channels <= 32
-
+from ocr_kernels.core.triton_host import ANY, Problem, Tile, TileTable, has_wgmma, padded
 
 # All regions if they are up to 256, then pixels, then channels.
 FORWARD = TileTable(
     {
         2: (
-            Tile(regions=32, channels=32, pixels=64, stages=2, when=has_few_channels),
-            Tile(regions=32, channels=64, pixels=128, stages=2),
-            Tile(regions=128, channels=64, pixels=64, stages=2),
-            Tile(regions=256, channels=64, pixels=64),
+            Tile(regions=256, channels=64, pixels=128, stages=3, when=has_wgmma),
+            Tile(regions=64, channels=64, pixels=128, stages=3),
+            Tile(regions=256, channels=32, pixels=64, stages=3),
             Tile(regions=128, up_to=ANY, channels=64, pixels=64),
         ),
         4: (
@@ -39,8 +34,9 @@ FORWARD = TileTable(
 MAPS = TileTable(
     {
         2: (
-            Tile(regions=128, channels=64, pixels=64, stages=2),
-            Tile(regions=256, channels=64, pixels=32, stages=2),
+            Tile(regions=128, channels=64, pixels=64, stages=3),
+            Tile(regions=256, channels=64, pixels=64, stages=3, when=has_wgmma),
+            Tile(regions=256, channels=32, pixels=32, stages=3),
             Tile(regions=128, up_to=ANY, channels=64, pixels=32),
         ),
         4: (
@@ -78,14 +74,47 @@ SUMS = TileTable(
 
 
 @functools.cache
-def one_pass(problem: Problem) -> list[Tile]:
-    """Tiles of the backward pass in one kernel, the widest first: all channels, values and regions, and some pixels.
+def of_either(problem: Problem) -> Problem:
+    """The problem of a kernel whose tiles of the query's channels and of the values' are as long."""
+    return replace(problem, channels=max(problem.channels, problem.outputs))
 
-    There are none where dkey and dvalue do not fit in a program's registers.
-    """
+
+def has_asynchronous_copies(problem: Problem) -> bool:
+    """Whether loads can go past registers, into shared memory."""
+    capability = problem.device.capability
+    return capability is not None and capability >= (8, 0)
+
+
+# In one pass, where there are few regions: a program holds all channels, values and regions, and some pixels at a time.
+
+
+def _is_one_pass(problem: Problem) -> bool:
+    """Whether dkey and dvalue fit in a program's registers, and key and value in its shared memory."""
     regions, channels, outputs = map(padded, (problem.regions, problem.channels, problem.outputs))
-    pixel_bytes = (channels + outputs) * problem.itemsize  # of a pixel's query and incoming gradient
-    most = 32768 if has_large_shared_memory(problem) else 16384
-    if pixel_bytes * regions > 32768:
-        return []
-    return [Tile(regions, channels, outputs, pixels) for pixels in (64, 32, 16) if pixel_bytes * pixels <= most]
+    return (channels + outputs) * regions * problem.itemsize <= 32768
+
+
+@functools.cache
+def forward_in_one_pass(problem: Problem) -> Tile | None:
+    if problem.itemsize > 2 or not _is_one_pass(problem):
+        return None
+    regions, channels, outputs = map(padded, (problem.regions, problem.channels, problem.outputs))
+    pixels = min(128, max(16, 8192 // max(channels, outputs)))
+    if problem.scattered or not has_asynchronous_copies(problem):
+        return Tile(regions, channels, outputs, pixels, stages=1)
+    return Tile(regions, channels, outputs, pixels, warps=4, stages=3)
+
+
+@functools.cache
+def backward_in_one_pass(problem: Problem) -> Tile | None:
+    if not _is_one_pass(problem):
+        return None
+    regions, channels, outputs = map(padded, (problem.regions, problem.channels, problem.outputs))
+    if not has_asynchronous_copies(problem):
+        step, stages = 16384, 1
+    elif has_wgmma(problem):
+        step, stages = 32768 if problem.scattered else 65536, 3
+    else:
+        step, stages = (32768, 1) if problem.scattered else (16384, 3)
+    pixels = min(64, max(16, step // (2 * max(channels, outputs) * problem.itemsize)))
+    return Tile(regions, channels, outputs, pixels, stages=stages)

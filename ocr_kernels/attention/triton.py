@@ -2,7 +2,8 @@
 
 Every tensor is addressed as `[B, channels, N]` with its strides, so both memory formats are read in place.
 A program holds all K regions up to 256, so the softmax over regions stays inside it, and the query and the incoming
-gradient pass through memory once per kernel. More regions have kernels of their own.
+gradient pass through memory once per kernel. More regions have kernels of their own. So have few regions, whose key and
+value stay in a program that goes over many pixels, while the loads of the next ones are under way.
 """
 
 from __future__ import annotations
@@ -28,14 +29,18 @@ from ocr_kernels.core.triton_device import (
     split_of_program,
     store_tile,
     tile_of_program,
+    tile_pointers,
+    transposed,
 )
 from ocr_kernels.core.triton_host import (
     Problem,
     Tile,
     aligned_rows,
+    alignment,
     cdiv,
     constants,
     device_facts,
+    has_wgmma,
     numbers_of,
     reduce_splits,
     round_up,
@@ -47,12 +52,12 @@ from ocr_kernels.core.triton_host import (
 def channel_product(
     pixels, regions, k0, n0, NUMBERS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr
 ):
-    """sum over channels of regions[c, k] * pixels[c, n], a [BLOCK_K, BLOCK_N] tile."""
-    total = tl.zeros([BLOCK_K, BLOCK_N], NUMBERS.accumulator)
+    """sum over channels of pixels[c, n] * regions[c, k], a [BLOCK_N, BLOCK_K] tile."""
+    total = tl.zeros([BLOCK_N, BLOCK_K], NUMBERS.accumulator)
     for c0 in range(0, pixels.height, BLOCK_C):
-        p = load_tile(pixels, c0, n0, BLOCK_C, BLOCK_N)
+        p = load_tile(transposed(pixels), n0, c0, BLOCK_N, BLOCK_C)
         r = load_tile(regions, c0, k0, BLOCK_C, BLOCK_K)
-        total = add_product(total, tl.trans(r), p, NUMBERS)
+        total = add_product(total, p, r, NUMBERS)
     return total
 
 
@@ -61,18 +66,19 @@ def region_scores(
     query, key, k0, n0, K, factor,
     NUMBERS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """factor * q . k, a [BLOCK_K, BLOCK_N] tile, with -inf where there is no region."""
+    """factor * q . k, a [BLOCK_N, BLOCK_K] tile, with -inf where there is no region."""
     scores = channel_product(query, key, k0, n0, NUMBERS, BLOCK_C, BLOCK_K, BLOCK_N) * factor
-    return tl.where((k0 + tl.arange(0, BLOCK_K) < K)[:, None], scores, float("-inf"))
+    return tl.where((k0 + tl.arange(0, BLOCK_K) < K)[None, :], scores, float("-inf"))
 
 
 @triton.jit
-def of_highest(dweights, weights):
+def of_highest(dweights, weights, REGIONS: tl.constexpr):
     """dw of each pixel's highest weight, which before it is normalised is 1; -inf where the tile does not have it.
 
     dw - sum_k w dw, of which nearly nothing is left where one weight is nearly 1, is taken of what dw exceeds it by.
+    REGIONS is the tile's dimension that they are.
     """
-    return tl.max(tl.where(weights == 1.0, dweights, float("-inf")), 0)
+    return tl.max(tl.where(weights == 1.0, dweights, float("-inf")), REGIONS)
 
 
 @triton.jit
@@ -94,11 +100,11 @@ def pixel_region_attention_forward_kernel(
     factor = tl.full((), scale, NUMBERS.accumulator)
 
     scores = region_scores(query, key, 0, n0, K, factor, NUMBERS, BLOCK_C, BLOCK_K, BLOCK_N)
-    weights = narrow(tl.exp(scores - finite(tl.max(scores, 0))[None, :]) * NUMBERS.lift, NUMBERS.dot)
-    total = tl.sum(weights.to(NUMBERS.accumulator), 0)  # of what enters the product
+    weights = narrow(tl.exp(scores - finite(tl.max(scores, 1))[:, None]) * NUMBERS.lift, NUMBERS.dot)
+    inverse = 1.0 / tl.sum(weights.to(NUMBERS.accumulator), 1)  # of what enters the product
     for v0 in range(0, V, BLOCK_C):
-        context = product(load_tile(value, v0, 0, BLOCK_C, BLOCK_K), weights, NUMBERS)
-        store_tile(out, context / total[None, :], v0, n0)
+        context = product(weights, load_tile(transposed(value), 0, v0, BLOCK_K, BLOCK_C), NUMBERS)
+        store_tile(transposed(out), context * inverse[:, None], n0, v0)
 
 
 @triton.jit
@@ -122,18 +128,49 @@ def pixel_region_attention_forward_many_kernel(
 
     maximum = tl.full([BLOCK_N], float("-inf"), NUMBERS.accumulator)
     total = tl.zeros([BLOCK_N], NUMBERS.accumulator)
-    context = tl.zeros([BLOCK_C, BLOCK_N], NUMBERS.accumulator)
+    context = tl.zeros([BLOCK_N, BLOCK_C], NUMBERS.accumulator)
     for k0 in range(0, K, BLOCK_K):
         scores = region_scores(query, key, k0, n0, K, factor, NUMBERS, BLOCK_C, BLOCK_K, BLOCK_N)
-        new_maximum = tl.maximum(maximum, tl.max(scores, 0))
+        new_maximum = tl.maximum(maximum, tl.max(scores, 1))
         shift = finite(new_maximum)
-        weights = narrow(tl.exp(scores - shift[None, :]) * NUMBERS.lift, NUMBERS.dot)
+        weights = narrow(tl.exp(scores - shift[:, None]) * NUMBERS.lift, NUMBERS.dot)
         decay = tl.exp(maximum - shift)
-        total = total * decay + tl.sum(weights.to(NUMBERS.accumulator), 0)
-        part = product(load_tile(value, v0, k0, BLOCK_C, BLOCK_K), weights, NUMBERS)
-        context = context * decay[None, :] + part_of_sum(part, n0, N)
+        total = total * decay + tl.sum(weights.to(NUMBERS.accumulator), 1)
+        part = product(weights, load_tile(transposed(value), k0, v0, BLOCK_K, BLOCK_C), NUMBERS)
+        context = context * decay[:, None] + part_of_sum(part, v0, V)
         maximum = new_maximum
-    store_tile(out, context / total[None, :], v0, n0)
+    store_tile(transposed(out), context / total[:, None], n0, v0)
+
+
+@triton.jit(do_not_specialize=["splits"])
+def pixel_region_attention_forward_few_kernel(
+    out, out_strides,  # [B, V, N]
+    query, query_strides,  # [B, D, N]
+    key, key_strides,  # [B, D, K]
+    value, value_strides,  # [B, V, K]
+    D, V, K, N, split_length, splits, scale: tl.float64,
+    NUMBERS: tl.constexpr, ALIGNMENT: tl.constexpr, INT64: tl.constexpr,
+    BLOCK_C: tl.constexpr,  # >= D
+    BLOCK_O: tl.constexpr,  # >= V
+    BLOCK_K: tl.constexpr,  # >= K
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """The same of so few regions that a program keeps key and value for a whole split of the pixels."""
+    program = tl.program_id(0)  # image * splits + split
+    start = (program % splits) * split_length
+    image = tl.cast(program // splits, tl.int64)
+    out = image_of(out, out_strides, image, V, N, ALIGNMENT, INT64)
+    query = image_of(query, query_strides, image, D, N, ALIGNMENT, INT64)
+    key = load_tile(image_of(key, key_strides, image, D, K, 1, INT64), 0, 0, BLOCK_C, BLOCK_K)
+    value = load_tile(image_of(value, value_strides, image, V, K, 1, INT64), 0, 0, BLOCK_O, BLOCK_K)
+    factor = tl.full((), scale, NUMBERS.accumulator)
+    for n0 in range(start, min(start + split_length, query.width), BLOCK_N):
+        q = load_tile(query, 0, n0, BLOCK_C, BLOCK_N)
+        scores = product(tl.trans(key), q, NUMBERS) * factor
+        scores = tl.where((tl.arange(0, BLOCK_K) < K)[:, None], scores, float("-inf"))
+        weights = narrow(tl.exp(scores - finite(tl.max(scores, 0))[None, :]) * NUMBERS.lift, NUMBERS.dot)
+        inverse = 1.0 / tl.sum(weights.to(NUMBERS.accumulator), 0)  # of what enters the product
+        store_tile(out, product(value, weights, NUMBERS) * inverse[None, :], 0, n0)
 
 
 def forward(out: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: float) -> None:
@@ -141,15 +178,22 @@ def forward(out: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: float
     q, y = query.flatten(2), out.flatten(2)
     batch, channels, pixels = q.shape
     _, value_channels, regions = value.shape
-    numbers = numbers_of(q)
-    problem = Problem(numbers.itemsize, device_facts(q.device), max(channels, value_channels), regions)
-    tile = tiles.FORWARD.choose(problem)
-    kernel, programs = pixel_region_attention_forward_kernel, batch * cdiv(pixels, tile.pixels)
-    if tile.regions < regions:
-        kernel = pixel_region_attention_forward_many_kernel
-        programs *= cdiv(value_channels, tile.channels)
+    numbers, problem = numbers_of(q), _problem(q, value, y)
     with torch.cuda.device_of(q):
-        key, value = _rows(key, value)
+        if tile := tiles.forward_in_one_pass(problem):
+            split_length, splits = split(pixels, tile.pixels, batch, 2 * problem.device.multiprocessors)
+            pixel_region_attention_forward_few_kernel[(batch * splits,)](
+                y, y.stride(), q, q.stride(), key, key.stride(), value, value.stride(),
+                channels, value_channels, regions, pixels, split_length, splits, scale,
+                **constants(tile, numbers, (q, y), (key, value)),
+            )  # fmt: skip
+            return
+        tile = tiles.FORWARD.choose(tiles.of_either(problem))
+        kernel, programs = pixel_region_attention_forward_kernel, batch * cdiv(pixels, tile.pixels)
+        if tile.regions < regions:
+            kernel = pixel_region_attention_forward_many_kernel
+            programs *= cdiv(value_channels, tile.channels)
+        key, value = aligned_rows(key, value)
         kernel[(programs,)](
             y, y.stride(), q, q.stride(), key, key.stride(), value, value.stride(),
             channels, value_channels, regions, pixels, key.shape[2], scale,
@@ -157,21 +201,24 @@ def forward(out: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: float
         )  # fmt: skip
 
 
-def _rows(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Few regions need no rows that are aligned."""
-    return (key, value) if key.shape[2] <= 32 else aligned_rows(key, value)
+def _problem(query: Tensor, value: Tensor, *pixel_tensors: Tensor) -> Problem:
+    scattered = alignment(query, *pixel_tensors) < 8 and query.stride(1) != 1
+    _, outputs, regions = value.shape
+    itemsize = numbers_of(query).itemsize
+    return Problem(itemsize, device_facts(query.device), query.shape[1], regions, outputs, scattered)
 
 
 @triton.jit(do_not_specialize=["splits"])
 def pixel_region_attention_backward_kernel(
     dquery, dquery_strides,  # [B, D, N]
-    partial,  # [B, splits, D + V, row_length]: dkey above dvalue, each split's sum over its pixels
+    partial,  # [B, splits, BLOCK_C + BLOCK_O, BLOCK_K]: dkey above dvalue, each split's sum over its pixels
     grad, grad_strides,  # [B, V, N]
     query, query_strides,  # [B, D, N]
     key, key_strides,  # [B, D, K]
     value, value_strides,  # [B, V, K]
-    D, V, K, N, row_length, split_length, splits, scale: tl.float64,
+    D, V, K, N, split_length, splits, scale: tl.float64,
     NEED_QUERY: tl.constexpr, NEED_KEY: tl.constexpr, NEED_VALUE: tl.constexpr,
+    PIXELS_FIRST: tl.constexpr,  # dquery's product is [pixels, channels], which wgmma's rows are, else its transpose
     NUMBERS: tl.constexpr, ALIGNMENT: tl.constexpr, INT64: tl.constexpr,
     BLOCK_C: tl.constexpr,  # >= D
     BLOCK_O: tl.constexpr,  # >= V
@@ -200,23 +247,26 @@ def pixel_region_attention_backward_kernel(
         weights = tl.exp(scores - tl.max(scores, 0)[None, :])
         if NEED_QUERY or NEED_KEY:
             dweights = product(tl.trans(value), dy, NUMBERS)
-            dweights -= of_highest(dweights, weights)[None, :]
-        weights /= tl.sum(weights, 0)[None, :]
-        if NEED_QUERY or NEED_KEY:
-            dscores = narrow(weights * (dweights - tl.sum(weights * dweights, 0)[None, :]), NUMBERS.dot)
-        if NEED_QUERY:
-            store_tile(dquery, product(key, dscores, NUMBERS) * factor, 0, n0)
-        if NEED_KEY:
-            dkey = add_product(dkey, q, tl.trans(dscores), NUMBERS)
+            dweights -= of_highest(dweights, weights, 0)[None, :]
+        weights *= (1.0 / tl.sum(weights, 0))[None, :]
         if NEED_VALUE:
             dvalue = add_product(dvalue, dy, tl.trans(narrow(weights * NUMBERS.lift, NUMBERS.dot)), NUMBERS)
+        if NEED_QUERY or NEED_KEY:
+            dscores = narrow(weights * (dweights - tl.sum(weights * dweights, 0)[None, :]), NUMBERS.dot)
+        if NEED_KEY:
+            dkey = add_product(dkey, q, tl.trans(dscores), NUMBERS)
+        if NEED_QUERY and PIXELS_FIRST:
+            dq = product(tl.trans(dscores), tl.trans(key), NUMBERS)
+            store_tile(transposed(dquery), dq * factor, n0, 0)
+        elif NEED_QUERY:
+            store_tile(dquery, product(key, dscores, NUMBERS) * factor, 0, n0)
 
-    partial = rows_of(partial + tl.cast(program, tl.int64) * (D + V) * row_length, D, row_length, row_length)
+    partial += tl.cast(program, tl.int64) * (BLOCK_C + BLOCK_O) * BLOCK_K
+    rows = rows_of(partial, BLOCK_C + BLOCK_O, BLOCK_K, BLOCK_K)
     if NEED_KEY:
-        store_tile(partial, dkey * factor, 0, 0)
+        tl.store(tile_pointers(rows, 0, 0, BLOCK_C, BLOCK_K), dkey * factor)
     if NEED_VALUE:
-        partial = rows_of(partial.base + D * row_length, V, row_length, row_length)
-        store_tile(partial, dvalue / NUMBERS.lift, 0, 0)
+        tl.store(tile_pointers(rows, BLOCK_C, 0, BLOCK_O, BLOCK_K), dvalue / NUMBERS.lift)
 
 
 @triton.jit
@@ -244,18 +294,16 @@ def pixel_region_attention_backward_maps_kernel(
     factor = tl.full((), scale, NUMBERS.accumulator)
 
     scores = region_scores(query, key, 0, n0, K, factor, NUMBERS, BLOCK_C, BLOCK_K, BLOCK_N)
-    weights = tl.exp(scores - finite(tl.max(scores, 0))[None, :])
+    weights = tl.exp(scores - finite(tl.max(scores, 1))[:, None])
     if NEED_SCORES:
         dweights = channel_product(grad, value, 0, n0, NUMBERS, BLOCK_C, BLOCK_K, BLOCK_N)
-        dweights -= of_highest(dweights, weights)[None, :]
-    total = tl.sum(weights, 0)
-    if NEED_SCORES:
-        delta = tl.sum(weights * dweights, 0) / total
-    weights /= total[None, :]
+        dweights -= of_highest(dweights, weights, 1)[:, None]
+    weights *= (1.0 / tl.sum(weights, 1))[:, None]
     if NEED_VALUE:
-        store_tile(weights_map, weights * NUMBERS.lift, 0, n0)
+        store_tile(transposed(weights_map), weights * NUMBERS.lift, n0, 0)
     if NEED_SCORES:
-        store_tile(dscores_map, weights * (dweights - delta[None, :]), 0, n0)
+        dscores = weights * (dweights - tl.sum(weights * dweights, 1)[:, None])
+        store_tile(transposed(dscores_map), dscores, n0, 0)
 
 
 @triton.jit
@@ -288,28 +336,29 @@ def pixel_region_attention_backward_many_maps_kernel(
     delta = tl.zeros([BLOCK_N], NUMBERS.accumulator)  # sum over k of w * (dw - highest)
     for k0 in range(0, K, BLOCK_K):
         scores = region_scores(query, key, k0, n0, K, factor, NUMBERS, BLOCK_C, BLOCK_K, BLOCK_N)
-        new_maximum = tl.maximum(maximum, tl.max(scores, 0))
+        new_maximum = tl.maximum(maximum, tl.max(scores, 1))
         shift = finite(new_maximum)
         decay = tl.exp(maximum - shift)
-        weights = tl.exp(scores - shift[None, :])
+        weights = tl.exp(scores - shift[:, None])
         if NEED_SCORES:
             dweights = channel_product(grad, value, k0, n0, NUMBERS, BLOCK_C, BLOCK_K, BLOCK_N)
-            new_highest = of_highest(dweights, weights)
+            new_highest = of_highest(dweights, weights, 1)
             new_highest = tl.where(new_highest == float("-inf"), highest, new_highest)
             delta = (delta + total * (highest - new_highest)) * decay
-            delta += tl.sum(weights * (dweights - new_highest[None, :]), 0)
+            delta += tl.sum(weights * (dweights - new_highest[:, None]), 1)
             highest = new_highest
-        total = total * decay + tl.sum(weights, 0)
+        total = total * decay + tl.sum(weights, 1)
         maximum = new_maximum
     delta /= total
     for k0 in range(0, K, BLOCK_K):
         scores = region_scores(query, key, k0, n0, K, factor, NUMBERS, BLOCK_C, BLOCK_K, BLOCK_N)
-        weights = tl.exp(scores - finite(maximum)[None, :]) / total[None, :]
+        weights = tl.exp(scores - finite(maximum)[:, None]) / total[:, None]
         if NEED_VALUE:
-            store_tile(weights_map, weights * NUMBERS.lift, k0, n0)
+            store_tile(transposed(weights_map), weights * NUMBERS.lift, n0, k0)
         if NEED_SCORES:
             dweights = channel_product(grad, value, k0, n0, NUMBERS, BLOCK_C, BLOCK_K, BLOCK_N)
-            store_tile(dscores_map, weights * (dweights - highest[None, :] - delta[None, :]), k0, n0)
+            dscores = weights * (dweights - highest[:, None] - delta[:, None])
+            store_tile(transposed(dscores_map), dscores, n0, k0)
 
 
 @triton.jit(do_not_specialize=["splits"])
@@ -347,40 +396,40 @@ def backward(
 ) -> None:
     """Fill the gradients that are wanted, in their own strides."""
     q, dy, dq = query.flatten(2), grad.flatten(2), None if dquery is None else dquery.flatten(2)
-    channels, (_, value_channels, regions) = q.shape[1], value.shape
-    problem = Problem(numbers_of(q).itemsize, device_facts(q.device), channels, regions, outputs=value_channels)
-    in_one_pass = tiles.one_pass(problem)
+    problem = _problem(q, value, dy, q if dq is None else dq)
     with torch.cuda.device_of(q):
-        if in_one_pass:
-            _backward_in_one_pass(in_one_pass[0], dq, dkey, dvalue, dy, q, key, value, scale)
+        if tile := tiles.backward_in_one_pass(problem):
+            pixels_first = has_wgmma(problem)
+            _backward_in_one_pass(tile, pixels_first, dq, dkey, dvalue, dy, q, key, value, scale)
         else:
-            _backward_in_maps(dq, dkey, dvalue, dy, q, key, value, scale)
+            _backward_in_maps(problem, dq, dkey, dvalue, dy, q, key, value, scale)
 
 
 def _backward_in_one_pass(
-    tile: Tile, dquery: Tensor | None, dkey: Tensor | None, dvalue: Tensor | None,
+    tile: Tile, pixels_first: bool, dquery: Tensor | None, dkey: Tensor | None, dvalue: Tensor | None,
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: float,
 ) -> None:  # fmt: skip
     batch, channels, pixels = query.shape
     _, value_channels, regions = value.shape
     dq = query if dquery is None else dquery
     split_length, splits = split(pixels, tile.pixels, batch, device_facts(query.device).multiprocessors)
-    shape = batch, splits, channels + value_channels, round_up(regions)
+    shape = batch, splits, tile.channels + tile.outputs, tile.regions
     partial = query.new_empty(shape, dtype=statistics_dtype(query))
     pixel_region_attention_backward_kernel[(batch * splits,)](
         dq, dq.stride(), partial, grad, grad.stride(), query, query.stride(), key, key.stride(), value, value.stride(),
-        channels, value_channels, regions, pixels, partial.shape[3], split_length, splits, scale,
+        channels, value_channels, regions, pixels, split_length, splits, scale,
         NEED_QUERY=dquery is not None, NEED_KEY=dkey is not None, NEED_VALUE=dvalue is not None,
+        PIXELS_FIRST=pixels_first,
         **constants(tile, numbers_of(query), (dq, query, grad), (key, value)),
     )  # fmt: skip
     if dkey is not None:
-        reduce_splits(dkey, partial[:, :, :channels])
-    if dvalue is not None:
-        reduce_splits(dvalue, partial[:, :, channels:])
+        reduce_splits(dkey, partial, below=dvalue, top=tile.channels)
+    elif dvalue is not None:
+        reduce_splits(dvalue, partial[:, :, tile.channels :])
 
 
 def _backward_in_maps(
-    dquery: Tensor | None, dkey: Tensor | None, dvalue: Tensor | None,
+    problem: Problem, dquery: Tensor | None, dkey: Tensor | None, dvalue: Tensor | None,
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: float,
 ) -> None:  # fmt: skip
     batch, channels, pixels = query.shape
@@ -389,13 +438,11 @@ def _backward_in_maps(
     weights = query.new_empty((batch, regions, pixels) if dvalue is not None else 1)
     dscores = query.new_empty((batch, regions, pixels) if need_scores else 1)
     a_map = dscores if need_scores else weights
-    numbers = numbers_of(query)
-    problem = Problem(numbers.itemsize, device_facts(query.device), max(channels, value_channels), regions)
-    tile = tiles.MAPS.choose(problem)
+    numbers, tile = numbers_of(query), tiles.MAPS.choose(tiles.of_either(problem))
     kernel = pixel_region_attention_backward_maps_kernel
     if tile.regions < regions:
         kernel = pixel_region_attention_backward_many_maps_kernel
-    key_rows, value_rows = _rows(key, value)
+    key_rows, value_rows = aligned_rows(key, value)
     kernel[(batch * cdiv(pixels, tile.pixels),)](
         weights, dscores, a_map.stride(), grad, grad.stride(), query, query.stride(),
         key_rows, key_rows.stride(), value_rows, value_rows.stride(),

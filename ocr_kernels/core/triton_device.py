@@ -156,15 +156,16 @@ def split_of_program(C, K, splits, split_length, BLOCK_C: tl.constexpr, BLOCK_K:
 @triton.jit(do_not_specialize=["splits"])
 def reduce_splits_kernel(
     out, out_strides,  # [B, C, K]
+    below, below_strides,  # [B, V, K]: of the rows from `top` on
     stats,  # [B, C + 2, K]: `out` before its rounding, the softmax's maxima and its sums
-    partial, partial_strides,  # [B, splits, C, at least K]
+    partial, partial_strides,  # [B, splits, at least top + V, at least K]
     partial_stats,  # [B, splits, 3, K]: see spatial_gather_forward_kernel
-    C, K, splits,
+    C, K, top, V, splits,
     SOFTMAX: tl.constexpr,  # whether there are statistics
     BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Add up the splits in a fixed order; of a softmax, rescaled to their common maximum, and normalised."""
-    c0, k0, program, _ = split_of_program(C, K, 1, 0, BLOCK_C, BLOCK_K)
+    c0, k0, program, _ = split_of_program(top + V, K, 1, 0, BLOCK_C, BLOCK_K)
     image = tl.cast(program, tl.int64)
     c = c0 + tl.arange(0, BLOCK_C)
     k = k0 + tl.arange(0, BLOCK_K)
@@ -187,7 +188,7 @@ def reduce_splits_kernel(
         inside = (split < splits)[:, None] & (k < K)[None, :]
         elements = (split * partial_strides[1])[:, None] + (tl.cast(c, tl.int64) * partial_strides[2])[None, :]
         elements = elements[:, :, None] + k[None, None, :]  # [BLOCK_S, BLOCK_C, BLOCK_K]
-        pieces = tl.load(partial + elements, mask=inside[:, None, :] & (c < C)[None, :, None], other=0.0)
+        pieces = tl.load(partial + elements, mask=inside[:, None, :] & (c < top + V)[None, :, None], other=0.0)
         if SOFTMAX:
             rows = partial_stats + split[:, None] * 3 * K + k[None, :]
             decay = tl.exp(tl.load(rows, mask=inside, other=float("-inf")) - finite(maximum)[None, :])
@@ -202,4 +203,7 @@ def reduce_splits_kernel(
         in_k = (k < K) & (c0 == 0)
         tl.store(stats + C * K + k, maximum, mask=in_k)
         tl.store(stats + (C + 1) * K + k, total, mask=in_k)
-    store_tile(image_of(out, out_strides, image, C, K, 1, False), sums, c0, k0)
+    if c0 < top:
+        store_tile(image_of(out, out_strides, image, C, K, 1, False), sums, c0, k0)
+    else:
+        store_tile(image_of(below, below_strides, image, V, K, 1, False), sums, c0 - top, k0)

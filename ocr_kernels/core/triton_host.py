@@ -249,19 +249,30 @@ def split(length: int, block: int, programs: int, wanted: int) -> tuple[int, int
     return split_length, cdiv(length, split_length)
 
 
-def reduce_splits(out: Tensor, partial: Tensor, statistics: tuple[Tensor, Tensor] | None = None) -> None:
+def reduce_splits(
+    out: Tensor,
+    partial: Tensor,
+    statistics: tuple[Tensor, Tensor] | None = None,
+    below: Tensor | None = None,
+    top: int | None = None,
+) -> None:
     """Fill `out` [B, C, K] with the sums over the splits of `partial` [B, splits, C, at least K], in a fixed order.
+
+    `below` [B, V, K] is filled with those of the rows from `top` on, a multiple of 8.
 
     With the statistics of a softmax over pixels, those of the splits [B, splits, 3, K] and the whole's, which are
     filled, [B, C + 2, K], the sums are normalised.
     """
     batch, channels, regions = out.shape
+    top, rows_below = (channels, 0) if below is None or top is None else (top, below.shape[1])
+    below = out if below is None else below
     partial_stats, stats = statistics or (partial, partial)
     block_k = padded(regions, 32)
     block_s = padded(partial.shape[1], 512 // partial.itemsize)  # all splits at once: many independent loads
     block_c = min(8, 1024 // (block_s * partial.itemsize))  # statistics are read again for each
-    reduce_splits_kernel[(batch * cdiv(channels, block_c) * cdiv(regions, block_k),)](
-        out, out.stride(), stats, partial, partial.stride(), partial_stats, channels, regions, partial.shape[1],
+    reduce_splits_kernel[(batch * cdiv(top + rows_below, block_c) * cdiv(regions, block_k),)](
+        out, out.stride(), below, below.stride(), stats, partial, partial.stride(), partial_stats,
+        channels, regions, top, rows_below, partial.shape[1],
         SOFTMAX=statistics is not None,
         BLOCK_S=block_s,
         BLOCK_C=block_c,
