@@ -58,14 +58,16 @@ DEVICES = {
 # How often a kernel's loops run, in the order in which they begin: quotients of arguments, rounded up. Where there is
 # only one, it serves all loops of the kernel.
 LOOPS = {
-    "reduce_splits": ["splits/BLOCK_S"],
+    "sum_splits": ["splits/BLOCK_S"],
     "gather_forward": ["split_length/BLOCK_N"],
     "gather_forward_many": ["split_length/BLOCK_N"],
+    "gather_merge": [],
     "gather_delta": ["C/BLOCK_C"],
     "gather_backward": ["C/BLOCK_C"],
     "gather_peaks": ["pixel_tiles/BLOCK_T"],
     "gather_backward_feats": ["K/BLOCK_K"],
     "attention_forward": ["D/BLOCK_C", "V/BLOCK_C"],
+    "attention_forward_few": ["split_length/BLOCK_N"],
     "attention_forward_many": ["K/BLOCK_K", "D/BLOCK_C"],
     "attention_backward": ["split_length/BLOCK_N"],
     "attention_backward_maps": ["D/BLOCK_C", "V/BLOCK_C"],

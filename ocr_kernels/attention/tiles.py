@@ -14,19 +14,16 @@ FORWARD = TileTable(
             Tile(regions=256, channels=64, pixels=128, stages=3, when=has_wgmma),
             Tile(regions=64, channels=64, pixels=128, stages=3),
             Tile(regions=256, channels=32, pixels=64, stages=3),
+            Tile(regions=128, up_to=ANY, channels=64, pixels=64, stages=3, shared=80),
             Tile(regions=128, up_to=ANY, channels=64, pixels=64),
         ),
         4: (
-            Tile(regions=32, channels=32, pixels=32, stages=2),
-            Tile(regions=64, channels=32, pixels=32, warps=4, stages=2),
+            Tile(regions=64, channels=32, pixels=32, stages=2),
             Tile(regions=128, channels=32, pixels=32, stages=2),
-            Tile(regions=256, channels=32, pixels=16, stages=2),
-            Tile(regions=128, up_to=ANY, channels=32, pixels=16, stages=2),
+            Tile(regions=256, channels=32, pixels=16, stages=2, shared=96),
+            Tile(regions=64, up_to=ANY, channels=32, pixels=32, stages=2),
         ),
-        8: (
-            Tile(regions=256, channels=16, pixels=16),
-            Tile(regions=128, up_to=ANY, channels=16, pixels=16),
-        ),
+        8: (Tile(regions=64, up_to=ANY, channels=16, pixels=16),),
     }
 )
 
@@ -37,10 +34,11 @@ MAPS = TileTable(
             Tile(regions=128, channels=64, pixels=64, stages=3),
             Tile(regions=256, channels=64, pixels=64, stages=3, when=has_wgmma),
             Tile(regions=256, channels=32, pixels=32, stages=3),
-            Tile(regions=128, up_to=ANY, channels=64, pixels=32),
+            Tile(regions=128, up_to=ANY, channels=64, pixels=64, stages=3, when=has_wgmma),
+            Tile(regions=128, up_to=ANY, channels=64, pixels=16, stages=2),
         ),
         4: (
-            Tile(regions=128, channels=32, pixels=32, stages=2),
+            Tile(regions=128, channels=32, pixels=16, stages=2),
             Tile(regions=256, channels=32, pixels=16, stages=2),
             Tile(regions=128, up_to=ANY, channels=16, pixels=16, stages=2),
         ),
@@ -55,11 +53,10 @@ MAPS = TileTable(
 SUMS = TileTable(
     {
         2: (
-            Tile(regions=32, channels=128, pixels=32, stages=2),
-            Tile(regions=64, channels=128, pixels=64, stages=2),
-            Tile(regions=128, channels=128, pixels=32, stages=2),
+            Tile(regions=128, channels=128, pixels=32, stages=3),
+            Tile(regions=256, channels=128, pixels=64, stages=3, when=has_wgmma),
             Tile(regions=256, channels=128, pixels=32),
-            Tile(regions=128, up_to=ANY, channels=128, pixels=32, stages=2),
+            Tile(regions=128, up_to=ANY, channels=128, pixels=32, stages=3),
         ),
         4: (
             Tile(regions=256, channels=64, pixels=16, stages=2),

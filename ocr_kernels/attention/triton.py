@@ -42,9 +42,9 @@ from ocr_kernels.core.triton_host import (
     device_facts,
     has_wgmma,
     numbers_of,
-    reduce_splits,
     round_up,
     split,
+    sum_splits,
 )
 
 
@@ -423,9 +423,9 @@ def _backward_in_one_pass(
         **constants(tile, numbers_of(query), (dq, query, grad), (key, value)),
     )  # fmt: skip
     if dkey is not None:
-        reduce_splits(dkey, partial, below=dvalue, top=tile.channels)
+        sum_splits(dkey, partial, below=dvalue, top=tile.channels)
     elif dvalue is not None:
-        reduce_splits(dvalue, partial[:, :, tile.channels :])
+        sum_splits(dvalue, partial[:, :, tile.channels :])
 
 
 def _backward_in_maps(
@@ -474,4 +474,4 @@ def _sum_over_pixels(out: Tensor, pixels: Tensor, region_map: Tensor, scale: flo
         channels, regions, length, partial.shape[3], split_length, splits, scale,
         MAP_ALIGNMENT=math.gcd(length, 16), **constants(tile, numbers, (pixels,), (region_map,)),
     )  # fmt: skip
-    reduce_splits(out, partial)
+    sum_splits(out, partial)

@@ -154,55 +154,24 @@ def split_of_program(C, K, splits, split_length, BLOCK_C: tl.constexpr, BLOCK_K:
 
 
 @triton.jit(do_not_specialize=["splits"])
-def reduce_splits_kernel(
+def sum_splits_kernel(
     out, out_strides,  # [B, C, K]
     below, below_strides,  # [B, V, K]: of the rows from `top` on
-    stats,  # [B, C + 2, K]: `out` before its rounding, the softmax's maxima and its sums
-    partial, partial_strides,  # [B, splits, at least top + V, at least K]
-    partial_stats,  # [B, splits, 3, K]: see spatial_gather_forward_kernel
+    partial, partial_strides,  # [B, splits, at least top + V, row_length]
     C, K, top, V, splits,
-    SOFTMAX: tl.constexpr,  # whether there are statistics
     BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Add up the splits in a fixed order; of a softmax, rescaled to their common maximum, and normalised."""
+    """Add up the splits in a fixed order. All columns of a row are read, so that one load takes several."""
     c0, k0, program, _ = split_of_program(top + V, K, 1, 0, BLOCK_C, BLOCK_K)
     image = tl.cast(program, tl.int64)
-    c = c0 + tl.arange(0, BLOCK_C)
-    k = k0 + tl.arange(0, BLOCK_K)
-    partial += image * partial_strides[0]
-    partial_stats += image * splits * 3 * K
-
-    ACCUMULATOR: tl.constexpr = partial.dtype.element_ty
-    sums = tl.zeros([BLOCK_C, BLOCK_K], ACCUMULATOR)
-    maximum = tl.full([BLOCK_K], float("-inf"), ACCUMULATOR)
-    total = tl.zeros([BLOCK_K], ACCUMULATOR)
-    rounded_total = tl.zeros([BLOCK_K], ACCUMULATOR)
-    if SOFTMAX:
-        for s0 in range(0, splits, BLOCK_S):
-            split = tl.cast(s0 + tl.arange(0, BLOCK_S), tl.int64)
-            rows = partial_stats + split[:, None] * 3 * K + k[None, :]
-            maxima = tl.load(rows, mask=(split < splits)[:, None] & (k < K)[None, :], other=float("-inf"))
-            maximum = tl.maximum(maximum, tl.max(maxima, 0))
+    c, k = c0 + tl.arange(0, BLOCK_C), k0 + tl.arange(0, BLOCK_K)
+    rows = partial + image * partial_strides[0] + tl.cast(c, tl.int64)[None, :] * partial_strides[2]
+    sums = tl.zeros([BLOCK_C, BLOCK_K], partial.dtype.element_ty)
     for s0 in range(0, splits, BLOCK_S):
-        split = tl.cast(s0 + tl.arange(0, BLOCK_S), tl.int64)
-        inside = (split < splits)[:, None] & (k < K)[None, :]
-        elements = (split * partial_strides[1])[:, None] + (tl.cast(c, tl.int64) * partial_strides[2])[None, :]
-        elements = elements[:, :, None] + k[None, None, :]  # [BLOCK_S, BLOCK_C, BLOCK_K]
-        pieces = tl.load(partial + elements, mask=inside[:, None, :] & (c < top + V)[None, :, None], other=0.0)
-        if SOFTMAX:
-            rows = partial_stats + split[:, None] * 3 * K + k[None, :]
-            decay = tl.exp(tl.load(rows, mask=inside, other=float("-inf")) - finite(maximum)[None, :])
-            total += tl.sum(decay * tl.load(rows + K, mask=inside, other=0.0), 0)
-            rounded_total += tl.sum(decay * tl.load(rows + 2 * K, mask=inside, other=0.0), 0)
-            pieces *= decay[:, None, :]
-        sums += tl.sum(pieces, 0)
-    if SOFTMAX:
-        sums /= rounded_total[None, :]
-        stats += image * (C + 2) * K
-        store_tile(rows_of(stats, C, K, K), sums, c0, k0)
-        in_k = (k < K) & (c0 == 0)
-        tl.store(stats + C * K + k, maximum, mask=in_k)
-        tl.store(stats + (C + 1) * K + k, total, mask=in_k)
+        split = tl.cast(s0 + tl.arange(0, BLOCK_S), tl.int64)[:, None]
+        inside = ((split < splits) & (c < top + V)[None, :])[:, :, None] & (k < partial_strides[2])
+        pieces = (rows + split * partial_strides[1])[:, :, None] + k  # [BLOCK_S, BLOCK_C, BLOCK_K]
+        sums += tl.sum(tl.load(pieces, mask=inside, other=0.0), 0)
     if c0 < top:
         store_tile(image_of(out, out_strides, image, C, K, 1, False), sums, c0, k0)
     else:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ocr_kernels.core.backends import interpreting
 from ocr_kernels.core.layout import statistics_dtype
-from ocr_kernels.core.triton_device import reduce_splits_kernel
+from ocr_kernels.core.triton_device import sum_splits_kernel
 
 TL = {torch.float64: tl.float64, torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -109,11 +109,6 @@ def has_wgmma(problem: Problem) -> bool:
     """Whether matrix units read their operands from shared memory: wgmma, and its successor tcgen05."""
     capability = problem.device.capability
     return capability is not None and (9, 0) <= capability < (12, 0)
-
-
-def has_large_shared_memory(problem: Problem) -> bool:
-    """More than the 64 KiB of Turing and of AMD's older GPUs."""
-    return problem.device.shared_memory >= 96 * 1024
 
 
 def is_scattered(problem: Problem) -> bool:
@@ -249,34 +244,19 @@ def split(length: int, block: int, programs: int, wanted: int) -> tuple[int, int
     return split_length, cdiv(length, split_length)
 
 
-def reduce_splits(
-    out: Tensor,
-    partial: Tensor,
-    statistics: tuple[Tensor, Tensor] | None = None,
-    below: Tensor | None = None,
-    top: int | None = None,
-) -> None:
-    """Fill `out` [B, C, K] with the sums over the splits of `partial` [B, splits, C, at least K], in a fixed order.
+def sum_splits(out: Tensor, partial: Tensor, below: Tensor | None = None, top: int = 0) -> None:
+    """Fill `out` [B, C, K] with the sums over the splits of `partial` [B, splits, C, rows of 16], in a fixed order.
 
-    `below` [B, V, K] is filled with those of the rows from `top` on, a multiple of 8.
-
-    With the statistics of a softmax over pixels, those of the splits [B, splits, 3, K] and the whole's, which are
-    filled, [B, C + 2, K], the sums are normalised.
+    `below` [B, V, K] is filled with those of the rows from `top` on, a multiple of 16.
     """
     batch, channels, regions = out.shape
-    top, rows_below = (channels, 0) if below is None or top is None else (top, below.shape[1])
+    top, rows_below = (channels, 0) if below is None else (top, below.shape[1])
     below = out if below is None else below
-    partial_stats, stats = statistics or (partial, partial)
-    block_k = padded(regions, 32)
-    block_s = padded(partial.shape[1], 512 // partial.itemsize)  # all splits at once: many independent loads
-    block_c = min(8, 1024 // (block_s * partial.itemsize))  # statistics are read again for each
-    reduce_splits_kernel[(batch * cdiv(top + rows_below, block_c) * cdiv(regions, block_k),)](
-        out, out.stride(), below, below.stride(), stats, partial, partial.stride(), partial_stats,
-        channels, regions, top, rows_below, partial.shape[1],
-        SOFTMAX=statistics is not None,
-        BLOCK_S=block_s,
-        BLOCK_C=block_c,
-        BLOCK_K=block_k,
-        num_warps=8,
-        **NEVER_FUSED,
+    splits = partial.shape[1]
+    block_s, block_k = padded(splits, 128), padded(regions, 32)
+    block_c = min(16, 65536 // (block_s * block_k * partial.itemsize))  # many independent loads
+    sum_splits_kernel[(batch * cdiv(top + rows_below, block_c) * cdiv(regions, block_k),)](
+        out, out.stride(), below, below.stride(), partial, partial.stride(),
+        channels, regions, top, rows_below, splits,
+        BLOCK_S=block_s, BLOCK_C=block_c, BLOCK_K=block_k, num_warps=8, **NEVER_FUSED,
     )  # fmt: skip

@@ -54,7 +54,7 @@ BACKWARD = TileTable(
     {
         2: (
             Tile(regions=64, channels=32, pixels=64, stages=3, when=is_scattered),
-            Tile(regions=32, channels=64, pixels=64, warps=4, stages=3),
+            Tile(regions=32, channels=64, pixels=128, stages=3),
             Tile(regions=64, channels=64, pixels=64, stages=3, when=has_wgmma),
             Tile(regions=64, channels=32, pixels=64, stages=3),
             Tile(regions=256, channels=64, pixels=64, stages=3, when=has_wgmma),
