@@ -22,9 +22,6 @@ from ocr_kernels.core.triton_host import Problem, TileTable, numbers_of, split
 from ocr_kernels.gather import tiles as gather
 
 
-ATTENTION = attention.FORWARD, attention.MAPS, attention.SUMS
-
-
 @pytest.mark.slow
 @pytest.mark.wide
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -121,14 +118,15 @@ def test_unknown_dtypes_fail_by_name() -> None:
     [
         (gather.FORWARD, (1, 32, 33, gather.FEW)),
         (gather.FORWARD_MANY, (gather.FEW + 1, 128, 150, 160, 161, 193, 256, 257, 5000)),
-        *((table, (1, 32, 33, 150, 256, 257, 5000)) for table in (gather.BACKWARD, *ATTENTION)),
+        *(
+            (table, (1, 32, 33, 150, 256, 257, 5000))
+            for table in (gather.BACKWARD, attention.FORWARD, attention.MAPS, attention.SUMS)
+        ),
     ],
 )
 @pytest.mark.parametrize("itemsize", [2, 4, 8])
 @pytest.mark.parametrize("scattered", [False, True])
-def test_tiles_for_any_problem(
-    table: TileTable, all_regions: tuple[int, ...], itemsize: int, scattered: bool
-) -> None:
+def test_tiles_for_any_problem(table: TileTable, all_regions: tuple[int, ...], itemsize: int, scattered: bool) -> None:
     """One or more, none larger than the problem, on any architecture."""
     for architecture, regions in itertools.product(ARCHITECTURES.values(), all_regions):
         problem = Problem(itemsize, architecture.facts, channels=20, regions=regions, scattered=scattered)

@@ -234,7 +234,7 @@ def aligned_rows(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def split(length: int, block: int, programs: int, wanted: int) -> tuple[int, int]:
-    """Cut `length` into splits of whole blocks so that `programs` times as many programs fill `wanted`, or its multiple.
+    """Cut `length` into splits of whole blocks so that `programs` times as many programs fill `wanted` or a multiple.
 
     Returns (length of a split, number of splits); none is empty.
     """

@@ -101,9 +101,7 @@ def spatial_gather_forward_kernel(
         sums, total, rounded_total = add_pixels(
             sums * decay[None, :], total * decay, rounded_total * decay, x, scores, maximum, NUMBERS
         )
-    store_split(
-        partial, partial_stats, program, sums, maximum, total, rounded_total, C, K, row_length, c0, k0, BLOCK_K
-    )
+    store_split(partial, partial_stats, program, sums, maximum, total, rounded_total, C, K, row_length, c0, k0, BLOCK_K)
 
 
 @triton.jit
@@ -147,9 +145,7 @@ def spatial_gather_forward_many_kernel(
         last_sums, last_total, last_rounded_total = add_pixels(
             last_sums, last_total, last_rounded_total, x, last_scores, last_maximum, NUMBERS
         )
-    store_split(
-        partial, partial_stats, program, sums, maximum, total, rounded_total, C, K, row_length, c0, k0, BLOCK_K
-    )
+    store_split(partial, partial_stats, program, sums, maximum, total, rounded_total, C, K, row_length, c0, k0, BLOCK_K)
     store_split(
         partial, partial_stats, program, last_sums, last_maximum, last_total, last_rounded_total,
         C, K, row_length, c0, l0, BLOCK_L,
