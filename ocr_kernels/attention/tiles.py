@@ -34,7 +34,7 @@ MAPS = TileTable(
             Tile(regions=128, channels=64, pixels=64, stages=3),
             Tile(regions=256, channels=64, pixels=64, stages=3, when=has_wgmma),
             Tile(regions=256, channels=32, pixels=32, stages=3),
-            Tile(regions=128, up_to=ANY, channels=64, pixels=64, stages=3, when=has_wgmma),
+            Tile(regions=128, up_to=ANY, channels=32, pixels=64, stages=3, when=has_wgmma),
             Tile(regions=128, up_to=ANY, channels=64, pixels=16, stages=2),
         ),
         4: (
