@@ -88,7 +88,7 @@ def has_asynchronous_copies(problem: Problem) -> bool:
 def _is_one_pass(problem: Problem) -> bool:
     """Whether dkey and dvalue fit in a program's registers, and key and value in its shared memory."""
     regions, channels, outputs = map(padded, (problem.regions, problem.channels, problem.outputs))
-    return (channels + outputs) * regions * problem.itemsize <= 32768
+    return regions <= 128 and (channels + outputs) * regions * problem.itemsize <= 32768
 
 
 @functools.cache
@@ -96,7 +96,7 @@ def forward_in_one_pass(problem: Problem) -> Tile | None:
     if problem.itemsize > 2 or not _is_one_pass(problem):
         return None
     regions, channels, outputs = map(padded, (problem.regions, problem.channels, problem.outputs))
-    pixels = min(128, max(16, 8192 // max(channels, outputs)))
+    pixels = min(128, 8192 // max(channels, outputs, 2 * regions))
     if problem.scattered or not has_asynchronous_copies(problem):
         return Tile(regions, channels, outputs, pixels, stages=1)
     return Tile(regions, channels, outputs, pixels, warps=4, stages=3)
@@ -107,11 +107,11 @@ def backward_in_one_pass(problem: Problem) -> Tile | None:
     if not _is_one_pass(problem):
         return None
     regions, channels, outputs = map(padded, (problem.regions, problem.channels, problem.outputs))
-    if not has_asynchronous_copies(problem):
-        step, stages = 16384, 1
+    if problem.itemsize > 2 or not has_asynchronous_copies(problem):
+        step, stages = 8192, 1
     elif has_wgmma(problem):
         step, stages = 32768 if problem.scattered else 65536, 3
     else:
         step, stages = (32768, 1) if problem.scattered else (16384, 3)
-    pixels = min(64, max(16, step // (2 * max(channels, outputs) * problem.itemsize)))
+    pixels = max(16, min(64, 2048 // regions, step // (2 * max(channels, outputs) * problem.itemsize)))
     return Tile(regions, channels, outputs, pixels, stages=stages)

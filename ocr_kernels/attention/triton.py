@@ -399,7 +399,7 @@ def backward(
     problem = _problem(q, value, dy, q if dq is None else dq)
     with torch.cuda.device_of(q):
         if tile := tiles.backward_in_one_pass(problem):
-            pixels_first = has_wgmma(problem)
+            pixels_first = problem.itemsize == 2 and has_wgmma(problem)
             _backward_in_one_pass(tile, pixels_first, dq, dkey, dvalue, dy, q, key, value, scale)
         else:
             _backward_in_maps(problem, dq, dkey, dvalue, dy, q, key, value, scale)
