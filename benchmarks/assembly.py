@@ -102,7 +102,9 @@ def read_sass(text: str) -> Loop:
 def _sass_op(name: str, operands: str) -> Op:
     base, *suffixes = name.split(".")
     if base in ("UBLKCP", "UTMALDG"):
-        raise NotImplementedError("the model knows no TMA")
+        raise ValueError(
+            f"{name} moves a tile whose size is in a descriptor, not in the instruction: it cannot be counted"
+        )
     if name == "DEPBAR.LE" and "SB0" in operands:
         return Op("wait", int(operands.split(",")[1], 16))
     kind = SASS_KINDS.get(base, "")

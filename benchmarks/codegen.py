@@ -430,7 +430,7 @@ def _read_cubin(compiled: Any, tool: str, option: str) -> str:
 
 
 def allowed_spills(launch: Launch, found: Resources) -> int:
-    """No kernel runs out of registers, but where each element of an odd number of pixels has an address of its own.
+    """No kernel runs out of registers, but by little where pixels share little alignment: many addresses for a tile.
 
     Below that, ptxas itself parks a few values in local memory where one more block then fits on a multiprocessor.
     """

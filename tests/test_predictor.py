@@ -230,6 +230,11 @@ def test_waves(programs: int, waves: float, last: float, blocks: int) -> None:
     assert ("its last wave is less than 60 % full" in faults(found, DEVICE)) == (programs == 265)
 
 
+def test_what_cannot_be_counted_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"UTMALDG\.2D moves a tile whose size is in a descriptor"):
+        read_code("        /*0010*/                   UTMALDG.2D [UR8], [UR4] ;")
+
+
 # Today's kernels
 
 INFERENCE, TRAINING, ADE20K = "cityscapes-inference", "cityscapes-training", "ade20k"
