@@ -246,6 +246,21 @@ inline void prefetch(const Tensor& tensor, Window w) {
   });
 }
 
+// Asks for what is read soon of a window whose columns are neighbours in memory: its cache lines from first / all of
+// them to last / all. The window may have no rows.
+inline void prefetch_share(const Tensor& tensor, Window w, int64_t first, int64_t last, int64_t all) {
+  if (tensor.stride_column != 1) return;
+  with_element_type(tensor.dtype, [&](auto type) {
+    constexpr int64_t line = 64 / sizeof type;
+    const int64_t lines = divide_up(w.columns, line), end = w.rows * lines * last / all;
+    int64_t i = w.rows * lines * first / all;
+    for (int64_t r = i / lines, at = i % lines * line; i < end; ++i, at += line) {
+      if (at >= w.columns) ++r, at = 0;
+      OCR_PREFETCH(element<decltype(type)>(tensor, w.batch, w.row + r, w.column + at));
+    }
+  });
+}
+
 // The window of the tensor = rows of whole vectors
 template <class Lane>
 void write_tile(const Tensor& tensor, Window w, const Lane* from, int64_t stride) {

@@ -21,7 +21,8 @@ A shift(A maximum) {
 
 constexpr int kSlab = 16;  // regions whose scores are read at a time
 
-// Sums over pixels, in lanes of whole rows where pixels are neighbours, else of channels.
+// Sums over pixels, in lanes of whole rows where pixels are neighbours, else of channels. The former's are kept as
+// `dot_block` makes them, a block after the other, until a split is done.
 template <class Lane>
 struct Forward {
   using A = AccumulatorOf<Lane>;
@@ -35,6 +36,7 @@ struct Forward {
   const int64_t weights_stride = tile / kElements;
   const int64_t group = round_up(divide_up(K, divide_up(K, 192)), kDotColumns);  // regions weighed at a time
   const int64_t sums_stride = row_stride<A>(C);
+  const int64_t channel_blocks = divide_up(C, kDotRows);
   const int64_t max_splits = max(4, (int64_t(16) << 20) / int64_t(sizeof(A)) / product(K, sums_stride));
   const Splits splits{N, tile, min(64, max_splits)};
   const int64_t group_images = images_at_a_time(B, product(int64_t(sizeof(A)), splits.count, K, sums_stride));
@@ -43,7 +45,7 @@ struct Forward {
 
   struct Scratch {
     A *maximum, *total, *sums;
-    Buffer<A> scores, factors;
+    Buffer<A> scores, blocks;
     Buffer<Lane> weights, feats;
   };
 
@@ -53,12 +55,12 @@ struct Forward {
                     maximum + K,
                     all_sums.data() + task * K * sums_stride,
                     Buffer<A>(kSlab, tile),
-                    Buffer<A>(group),
+                    Buffer<A>(by_channel ? 0 : divide_up(K, kDotColumns), channel_blocks, kDotSums<A>),
                     Buffer<Lane>(group, weights_stride),
                     Buffer<Lane>(by_channel ? kPanel<Lane> : kDotRows, weights_stride)};
     fill(s.maximum, K, A(-INFINITY));
     fill(s.total, K, A(0));
-    fill(s.sums, K * sums_stride, A(0));
+    by_channel ? fill(s.sums, K * sums_stride, A(0)) : fill(s.blocks.data(), block(round_up(K, kDotColumns)), A(0));
     splits.for_each_tile(first_image * splits.count + task, [&](int64_t image, int64_t first, int64_t count) {
       for (int64_t k = 0; k < K; k += group) {
         const Window w{image, k, min(group, K - k), first, count};
@@ -66,6 +68,28 @@ struct Forward {
         by_channel ? sum_along_channels(s, w) : sum_along_pixels(s, w);
       }
     });
+    if (!by_channel) unblock(s);
+  }
+
+  // Where the sums of region k begin, all of its channels in turn, among those of kDotColumns regions.
+  int64_t block(int64_t k, int64_t c = 0) const {
+    return (k / kDotColumns * channel_blocks + c / kDotRows) * kDotSums<A> + k % kDotColumns * kDotRows;
+  }
+
+  void unblock(const Scratch& s) const {
+    for (int64_t k = 0; k < K; ++k)
+      for (int64_t c = 0; c < C; c += kDotRows) {
+        const A* const from = s.blocks.data() + block(k, c);
+        for (int64_t r = 0; r < min(kDotRows, C - c); ++r) s.sums[k * sums_stride + c + r] = from[r];
+      }
+  }
+
+  void rescale(const Scratch& s, int64_t k, A factor) const {
+    if (by_channel)
+      for (int64_t c = 0; c < C; ++c) s.sums[k * sums_stride + c] *= factor;
+    else
+      for (int64_t c = 0; c < C; c += kDotRows)
+        for (int64_t r = 0; r < kDotRows; ++r) s.blocks.data()[block(k, c) + r] *= factor;
   }
 
   int64_t padded(int64_t pixels) const { return round_up(pixels, Vec<A>::size * kElements); }
@@ -82,9 +106,7 @@ struct Forward {
         const int64_t k = w.row + r;
         const A factor = weigh_region(s.weights.data() + r * weights_stride, s.scores.data() + (r - slab) * tile,
                                       w.columns, s.maximum[k], s.total[k]);
-        A* const sums = s.sums + k * sums_stride;
-        if (factor != A(1))
-          for (int64_t c = 0; c < C; ++c) sums[c] *= factor;
+        if (factor != A(1)) rescale(s, k, factor);
       }
     }
   }
@@ -109,19 +131,21 @@ struct Forward {
     return factor;
   }
 
-  // sums[k][c] += weights[k] . feats[c]
+  // blocks += weights[k] . feats[c]
   void sum_along_pixels(const Scratch& s, Window w) const {
     const int64_t length = padded(w.columns) / kElements;
     for (int64_t c = 0; c < C; c += kDotRows) {
       const char* rows[kDotRows];
-      const int64_t channels = min(kDotRows, C - c);
-      dot_rows(rows, s.feats.data(), weights_stride, length, a.feats, {w.batch, c, channels, w.column, w.columns});
+      const Window here{w.batch, c, min(kDotRows, C - c), w.column, w.columns};
+      const Window next{w.batch, c + here.rows, min(kDotRows, C - c - here.rows), w.column, w.columns};
+      dot_rows(rows, s.feats.data(), weights_stride, length, a.feats, here);
       for (int64_t k = 0; k < w.rows; k += kDotColumns) {
-        A block[kDotSums<A>];
-        dot_block(block, rows, s.weights.data() + k * weights_stride, weights_stride, length);
-        for (int64_t q = 0; q < min(kDotColumns, w.rows - k); ++q)
-          for (int64_t r = 0; r < channels; ++r)
-            s.sums[(w.row + k + q) * sums_stride + c + r] += block[q * kDotRows + r];
+        prefetch_share(a.feats, next, k, min(k + kDotColumns, w.rows), w.rows);
+        A of_tile[kDotSums<A>];
+        dot_block(of_tile, rows, s.weights.data() + k * weights_stride, weights_stride, length);
+        A* const sums = s.blocks.data() + block(w.row + k, c);
+        for (int64_t i = 0; i < kDotSums<A>; i += Vec<A>::size)
+          store(sums + i, load<A>(sums + i) + load<A>(of_tile + i));
       }
     }
   }
