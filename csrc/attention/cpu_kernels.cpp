@@ -9,11 +9,23 @@ namespace ocr_kernels {
 inline namespace OCR_ISA {
 namespace {
 
-constexpr int64_t kPixels = 64;         // of a tile
 constexpr int64_t kForwardTasks = 256;  // at most, where there are fewer images
 constexpr int64_t kMaxSplits = 64;      // of an image, each with sums [K, D + Dv]
 constexpr int kColumns = 4;             // vectors of pixels at a time: each sum over regions is a chain of additions
-static_assert(kPixels % (kColumns * Vec<float>::size) == 0, "a tile is made of whole groups of vectors");
+
+// Runs body with the number of pixels of a tile: longer runs of memory for products of pairs, while what is held of a
+// tile, so many bytes a pixel, stays in the second cache.
+template <int64_t pixels>
+struct Tile {
+  static constexpr int64_t kPixels = pixels;
+  static_assert(kPixels % (kColumns * Vec<float>::size) == 0, "a tile is made of whole groups of vectors");
+};
+template <class Lane, class Body>
+void with_tile(int64_t bytes_of_pixel, Body body) {
+  if constexpr (Holds<Lane>::elements > 1)
+    if (product(128, bytes_of_pixel) <= (int64_t(512) << 10)) return body(Tile<128>());
+  body(Tile<64>());
+}
 
 // sums[v] = the sum over regions of body(region, v), in chains
 template <class A, class Body>
@@ -30,7 +42,7 @@ OCR_INLINE void sum_over_regions(Vec<A>* sums, int64_t regions, Body body) {
 
 // scores [K, kPixels] become exp(scale * score - max) * lift, rounded to what products of `lane` take, and reciprocals
 // those of their sums.
-template <class Lane, class A = AccumulatorOf<Lane>>
+template <int64_t kPixels, class Lane, class A = AccumulatorOf<Lane>>
 void exponentials(A* scores, int64_t regions, A scale, A lift, A* reciprocals, Lane lane) {
   constexpr int size = Vec<A>::size;
   for (int64_t i = 0; i < kPixels; i += kColumns * size) {
@@ -51,7 +63,7 @@ void exponentials(A* scores, int64_t regions, A scale, A lift, A* reciprocals, L
 }
 
 // matrix[k, i] *= factors[i]; pixels that do not exist get 0, also where a region has made them NaN.
-template <class A>
+template <int64_t kPixels, class A>
 void scale_pixels(A* matrix, int64_t regions, const A* factors, int64_t pixels) {
   constexpr int size = Vec<A>::size;
   for (int64_t k = 0; k < regions; ++k, matrix += kPixels) {
@@ -62,7 +74,7 @@ void scale_pixels(A* matrix, int64_t regions, const A* factors, int64_t pixels) 
 
 // dweights become dscores = scale * weights * (dweights - sum_k weights dweights). A region with more than half of the
 // weight is subtracted from all dweights before, so that it does not swallow the terms of the others in that sum.
-template <class A>
+template <int64_t kPixels, class A>
 void softmax_backward(A* dweights, const A* weights, int64_t regions, A scale, int64_t pixels) {
   constexpr int size = Vec<A>::size;
   for (int64_t i = 0; i < kPixels; i += kColumns * size) {
@@ -86,7 +98,7 @@ void softmax_backward(A* dweights, const A* weights, int64_t regions, A scale, i
     for (int64_t i = pixels; i < kPixels; ++i) dweights[k * kPixels + i] = 0;
 }
 
-template <class Lane>
+template <class Lane, int64_t kPixels>
 void forward(const AttentionForward& a, Parallel parallel) {
   using A = AccumulatorOf<Lane>;
   const int64_t B = a.query.batch, D = a.query.rows, K = a.key.columns;
@@ -102,14 +114,14 @@ void forward(const AttentionForward& a, Parallel parallel) {
       const Window w{image, 0, D, first, count};
       read_across(query.data(), kPixels, kPixels, a.query, w);
       multiply(false, weights.data(), kPixels, keys.from(image, 0), query.data(), kPixels, K, lanes<Lane>(D), kPixels);
-      exponentials(weights.data(), K, A(a.scale), lift<A>(K), reciprocals, Lane());
+      exponentials<kPixels>(weights.data(), K, A(a.scale), lift<A>(K), reciprocals, Lane());
       out.write(w, lanes_across(across.data(), weights.data(), K, kPixels), kPixels, reciprocals);
     });
   });
 }
 
 // A tile of query or grad [channels, pixels] as both factors of products.
-template <class Lane>
+template <class Lane, int64_t kPixels>
 struct PixelTile {
   const Tensor& tensor;
   const int64_t stride = row_stride<Lane>(tensor.rows);
@@ -126,7 +138,7 @@ struct PixelTile {
   }
 };
 
-template <class Lane>
+template <class Lane, int64_t kPixels>
 void backward(const AttentionBackward& a, Parallel parallel) {
   using A = AccumulatorOf<Lane>;
   const int64_t B = a.query.batch, D = a.query.rows, Dv = a.value.rows, K = a.key.columns;
@@ -143,7 +155,7 @@ void backward(const AttentionBackward& a, Parallel parallel) {
   const Buffer<A> dvalue_sums(a.dvalue.data ? group : 0, splits.count, K, dvalue_stride);
 
   const auto sum_split = [&](int64_t first_image, int64_t task) {
-    const PixelTile<Lane> query{a.query}, grad{a.grad};
+    const PixelTile<Lane, kPixels> query{a.query}, grad{a.grad};
     const Buffer<A> weights(K, kPixels), dscores(K, kPixels);
     const Buffer<Lane> made(K, kPixels);  // lanes of weights and dscores
     A reciprocals[kPixels];
@@ -153,7 +165,7 @@ void backward(const AttentionBackward& a, Parallel parallel) {
     if (a.dvalue.data) fill(dvalue_sum, K * dvalue_stride, A(0));
 
     // sums [K, channels] += matrix [K, kPixels] pixels^T
-    const auto add_sums = [&](A* sums, int64_t stride, const A* matrix, const PixelTile<Lane>& pixels) {
+    const auto add_sums = [&](A* sums, int64_t stride, const A* matrix, const PixelTile<Lane, kPixels>& pixels) {
       const Left<Lane> left{lanes_along(made.data(), matrix, K, kPixels), lanes<Lane>(kPixels), 1};
       multiply(true, sums, stride, left, pixels.by_pixel.data(), pixels.stride, K, lanes<Lane>(kPixels),
                pixels.tensor.rows);
@@ -165,13 +177,13 @@ void backward(const AttentionBackward& a, Parallel parallel) {
       grad.read(w);
       multiply(false, weights.data(), kPixels, keys.from(image, 0), query.by_channel.data(), kPixels, K, lanes<Lane>(D),
                kPixels);
-      exponentials(weights.data(), K, A(a.scale), A(1), reciprocals, A());
-      scale_pixels(weights.data(), K, reciprocals, count);
+      exponentials<kPixels>(weights.data(), K, A(a.scale), A(1), reciprocals, A());
+      scale_pixels<kPixels>(weights.data(), K, reciprocals, count);
       if (a.dvalue.data) add_sums(dvalue_sum, dvalue_stride, weights.data(), grad);
       if (!dscores_wanted) return;
       multiply(false, dscores.data(), kPixels, values.from(image, 0), grad.by_channel.data(), kPixels, K,
                lanes<Lane>(Dv), kPixels);
-      softmax_backward(dscores.data(), weights.data(), K, A(a.scale), count);
+      softmax_backward<kPixels>(dscores.data(), weights.data(), K, A(a.scale), count);
       if (a.dkey.data) add_sums(dkey_sum, dkey_stride, dscores.data(), query);
       if (a.dquery.data) dquery.write(w, lanes_across(made.data(), dscores.data(), K, kPixels), kPixels);
     });
@@ -192,12 +204,21 @@ void backward(const AttentionBackward& a, Parallel parallel) {
 
 void run(const AttentionForward& a, Parallel parallel) {
   with_lanes(a.query.dtype, a.query.dtype == Dtype::BFloat16 && fits_pairs(a.key) && fits_pairs(a.value),
-             [&](auto lane) { forward<decltype(lane)>(a, parallel); });
+             [&](auto lane) {
+               using Lane = decltype(lane);
+               const int64_t bytes = 2 * a.query.rows + 6 * a.key.columns;  // of query, weights and their lanes
+               with_tile<Lane>(bytes, [&](auto tile) { forward<Lane, decltype(tile)::kPixels>(a, parallel); });
+             });
 }
 
 void run(const AttentionBackward& a, Parallel parallel) {
   with_lanes(a.query.dtype, a.query.dtype == Dtype::BFloat16 && fits_pairs(a.key) && fits_pairs(a.value),
-             [&](auto lane) { backward<decltype(lane)>(a, parallel); });
+             [&](auto lane) {
+               using Lane = decltype(lane);
+               // of query and grad, each twice, weights, dscores and their lanes
+               const int64_t bytes = 4 * (a.query.rows + a.value.rows) + 10 * a.key.columns;
+               with_tile<Lane>(bytes, [&](auto tile) { backward<Lane, decltype(tile)::kPixels>(a, parallel); });
+             });
 }
 
 }  // namespace OCR_ISA
