@@ -27,6 +27,7 @@ template <class Lane>
 struct Forward {
   using A = AccumulatorOf<Lane>;
   static constexpr int64_t kElements = Holds<Lane>::elements;
+  static constexpr int64_t kPixels = 64 * kElements;  // whose channels are held at a time
 
   const GatherForward& a;
   const int64_t B = a.feats.batch, C = a.feats.rows, K = a.logits.rows, N = a.feats.columns;
@@ -34,6 +35,7 @@ struct Forward {
   const bool by_channel = channels_last(a.feats);
   const int64_t tile = by_channel ? 512 : (K <= 32 ? 1024 : 512) * kElements;
   const int64_t weights_stride = tile / kElements;
+  const int64_t feats_stride = by_channel ? row_stride<Lane>(C) : weights_stride;
   const int64_t group = round_up(divide_up(K, divide_up(K, 192)), kDotColumns);  // regions weighed at a time
   const int64_t sums_stride = row_stride<A>(C);
   const int64_t channel_blocks = divide_up(C, kDotRows);
@@ -57,7 +59,7 @@ struct Forward {
                     Buffer<A>(kSlab, tile),
                     Buffer<A>(by_channel ? 0 : divide_up(K, kDotColumns), channel_blocks, kDotSums<A>),
                     Buffer<Lane>(group, weights_stride),
-                    Buffer<Lane>(by_channel ? kPanel<Lane> : kDotRows, weights_stride)};
+                    Buffer<Lane>(by_channel ? lanes<Lane>(kPixels) : kDotRows, feats_stride)};
     fill(s.maximum, K, A(-INFINITY));
     fill(s.total, K, A(0));
     by_channel ? fill(s.sums, K * sums_stride, A(0)) : fill(s.blocks.data(), block(round_up(K, kDotColumns)), A(0));
@@ -152,11 +154,12 @@ struct Forward {
 
   // sums[k][:] += weights[k][i] feats[i][:]
   void sum_along_channels(const Scratch& s, Window w) const {
-    for (int64_t c = 0; c < C; c += kPanel<Lane>) {
-      read_across(s.feats.data(), kPanel<Lane>, kPanel<Lane>, transposed(a.feats),
-                  {w.batch, w.column, w.columns, c, min(kPanel<Lane>, C - c)});
-      multiply(true, s.sums + w.row * sums_stride + c, sums_stride, Left<Lane>{s.weights.data(), weights_stride, 1},
-               s.feats.data(), kPanel<Lane>, w.rows, lanes<Lane>(w.columns), kPanel<Lane>);
+    for (int64_t i = 0; i < w.columns; i += kPixels) {
+      const Window pixels{w.batch, w.column + i, min(kPixels, w.columns - i), 0, C};
+      read_across(s.feats.data(), feats_stride, round_up(C, kPanel<Lane>), transposed(a.feats), pixels);
+      const Left<Lane> weights{s.weights.data() + i / kElements, weights_stride, 1};
+      multiply(true, s.sums + w.row * sums_stride, sums_stride, weights, s.feats.data(), feats_stride, w.rows,
+               lanes<Lane>(pixels.rows), C);
     }
   }
 
