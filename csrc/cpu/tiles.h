@@ -52,7 +52,7 @@ struct Splits {
   Splits(int64_t pixels_, int64_t tile_, int64_t max_count)
       : pixels(pixels_), tile(tile_), tiles(divide_up(pixels, tile)), count(max(1, min(tiles, max_count))) {}
 
-  int64_t first_tile(int64_t split) const { return tiles / count * split + min(split, tiles % count); }
+  int64_t first_tile(int64_t split) const { return product(tiles, split) / count; }
 
   // body(image, first pixel, number of pixels) for the tiles of a task
   template <class Body>

@@ -19,8 +19,6 @@ A shift(A maximum) {
   return maximum == A(-INFINITY) ? A(0) : maximum;
 }
 
-constexpr int kSlab = 16;  // regions whose scores are read at a time
-
 // Sums over pixels, in lanes of whole rows where pixels are neighbours, else of channels. The former's are kept as
 // `dot_block` makes them, a block after the other, until a split is done.
 template <class Lane>
@@ -33,6 +31,7 @@ struct Forward {
   const int64_t B = a.feats.batch, C = a.feats.rows, K = a.logits.rows, N = a.feats.columns;
   const A scale = A(a.scale), lift = ocr_kernels::lift<A>(N);
   const bool by_channel = channels_last(a.feats);
+  const int64_t slab = channels_last(a.logits) ? 16 : 4;  // regions whose scores are read at a time
   const int64_t tile = by_channel ? 512 : (K <= 32 ? 1024 : 512) * kElements;
   const int64_t weights_stride = tile / kElements;
   const int64_t feats_stride = by_channel ? row_stride<Lane>(C) : weights_stride;
@@ -56,7 +55,7 @@ struct Forward {
     const Scratch s{maximum,
                     maximum + K,
                     all_sums.data() + task * K * sums_stride,
-                    Buffer<A>(kSlab, tile),
+                    Buffer<A>(slab, tile),
                     Buffer<A>(by_channel ? 0 : divide_up(K, kDotColumns), channel_blocks, kDotSums<A>),
                     Buffer<Lane>(group, weights_stride),
                     Buffer<Lane>(by_channel ? lanes<Lane>(kPixels) : kDotRows, feats_stride)};
@@ -100,13 +99,13 @@ struct Forward {
   void weigh(const Scratch& s, Window w) const {
     const int64_t rows_of_dots = round_up(w.rows, kDotColumns);
     fill(s.weights.data() + w.rows * weights_stride, (rows_of_dots - w.rows) * weights_stride, Lane(0));
-    for (int64_t slab = 0; slab < w.rows; slab += kSlab) {
-      const int64_t rows = min(kSlab, w.rows - slab);
+    for (int64_t first = 0; first < w.rows; first += slab) {
+      const int64_t rows = min(slab, w.rows - first);
       read_across(s.scores.data(), tile, padded(w.columns), a.logits,
-                  {w.batch, w.row + slab, rows, w.column, w.columns});
-      for (int64_t r = slab; r < slab + rows; ++r) {
+                  {w.batch, w.row + first, rows, w.column, w.columns});
+      for (int64_t r = first; r < first + rows; ++r) {
         const int64_t k = w.row + r;
-        const A factor = weigh_region(s.weights.data() + r * weights_stride, s.scores.data() + (r - slab) * tile,
+        const A factor = weigh_region(s.weights.data() + r * weights_stride, s.scores.data() + (r - first) * tile,
                                       w.columns, s.maximum[k], s.total[k]);
         if (factor != A(1)) rescale(s, k, factor);
       }
@@ -118,9 +117,12 @@ struct Forward {
     const int64_t length = padded(pixels);
     const A before = maximum;
     Vec<A> maxima = broadcast(before), sums = broadcast(A(0));
-    for (int64_t i = 0; i < pixels; i += Vec<A>::size) store(scores + i, load<A>(scores + i) * broadcast(scale));
-    for (int64_t i = pixels; i < length; ++i) scores[i] = A(-INFINITY);
-    for (int64_t i = 0; i < length; i += Vec<A>::size) maxima = max(maxima, load<A>(scores + i));
+    for (int64_t i = 0; i < pixels; i += Vec<A>::size) {
+      store(scores + i, load<A>(scores + i) * broadcast(scale));
+      for (int64_t j = pixels; j < i + Vec<A>::size; ++j) scores[j] = A(-INFINITY);
+      maxima = max(maxima, load<A>(scores + i));
+    }
+    for (int64_t i = round_up(pixels, Vec<A>::size); i < length; ++i) scores[i] = A(-INFINITY);
     maximum = max_lane(maxima);
     const Vec<A> subtracted = broadcast(shift(maximum));
     for (int64_t i = 0; i < length; i += Vec<A>::size) {
@@ -198,7 +200,7 @@ template <class Lane>
 struct Backward {
   using A = AccumulatorOf<Lane>;
   static constexpr int64_t kElements = Holds<Lane>::elements;
-  static constexpr int64_t kChannels = 64;  // whose pixels are held at a time
+  static constexpr int64_t kChannels = 64, kPixels = 64;  // held at a time, of all pixels or channels of a tile
 
   const GatherBackward& a;
   const Parallel parallel;
@@ -239,7 +241,7 @@ struct Backward {
   void differentiate_split(int64_t task) const {
     const Scratch s{Buffer<A>(K, stride), Buffer<A>(round_up(K, kDotColumns), stride),
                     Buffer<Lane>(kElements == 2 ? lanes<Lane>(K) : 0, stride),
-                    Buffer<Lane>(max(lanes<Lane>(kChannels) * stride, product(kDotRows, grad.stride())))};
+                    Buffer<Lane>(max(lanes<Lane>(kChannels) * stride, product(lanes<Lane>(C), kPixels)))};
     fill(others.data() + task * K, K, A(0));
     splits.for_each_tile(task, [&](int64_t image, int64_t first, int64_t count) {
       const Window w{image, 0, K, first, count};
@@ -308,19 +310,13 @@ struct Backward {
     }
   }
 
-  // dweights[k][i] = feats[i] . grad[k]
+  // the same, of a few pixels and all channels at a time, in their order in memory
   void dweights_along_channels(const Scratch& s, Window w) const {
-    const int64_t length = round_up(lanes<Lane>(C), Vec<Lane>::size);
-    for (int64_t i = 0; i < w.columns; i += kDotRows) {
-      const char* rows[kDotRows];
-      dot_rows(rows, s.feats.data(), grad.stride(), length, transposed(a.feats),
-               {w.batch, w.column + i, min(kDotRows, w.columns - i), 0, C});
-      for (int64_t k = 0; k < K; k += kDotColumns) {
-        A block[kDotSums<A>];
-        dot_block(block, rows, grad.from(w.batch, k).data, grad.stride(), length);
-        for (int64_t q = 0; q < kDotColumns; ++q)
-          for (int64_t r = 0; r < kDotRows; ++r) s.dweights.data()[(k + q) * stride + i + r] = block[q * kDotRows + r];
-      }
+    for (int64_t i = 0; i < w.columns; i += kPixels) {
+      read_across(s.feats.data(), kPixels, kPixels, a.feats,
+                  {w.batch, 0, C, w.column + i, min(kPixels, w.columns - i)});
+      multiply(false, s.dweights.data() + i, stride, grad.from(w.batch, 0), s.feats.data(), kPixels, K, lanes<Lane>(C),
+               kPixels);
     }
   }
 
