@@ -119,11 +119,16 @@ def product_dtype(feats: Tensor) -> torch.dtype:
     return feats.dtype if not feats.is_cpu or _has_products(feats.dtype) else torch.float32
 
 
+def product(matrix: Tensor, tile: Tensor) -> Tensor:
+    """matrix @ tile, in the memory format of the tile: what is done to it next reads both alike."""
+    return torch.mm(matrix, tile) if tile.stride(1) == 1 else torch.mm(tile.t(), matrix.t()).t()
+
+
 def multiply(matrix: Tensor, tile: Tensor, out: Tensor, *, accumulate: bool = False) -> Tensor:
     """The product, or `out` plus the product, in the dtype of the matrix; `out` is filled with it."""
     if out.dtype == matrix.dtype:
         return torch.addmm(out, matrix, tile, beta=int(accumulate), out=out)
-    return out.copy_(torch.addmm(out.to(matrix.dtype), matrix, tile) if accumulate else torch.mm(matrix, tile))
+    return out.add_(product(matrix, tile)) if accumulate else out.copy_(product(matrix, tile))
 
 
 def before(norm: Norm, h: Tensor, out: Tensor) -> Tensor:
@@ -207,7 +212,7 @@ def forward(
     keys = settings.scale * key.to(exact).mT  # [B, K, D]
     for image, part in tiles:
         q = activated(query, hidden[image][:, part], tiles.empty("depth", depth, part, exact))
-        weights[image][:, part] = torch.softmax(keys[image] @ q, 0)
+        weights[image][:, part] = torch.softmax(product(keys[image], q), 0)
 
     y = contexts_of(contexts.to(exact), weights, tiles)
     up = y.norm(layers[2])
@@ -393,7 +398,8 @@ def linear(matrix: Tensor, tile: Tensor, added: Tensor, out: Tensor) -> Tensor:
     """The product and what is added to it; if `out` has another dtype, the product is rounded to the matrix's first."""
     if out.dtype == matrix.dtype:
         return torch.addmm(added, matrix, tile, out=out)
-    return torch.add(torch.mm(matrix, tile), added, out=out)
+    made = product(matrix, tile)
+    return out.add_(made) if added is out else out.copy_(made).add_(added)
 
 
 def query_of(feats: Tensor, weights: Sequence[Tensor], slopes: Sequence[float]) -> Tensor:
