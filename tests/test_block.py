@@ -35,7 +35,6 @@ def seeded() -> Iterator[None]:
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that there are several, and one that is not full."""
     monkeypatch.setattr(kernels, "TILE", 11 * C)
-    monkeypatch.setattr(kernels, "INFERENCE_TILE", 7 * C)
 
 
 @pytest.fixture

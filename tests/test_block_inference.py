@@ -526,7 +526,7 @@ def test_flops() -> None:
 
 def test_memory() -> None:
     """The reference itself needs a quarter of what the module does, and less."""
-    feats, regions = draw(channels=64, batch=1, spatial=(128, 128), layout="channels_last")
+    feats, regions = draw(channels=64, batch=1, spatial=(256, 256), layout="channels_last")
     module = Head(64, 32, 64)
     weights = fold(module)
     fused, eager = partial(block, weights=weights, backend="reference"), module

@@ -20,7 +20,7 @@ from ocr_kernels.core.layout import empty_in_format, in_format, is_channels_last
 
 aten: Any = torch.ops.aten
 
-TILE, INFERENCE_TILE = 2**19, 2**18
+TILE = 2**19
 """Values of feats at a time on a CPU, whose cache then holds what is between two products."""
 
 
@@ -85,9 +85,9 @@ def empty_maps(like: Tensor, channels: int, dtype: torch.dtype | None = None, *s
 class Tiles:
     """Which pixels make a tile, and memory for what is made of one, the same for each."""
 
-    def __init__(self, maps: Tensor, values: int) -> None:
+    def __init__(self, maps: Tensor) -> None:
         self.maps = maps
-        self.pixels: int = max(1, min((values if maps.is_cpu else 32 * values) // maps.shape[1], maps.shape[2]))
+        self.pixels: int = max(1, min((TILE if maps.is_cpu else 32 * TILE) // maps.shape[1], maps.shape[2]))
         self.memory: dict[str, Tensor] = {}
 
     def __iter__(self) -> Iterator[tuple[int, slice]]:
@@ -188,7 +188,7 @@ def forward(
     """z `[B, O, *S]`, what the backward pass reads (h of both layers of phi, w, G [y, x]), and the statistics."""
     x, dtype, exact = maps_of(feats), product_dtype(feats), statistics_dtype(feats)
     pixel_in, pixel_out, fusing = (each.to(dtype) for each in (pixel_in, pixel_out, fusing))
-    tiles = Tiles(x, TILE)
+    tiles = Tiles(x)
     layers = settings.layers(vectors)
     depth, outputs, regions = len(pixel_in), len(fusing), key.shape[2]
     hidden_in, hidden_out = empty_maps(x, depth), empty_maps(x, len(pixel_out))
@@ -257,7 +257,7 @@ def backward(
     """
     x, dtype, exact = maps_of(feats), product_dtype(feats), statistics_dtype(feats)
     pixel_in, pixel_out, fusing = (each.to(dtype) for each in (pixel_in, pixel_out, fusing))
-    tiles = Tiles(x, TILE)
+    tiles = Tiles(x)
     *maps, statistics = saved
     hidden_in, hidden_out, weights, fused = (each.flatten(2) for each in maps)
     incoming = grad.flatten(2)
@@ -368,38 +368,27 @@ def infer(
     z_i = rho(G_y y_i + G_x x_i + g)  (Eq. 6)
     """
     x, dtype = maps_of(feats), product_dtype(feats)
-    layers, (up_bias, on_context, on_pixels, bias, *classifier) = split_weights(
-        [each.to(dtype) if each.dim() > 1 else each for each in weights]
-    )
-    keys, contexts = key.to(dtype).mT.contiguous(), contexts.to(dtype)  # [B, K, D], [B, Y, K]
+    layers, (up_bias, on_context, on_pixels, bias, *classifier) = split_weights([each.to(dtype) for each in weights])
+    keys = (scale * key.to(statistics_dtype(key))).to(dtype).mT.contiguous()  # [B, K, D]
+    contexts = contexts.to(dtype)  # [B, Y, K]
+    fusing = torch.cat((on_context, on_pixels), 1)
     result = (out[:, None] if output == "classes" else out).flatten(2)
-    exact = torch.promote_types(dtype, bias.dtype)
-    tiles = Tiles(x, INFERENCE_TILE)
+    tiles = Tiles(x)
     for image, part in tiles:
-        pixels = query = x[image][:, part].to(dtype)  # [C, T]
+        both = tiles.empty("both", fusing.shape[1], part, dtype)
+        context, pixels = both.split((on_context.shape[1], on_pixels.shape[1]))
+        query = pixels.copy_(x[image][:, part])  # [C, T]
         for i, ((weight, layer_bias), slope) in enumerate(zip(layers, slopes, strict=False)):
-            query = linear(weight, query, layer_bias[:, None], tiles.empty(f"query {i}", len(weight), part, exact))
-            query = activate_(query, slope).to(dtype)  # [D, T]
+            made = tiles.empty(f"query {i}", len(weight), part, dtype)
+            query = activate_(torch.addmm(layer_bias[:, None], weight, query, out=made), slope)  # [D, T]
         scores = torch.mm(keys[image], query, out=tiles.empty("scores", keys.shape[1], part, dtype))  # [K, T]
-        attention = F.softmax(scores.to(exact).mul_(scale), dim=0).to(dtype)
-        context = linear(contexts[image], attention, up_bias[:, None], tiles.empty("y", len(up_bias), part, exact))
-        context = activate_(context, slopes[2]).to(dtype)  # y, [Y, T]
-        out_tile = tiles.empty("z", len(bias), part, exact)
-        linear(on_context, context, linear(on_pixels, pixels, bias[:, None], out_tile), out_tile)
-        activate_(out_tile, slopes[3])  # z, [O, T]
-        if classifier:
-            weight, layer_bias = classifier
-            logits = tiles.empty("logits", len(weight), part, exact)
-            out_tile = linear(weight, out_tile.to(dtype), layer_bias[:, None], logits)
-        result[image][:, part] = out_tile.argmax(0) if output == "classes" else out_tile
-
-
-def linear(matrix: Tensor, tile: Tensor, added: Tensor, out: Tensor) -> Tensor:
-    """The product and what is added to it; if `out` has another dtype, the product is rounded to the matrix's first."""
-    if out.dtype == matrix.dtype:
-        return torch.addmm(added, matrix, tile, out=out)
-    made = product(matrix, tile)
-    return out.add_(made) if added is out else out.copy_(made).add_(added)
+        attention = F.softmax(scores, dim=0)
+        activate_(torch.addmm(up_bias[:, None], contexts[image], attention, out=context), slopes[2])  # y, [Y, T]
+        z = tiles.empty("z", len(bias), part, dtype)
+        activate_(torch.addmm(bias[:, None], fusing, both, out=z), slopes[3])  # [O, T]
+        for weight, layer_bias in zip(classifier[::2], classifier[1::2], strict=True):
+            z = torch.addmm(layer_bias[:, None], weight, z, out=tiles.empty("logits", len(weight), part, dtype))
+        result[image][:, part] = z.argmax(0) if output == "classes" else z
 
 
 def query_of(feats: Tensor, weights: Sequence[Tensor], slopes: Sequence[float]) -> Tensor:
