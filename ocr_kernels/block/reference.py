@@ -216,7 +216,7 @@ def forward(
 
     y = contexts_of(contexts.to(exact), weights, tiles)
     up = y.norm(layers[2])
-    normalised = y.normalised(up)
+    normalised = [each.to(dtype) for each in y.normalised(up)]
     moments = Moments(layers[3])
     for image, part in tiles:
         both, _ = _joined(normalised, up, image, part, x, weights, settings, tiles)
@@ -232,7 +232,7 @@ def forward(
 
 
 def _joined(
-    normalised: tuple[Tensor, Tensor], up: Norm, image: int, part: slice, x: Tensor, weights: Tensor,
+    normalised: Sequence[Tensor], up: Norm, image: int, part: slice, x: Tensor, weights: Tensor,
     settings: Settings, tiles: Tiles,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """What the fusing product takes of a tile, `[Y + C, T]`, and its part that is y."""
@@ -242,9 +242,8 @@ def _joined(
     sizes = [contexts, channels] if settings.context_first else [channels, contexts]
     inside, pixels = both.split(sizes)[:: 1 if settings.context_first else -1]
     pixels.copy_(x[image][:, part])
-    made = torch.addmm(offset, matrix, weights[image][:, part].to(matrix.dtype))
-    inside.copy_(activate_(made, up.layer.slope))
-    return both, inside
+    torch.addmm(offset, matrix, weights[image][:, part].to(matrix.dtype), out=inside)
+    return both, activate_(inside, up.layer.slope)
 
 
 def backward(
@@ -286,12 +285,13 @@ def backward(
     dfusing = torch.zeros_like(fusing, dtype=exact)
     dweights = empty_maps(x, key.shape[2], exact)
     normalised = y.normalised(up)
+    rounded = [each.to(dtype) for each in normalised]
     outer = torch.zeros_like(y.centred)  # sum_i dy_i (w_i - mean)', [B, Y, K]
     total = torch.zeros_like(y.means)  # sum_i dy_i
     for image, part in tiles:
         d = of_z(image, part)
         d = through(affine, d, fused[image][:, part], d).to(dtype)
-        both, inside = _joined(normalised, up, image, part, x, weights, settings, tiles)
+        both, inside = _joined(rounded, up, image, part, x, weights, settings, tiles)
         if needs[4]:
             dfusing += d @ both.t()
         if need_feats:
