@@ -46,7 +46,7 @@ import ocr_kernels.gather.triton
 from ocr_kernels.bench.cases import CASES, Case, Pass
 from ocr_kernels.block.norms import Settings
 from ocr_kernels.core.layout import statistics_dtype
-from ocr_kernels.core.triton_host import DeviceFacts
+from ocr_kernels.core.tiles import DeviceFacts
 
 NVIDIA = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TYPES = {

@@ -9,10 +9,10 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from math import ceil
 from multiprocessing import get_context
 from typing import NamedTuple
@@ -26,6 +26,8 @@ from benchmarks import codegen
 from benchmarks.assembly import LOADS, MEMORY, Loop, Op, read_code
 from benchmarks.codegen import ARCHITECTURES, Call, Launch, Resources, Shape
 from ocr_kernels.bench.cases import CASES, SUBJECTS
+from ocr_kernels.bench.tune import RULES, climb, described, taken
+from ocr_kernels.core.tiles import Problem, Tile, TileRule
 
 
 @dataclass(frozen=True)
@@ -274,11 +276,34 @@ def faults(found: Estimate, device: Device) -> list[str]:
     return [problem for problem, present in problems.items() if present]
 
 
+def search(device: Device, run: Callable[[], None], estimates: Callable[[list[Call]], Iterable[Estimate]]) -> None:
+    """Print the tiles that are best by the model, each with the time of all that `run` launches."""
+
+    def cost(rule: TileRule, problem: Problem, tile: Tile) -> float | None:
+        with taken(rule, problem, tile):
+            made = codegen.calls(device.architecture, run)
+        try:
+            found = list(estimates(made))
+        except Exception:  # of the compiler, which gives up in many ways, or of what the model cannot count
+            return None
+        return None if any("spills" in faults(one, device) for one in found) else sum(one.time for one in found)
+
+    for rule in RULES:
+        rule.chosen.clear()
+    codegen.calls(device.architecture, run)
+    for rule, problem, tile in [(r, p, t) for r in RULES for p, t in r.chosen.items() if t]:
+        costs = cache(partial(cost, rule, problem))
+        best = climb(tile, problem, rule.free, costs)
+        change = f" -> {described(best)}: {costs(best):.1f} us" if best != tile else ""
+        print(f"  {rule.name:32} {described(tile)}: {costs(tile) or float('nan'):.1f} us{change}", flush=True)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.predictor", description=__doc__.splitlines()[0])
     parser.add_argument("devices", nargs="*", choices=[*DEVICES, []], help="default: all")
     parser.add_argument("--case", nargs="+", choices=CASES, default=["cityscapes-inference", "ade20k"])
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32", "float64"], default="bfloat16")
+    parser.add_argument("--search", action="store_true", help="look for better tiles, which takes minutes for a pass")
     args = parser.parse_args(argv)
     dtype = getattr(torch, args.dtype)
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
@@ -288,6 +313,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 shape = Shape(CASES[case], dtype)
                 print(f"{name}: {shape}\n{'':27}{HEADER}")
                 for (op, direction), run in shape.passes().items():
+                    if args.search:
+                        print(f"{op} {direction}")
+                        search(device, run, partial(pool.map, partial(estimate, device=device)))
+                        continue
                     made = codegen.calls(device.architecture, run)
                     estimates = list(pool.map(partial(estimate, device=device), made))
                     for one in estimates:

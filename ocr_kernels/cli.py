@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from ocr_kernels import __version__, check, demo, info
+from ocr_kernels.bench import tune
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,6 +35,7 @@ def _run(argv: Sequence[str]) -> int:
     for name, module, text in (
         ("info", info, "what this machine can run, and why not the rest"),
         ("check", check, "replace the OCR modules of your own model: report, error, time and bytes before and after"),
+        ("tune", tune, "find faster tiles for this machine's GPU, by timing, which the kernels take from then on"),
         ("demo", demo, "train a small OCR network on a photo, with and without the kernels, and draw what it sees"),
     ):
         command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")

@@ -17,10 +17,10 @@ import torch
 
 import ocr_kernels
 from ocr_kernels.block.registration import IMPLEMENTED
-from ocr_kernels.core import libraries
+from ocr_kernels.core import libraries, tuned
 from ocr_kernels.core.backends import BACKENDS, Backend, available_backends, resolve_backend
 
-ENVIRONMENT = ("OCR_KERNELS_BACKEND", "OCR_KERNELS_ISA", "OCR_KERNELS_LIBRARY", "TRITON_INTERPRET")
+ENVIRONMENT = ("OCR_KERNELS_BACKEND", "OCR_KERNELS_ISA", "OCR_KERNELS_LIBRARY", tuned.VARIABLE, "TRITON_INTERPRET")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -106,6 +106,7 @@ def _gpu(index: int) -> dict[str, Any]:
         "capability": f"{properties.major}.{properties.minor}",
         "memory": properties.total_memory,
         "multiprocessors": properties.multi_processor_count,
+        "tuned_tiles": tuned.state(tuned.file(properties.name), properties.name),
         "l2_cache": properties.L2_cache_size,
         # what one block may have after asking for it; AMD's devices have one limit
         "shared_memory_per_block": getattr(
@@ -143,5 +144,6 @@ def _describe(device: dict[str, Any]) -> str:
     return (
         f"{device['name']}, capability {device['capability']}, {device['memory'] / 2**30:.0f} GiB, "
         f"{device['multiprocessors']} multiprocessors, {device['l2_cache'] / 2**20:.0f} MiB L2, "
-        f"{device['shared_memory_per_block'] / 2**10:.0f} KiB shared memory per block"
+        f"{device['shared_memory_per_block'] / 2**10:.0f} KiB shared memory per block, "
+        f"tuned tiles: {device['tuned_tiles']}"
     )

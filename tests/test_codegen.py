@@ -18,7 +18,8 @@ from ocr_kernels.attention import tiles as attention
 from ocr_kernels.bench.cases import Case
 from ocr_kernels.block.triton_inference import PIXELS_AT_ONCE, pixels_at_once
 from ocr_kernels.core.backends import interpreting
-from ocr_kernels.core.triton_host import Problem, TileTable, numbers_of, split
+from ocr_kernels.core.tiles import Problem, TileTable
+from ocr_kernels.core.triton_host import numbers_of, split
 from ocr_kernels.gather import tiles as gather
 
 

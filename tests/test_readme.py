@@ -42,7 +42,7 @@ def test_links_of_a_page(page: Path) -> None:
 
 OTHERS = ["RELEASING.md", "SECURITY.md", "examples/cpp/README.md", ".github/pull_request_template.md"]
 COMMANDS = {"make": re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)}
-COMMANDS |= {"ocr-kernels": ["bench", "check", "demo", "info"]}
+COMMANDS |= {"ocr-kernels": ["bench", "check", "demo", "info", "tune"]}
 
 
 @pytest.mark.parametrize("page", [*PAGES, *(ROOT / name for name in OTHERS)], ids=lambda page: page.name)

@@ -21,7 +21,8 @@ from ocr_kernels.attention import registration as attention
 from ocr_kernels.block import registration as block
 from ocr_kernels.block import tiles
 from ocr_kernels.core.backends import interpreting
-from ocr_kernels.core.triton_host import Problem, device_facts
+from ocr_kernels.core.tiles import Problem
+from ocr_kernels.core.triton_host import device_facts
 from ocr_kernels.gather import registration as gather
 
 pytestmark = pytest.mark.skipif(not interpreting(), reason="counts in Triton's interpreter; set TRITON_INTERPRET=1")

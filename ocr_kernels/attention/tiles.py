@@ -5,10 +5,11 @@ from __future__ import annotations
 import functools
 from dataclasses import replace
 
-from ocr_kernels.core.triton_host import ANY, Problem, Tile, TileTable, has_wgmma, padded
+from ocr_kernels.core.tiles import ANY, Problem, Tile, TileRule, TileTable, has_wgmma, padded
 
 # All regions if they are up to 256, then pixels, then channels.
 FORWARD = TileTable(
+    "attention.forward",
     {
         2: (
             Tile(regions=256, channels=64, pixels=128, stages=3, when=has_wgmma),
@@ -24,11 +25,12 @@ FORWARD = TileTable(
             Tile(regions=64, up_to=ANY, channels=32, pixels=32, stages=2),
         ),
         8: (Tile(regions=64, up_to=ANY, channels=16, pixels=16),),
-    }
+    },
 )
 
 # The maps of the backward pass: the same order.
 MAPS = TileTable(
+    "attention.maps",
     {
         2: (
             Tile(regions=128, channels=64, pixels=64, stages=3),
@@ -46,11 +48,12 @@ MAPS = TileTable(
             Tile(regions=256, channels=16, pixels=16),
             Tile(regions=128, up_to=ANY, channels=16, pixels=16),
         ),
-    }
+    },
 )
 
 # Sums over pixels: all regions if they are up to 256, then as many channels as registers hold.
 SUMS = TileTable(
+    "attention.sums",
     {
         2: (
             Tile(regions=128, channels=128, pixels=32, stages=3),
@@ -66,7 +69,7 @@ SUMS = TileTable(
             Tile(regions=256, channels=32, pixels=16),
             Tile(regions=128, up_to=ANY, channels=32, pixels=16),
         ),
-    }
+    },
 )
 
 
@@ -91,8 +94,7 @@ def _is_one_pass(problem: Problem) -> bool:
     return regions <= 128 and (channels + outputs) * regions * problem.itemsize <= 32768
 
 
-@functools.cache
-def forward_in_one_pass(problem: Problem) -> Tile | None:
+def _forward_in_one_pass(problem: Problem) -> Tile | None:
     if problem.itemsize > 2 or not _is_one_pass(problem):
         return None
     regions, channels, outputs = map(padded, (problem.regions, problem.channels, problem.outputs))
@@ -102,8 +104,7 @@ def forward_in_one_pass(problem: Problem) -> Tile | None:
     return Tile(regions, channels, outputs, pixels, warps=4, stages=3)
 
 
-@functools.cache
-def backward_in_one_pass(problem: Problem) -> Tile | None:
+def _backward_in_one_pass(problem: Problem) -> Tile | None:
     if not _is_one_pass(problem):
         return None
     regions, channels, outputs = map(padded, (problem.regions, problem.channels, problem.outputs))
@@ -115,3 +116,7 @@ def backward_in_one_pass(problem: Problem) -> Tile | None:
         step, stages = (32768, 1) if problem.scattered else (16384, 3)
     pixels = max(16, min(64, 2048 // regions, step // (2 * max(channels, outputs) * problem.itemsize)))
     return Tile(regions, channels, outputs, pixels, stages=stages)
+
+
+FORWARD_IN_ONE_PASS = TileRule("attention.forward_in_one_pass", _forward_in_one_pass, ("pixels",))
+BACKWARD_IN_ONE_PASS = TileRule("attention.backward_in_one_pass", _backward_in_one_pass, ("pixels",))

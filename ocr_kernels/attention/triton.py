@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ocr_kernels.attention import tiles
 from ocr_kernels.core.layout import statistics_dtype
+from ocr_kernels.core.tiles import Problem, Tile, has_wgmma
 from ocr_kernels.core.triton_device import (
     add_product,
     finite,
@@ -33,14 +34,11 @@ from ocr_kernels.core.triton_device import (
     transposed,
 )
 from ocr_kernels.core.triton_host import (
-    Problem,
-    Tile,
     aligned_rows,
     alignment,
     cdiv,
     constants,
     device_facts,
-    has_wgmma,
     numbers_of,
     round_up,
     split,
@@ -180,7 +178,7 @@ def forward(out: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: float
     _, value_channels, regions = value.shape
     numbers, problem = numbers_of(q), _problem(q, value, y)
     with torch.cuda.device_of(q):
-        if tile := tiles.forward_in_one_pass(problem):
+        if tile := tiles.FORWARD_IN_ONE_PASS.choose(problem):
             split_length, splits = split(pixels, tile.pixels, batch, 2 * problem.device.multiprocessors)
             pixel_region_attention_forward_few_kernel[(batch * splits,)](
                 y, y.stride(), q, q.stride(), key, key.stride(), value, value.stride(),
@@ -398,7 +396,7 @@ def backward(
     q, dy, dq = query.flatten(2), grad.flatten(2), None if dquery is None else dquery.flatten(2)
     problem = _problem(q, value, dy, q if dq is None else dq)
     with torch.cuda.device_of(q):
-        if tile := tiles.backward_in_one_pass(problem):
+        if tile := tiles.BACKWARD_IN_ONE_PASS.choose(problem):
             pixels_first = problem.itemsize == 2 and has_wgmma(problem)
             _backward_in_one_pass(tile, pixels_first, dq, dkey, dvalue, dy, q, key, value, scale)
         else:

@@ -419,12 +419,12 @@ class Workload:
                 if self._accepts(kernel):
                     functions[name] = functools.partial(scaled_dot_product, backend=kernel)
         for backend in self.backends():
-            functions[backend] = self._ours(backend)
+            functions[backend] = self.ours(backend)
         if TOGETHER in self.peers and self.subject.automatic:
-            functions[TOGETHER] = _compiled(self._ours(self.backends()[0]))
+            functions[TOGETHER] = _compiled(self.ours(self.backends()[0]))
         return functions
 
-    def _ours(self, backend: Backend) -> Function:
+    def ours(self, backend: Backend) -> Function:
         function = self._ready(self.subject.ours(self.case, backend))
         self.subject.finish(function)  # type: ignore[arg-type]
         return function

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ocr_kernels.core.triton_host import ANY, Problem, Tile, TileTable, has_wgmma, is_scattered
+from ocr_kernels.core.tiles import ANY, Problem, Tile, TileTable, has_wgmma, is_scattered
 
 MOST = 256  # regions, and channels of keys, that fit in a program's registers
 
@@ -13,6 +13,7 @@ def has_scattered_wgmma(problem: Problem) -> bool:
 
 # All of D and all regions, then pixels, then channels; `outputs` are channels of q.
 WEIGHTS = TileTable(
+    "block.weights",
     {
         2: (
             Tile(regions=32, channels=64, outputs=64, pixels=128, stages=3, when=has_wgmma),
@@ -20,11 +21,12 @@ WEIGHTS = TileTable(
             Tile(regions=256, channels=64, outputs=64, pixels=64, stages=2, when=has_wgmma),
             Tile(regions=256, channels=32, outputs=32, pixels=64, stages=2),
         )
-    }
+    },
 )
 
 # As many outputs and pixels as registers hold, regions by 64. Each pixel of feats and z is scattered or not.
 FUSE = TileTable(
+    "block.fuse",
     {
         2: (
             Tile(regions=64, channels=64, outputs=128, pixels=128, stages=3, when=has_scattered_wgmma),
@@ -36,11 +38,11 @@ FUSE = TileTable(
             Tile(regions=64, channels=32, outputs=128, pixels=128, stages=3),
             Tile(regions=64, up_to=256, channels=32, outputs=128, pixels=128, stages=2),
         )
-    }
+    },
 )
 
 # A product with nothing else in it.
-LINEAR = TileTable({2: (Tile(channels=32, outputs=128, pixels=128, stages=2),)})
+LINEAR = TileTable("block.linear", {2: (Tile(channels=32, outputs=128, pixels=128, stages=2),)})
 
 # Of kernels that have no product: they go over a map once.
 PASS = Tile(channels=32, pixels=128)
@@ -50,6 +52,7 @@ PARTS = Tile(channels=32, pixels=32, warps=4)
 
 # All regions, then pixels, then channels of keys.
 REGION_WEIGHTS = TileTable(
+    "block.region_weights",
     {
         2: (
             Tile(regions=64, channels=64, pixels=128, stages=2, when=has_wgmma),
@@ -61,20 +64,22 @@ REGION_WEIGHTS = TileTable(
             Tile(regions=256, channels=16, pixels=16, stages=2),
         ),
         8: (Tile(regions=256, channels=16, pixels=16),),
-    }
+    },
 )
 
 # Regions at a time, then pixels, then channels of contexts.
 CONTEXTS = TileTable(
+    "block.contexts",
     {
         2: (Tile(regions=64, up_to=ANY, channels=64, pixels=128, stages=2),),
         4: (Tile(regions=32, up_to=ANY, channels=64, pixels=64, stages=2),),
         8: (Tile(regions=16, up_to=ANY, channels=32, pixels=32),),
-    }
+    },
 )
 
 # All regions, then pixels, then regions of the product.
 SOFTMAX_GRADIENT = TileTable(
+    "block.softmax_gradient",
     {
         2: (
             Tile(regions=64, channels=32, pixels=128, stages=2, when=has_wgmma),
@@ -86,5 +91,5 @@ SOFTMAX_GRADIENT = TileTable(
             Tile(regions=256, channels=16, pixels=16, stages=2),
         ),
         8: (Tile(regions=256, channels=16, pixels=16),),
-    }
+    },
 )

@@ -20,6 +20,7 @@ from ocr_kernels.block.norms import Contexts, Gradients, Layer, Moments, Norm, S
 from ocr_kernels.block.reference import activation_backward_, empty_maps, maps_of
 from ocr_kernels.block.triton_inference import activated, infer
 from ocr_kernels.core.layout import empty_in_format, statistics_dtype
+from ocr_kernels.core.tiles import Problem
 from ocr_kernels.core.triton_device import (
     add_product,
     finite,
@@ -30,15 +31,7 @@ from ocr_kernels.core.triton_device import (
     store_tile,
     tile_of_program,
 )
-from ocr_kernels.core.triton_host import (
-    Problem,
-    aligned_rows,
-    cdiv,
-    constants,
-    device_facts,
-    numbers_of,
-    split,
-)
+from ocr_kernels.core.triton_host import aligned_rows, cdiv, constants, device_facts, numbers_of, split
 
 __all__ = ["backward", "forward", "infer"]
 

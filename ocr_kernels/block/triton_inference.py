@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ocr_kernels.block import reference, tiles
+from ocr_kernels.core.tiles import Problem, padded
 from ocr_kernels.core.triton_device import (
     add_product,
     image_of,
@@ -29,17 +30,7 @@ from ocr_kernels.core.triton_device import (
     tile_of_program,
     transposed,
 )
-from ocr_kernels.core.triton_host import (
-    Problem,
-    aligned_rows,
-    alignment,
-    cdiv,
-    constants,
-    device_facts,
-    numbers_of,
-    padded,
-    round_up,
-)
+from ocr_kernels.core.triton_host import aligned_rows, alignment, cdiv, constants, device_facts, numbers_of, round_up
 
 
 @triton.jit

@@ -1,12 +1,12 @@
-"""What the launchers of the Triton kernels share: dtypes, tiles, splits, alignment, and facts about the device."""
+"""What the launchers of the Triton kernels share: dtypes, splits, alignment, and facts about the device."""
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ocr_kernels.core.backends import interpreting
 from ocr_kernels.core.layout import statistics_dtype
+from ocr_kernels.core.tiles import NEVER_FUSED, DeviceFacts, Tile, padded
 from ocr_kernels.core.triton_device import sum_splits_kernel
 
 TL = {torch.float64: tl.float64, torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -24,26 +25,14 @@ TL = {torch.float64: tl.float64, torch.float32: tl.float32, torch.bfloat16: tl.b
 FLOAT16_LIFT = 2.0**15
 
 
-class DeviceFacts(NamedTuple):
-    """What tiles depend on."""
-
-    multiprocessors: int
-    shared_memory: int  # bytes that one program may use
-    capability: tuple[int, int] | None  # compute capability; None: AMD's
-
-    @property
-    def has_matrix_units(self) -> bool:
-        """Whether Triton multiplies 16-bit tiles on them."""
-        return self.capability is None or self.capability >= (8, 0)
-
-
 @functools.cache
 def device_facts(device: torch.device) -> DeviceFacts:
     if device.type != "cuda" or interpreting():
         return DeviceFacts(2, 232448, (9, 0))  # the interpreter: splits enough to be tested, tiles as on a large GPU
     properties = triton.runtime.driver.active.utils.get_device_properties(device.index)
     capability = None if torch.version.hip else torch.cuda.get_device_capability(device)
-    return DeviceFacts(int(properties["multiprocessor_count"]), int(properties["max_shared_mem"]), capability)
+    multiprocessors, shared_memory = int(properties["multiprocessor_count"]), int(properties["max_shared_mem"])
+    return DeviceFacts(multiprocessors, shared_memory, capability, torch.cuda.get_device_properties(device).name)
 
 
 # Dtypes
@@ -84,102 +73,6 @@ def tl_dtype(dtype: torch.dtype) -> tl.dtype:
     if dtype not in TL:
         raise TypeError(f"the kernels take float64, float32, bfloat16 or float16, but not {dtype}")
     return TL[dtype]
-
-
-# Tiles
-
-
-@dataclass(frozen=True)
-class Problem:
-    """What the choice of a tile depends on."""
-
-    itemsize: int  # bytes of an element that enters a product
-    device: DeviceFacts
-    channels: int
-    regions: int = 0
-    outputs: int = 0  # channels that are made from others, or those of an attention's values
-    scattered: bool = False  # whether tiles take more registers: of wider elements, or with an address for each
-
-
-def always(problem: Problem) -> bool:
-    return True
-
-
-def has_wgmma(problem: Problem) -> bool:
-    """Whether matrix units read their operands from shared memory: wgmma, and its successor tcgen05."""
-    capability = problem.device.capability
-    return capability is not None and (9, 0) <= capability < (12, 0)
-
-
-def is_scattered(problem: Problem) -> bool:
-    return problem.scattered
-
-
-ANY = 1 << 62  # number of regions
-
-
-@dataclass(frozen=True)
-class Tile:
-    """How much of each dimension a program holds at a time, in powers of two, and how it runs."""
-
-    regions: int = 0
-    channels: int = 0
-    outputs: int = 0
-    pixels: int = 0
-    warps: int = 8
-    stages: int = 1  # of the pipeline of loads: from three on, some are under way while others are waited for
-    last_regions: int = 0  # a second tile of them, where a power of two holds too many
-    resident: int = 1  # programs that a multiprocessor holds at a time
-    shared: int = 0  # KiB of shared memory, where not every GPU has as much
-    up_to: int = 0  # the most regions that the tile is for, by default those that it holds
-    when: Callable[[Problem], bool] = field(default=always, compare=False)
-
-    def fits(self, problem: Problem) -> bool:
-        has_memory = self.shared * 1024 <= problem.device.shared_memory
-        return problem.regions <= (self.up_to or self.all_regions) and has_memory and self.when(problem)
-
-    @property
-    def all_regions(self) -> int:
-        return self.regions + self.last_regions
-
-    def cut_to(self, problem: Problem) -> Tile:
-        """The tile, no larger than the problem."""
-        return replace(
-            self,
-            regions=self.regions and padded(problem.regions, self.regions),
-            channels=self.channels and padded(problem.channels, self.channels),
-            outputs=self.outputs and padded(problem.outputs, self.outputs),
-        )
-
-    @functools.cached_property
-    def arguments(self) -> dict[str, int]:
-        """As arguments of a launch."""
-        sizes = {"BLOCK_K": self.regions, "BLOCK_L": self.last_regions, "BLOCK_C": self.channels}
-        sizes |= {"BLOCK_O": self.outputs, "BLOCK_N": self.pixels}
-        blocks = {name: size for name, size in sizes.items() if size}
-        return blocks | {"num_warps": self.warps, "num_stages": self.stages} | NEVER_FUSED
-
-
-# A product and a sum that become one instruction are rounded once. A score would then be another number in the backward
-# pass than in the forward one, by as much as its rounding, which is no small number where the score is large.
-NEVER_FUSED = {"enable_fp_fusion": False}
-
-
-class TileTable:
-    """The tiles of a kernel, by the bytes of an element that enters a product. The first that fits is taken."""
-
-    def __init__(self, tiles: Mapping[int, Sequence[Tile]]) -> None:
-        self.tiles = tiles
-        self.choose: Callable[[Problem], Tile] = functools.cache(lambda problem: self.candidates(problem)[0])
-
-    def candidates(self, problem: Problem) -> list[Tile]:
-        """All that could be taken."""
-        return [tile.cut_to(problem) for tile in self.tiles[problem.itemsize] if tile.fits(problem)]
-
-
-def padded(size: int, most: int = 1 << 30) -> int:
-    """A tile's length along a dimension of `size`: a power of two from 16, the least a matrix unit takes, to `most`."""
-    return max(16, min(1 << (size - 1).bit_length(), most))
 
 
 # Addresses

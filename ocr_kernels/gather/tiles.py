@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from ocr_kernels.core.triton_host import ANY, Tile, TileTable, has_wgmma, is_scattered
+from ocr_kernels.core.tiles import ANY, Tile, TileTable, has_wgmma, is_scattered
 
 FEW = 64
 """Regions up to which their maxima are found on the way."""
 
 # All regions, then as many channels as registers hold.
 FORWARD = TileTable(
+    "gather.forward",
     {
         2: (
             Tile(regions=32, channels=128, pixels=64, stages=3, when=is_scattered),
@@ -19,11 +20,12 @@ FORWARD = TileTable(
         ),
         4: (Tile(regions=64, channels=64, pixels=16, stages=2, resident=2),),
         8: (Tile(regions=64, channels=32, pixels=16, resident=2),),
-    }
+    },
 )
 
 # All regions if they are up to 256, in two tiles, then as many channels as registers hold. Logits are scattered or not.
 FORWARD_MANY = TileTable(
+    "gather.forward_many",
     {
         2: (
             Tile(regions=64, last_regions=64, channels=128, pixels=32, stages=3),
@@ -46,11 +48,12 @@ FORWARD_MANY = TileTable(
             Tile(regions=128, last_regions=64, up_to=ANY, channels=32, pixels=16),
         ),
         8: (Tile(regions=64, last_regions=64, up_to=ANY, channels=32, pixels=16),),
-    }
+    },
 )
 
 # All regions if they are up to 256, then pixels, then channels. Pixels are scattered or not.
 BACKWARD = TileTable(
+    "gather.backward",
     {
         2: (
             Tile(regions=64, channels=32, pixels=64, stages=3, when=is_scattered),
@@ -76,5 +79,5 @@ BACKWARD = TileTable(
             Tile(regions=128, up_to=ANY, channels=16, pixels=16, shared=96),
             Tile(regions=64, up_to=ANY, channels=16, pixels=16),
         ),
-    }
+    },
 )

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ocr_kernels.core.tiles import NEVER_FUSED, Problem, padded
 from ocr_kernels.core.triton_device import (
     add_product,
     exponential,
@@ -25,18 +26,7 @@ from ocr_kernels.core.triton_device import (
     store_tile,
     tile_of_program,
 )
-from ocr_kernels.core.triton_host import (
-    NEVER_FUSED,
-    Problem,
-    alignment,
-    cdiv,
-    constants,
-    device_facts,
-    numbers_of,
-    padded,
-    round_up,
-    split,
-)
+from ocr_kernels.core.triton_host import alignment, cdiv, constants, device_facts, numbers_of, round_up, split
 from ocr_kernels.gather import tiles
 
 
