@@ -22,6 +22,10 @@ from ocr_kernels.core.backends import BACKENDS, Backend, available_backends, res
 
 ENVIRONMENT = ("OCR_KERNELS_BACKEND", "OCR_KERNELS_ISA", "OCR_KERNELS_LIBRARY", tuned.VARIABLE, "TRITON_INTERPRET")
 
+SPEED = (  # of the library for GPUs: by the bytes that it moves, see docs/design.md
+    "not measured; expect the attention's backward pass of up to 64 regions to be slower than PyTorch's own"
+)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -69,7 +73,10 @@ def _library(device_type: str) -> dict[str, str] | str:
     problem, file = libraries.problem(device_type), libraries.library(device_type)
     if problem is not None and (device_type == "cpu" or not file.is_file()):
         return problem
-    return {"file": str(file), **libraries.facts(device_type), **({"not in use": problem} if problem else {})}
+    facts = {"file": str(file), **libraries.facts(device_type)}
+    if device_type == "cuda":
+        facts["speed"] = SPEED
+    return {**facts, **({"not in use": problem} if problem else {})}
 
 
 def _version(package: str) -> str | None:

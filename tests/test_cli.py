@@ -31,6 +31,20 @@ def test_info_as_json_is_what_collect_returns(capsys: pytest.CaptureFixture[str]
     assert json.loads(capsys.readouterr().out) == info.collect()
 
 
+def test_info_says_what_to_expect_of_the_library_for_gpus(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "library.so").touch()
+    monkeypatch.setattr(info.libraries, "problem", lambda kind: None)
+    monkeypatch.setattr(info.libraries, "library", lambda kind: tmp_path / "library.so")
+    monkeypatch.setattr(info.libraries, "facts", lambda kind: {"version": "1"})
+    assert main(["info"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "speed" in line]
+    assert len(lines) == 1
+    assert "cuda, speed" in lines[0]
+    assert "slower than PyTorch's own" in lines[0]
+
+
 def test_info_shows_environment_variables_and_what_they_do() -> None:
     result = python("-m", "ocr_kernels", "info", "--json", OCR_KERNELS_BACKEND="reference", TRITON_INTERPRET="1")
     report = json.loads(result.stdout)

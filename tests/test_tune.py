@@ -240,6 +240,7 @@ def test_the_command_says_why_it_cannot_run(capsys: pytest.CaptureFixture[str]) 
     assert python("-m", "ocr_kernels", "tune", "--cases", "nowhere").returncode == 2
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="tunes for a GPU")
 @pytest.mark.gpu
 def test_the_command_on_a_gpu(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["tune", "--cases", "interactive", "--subjects", "gather", "--seconds", "0.01"]) == 0
