@@ -318,7 +318,28 @@ def test_a_page_of_everything(share: journal.Share, tmp_path: Path) -> None:
     assert "* tests crashed: test_x: E   assert\n* tests failed: test_parity.py::test_regions[0] (30 times): E" in text
     assert text.count("memcheck: Invalid __global__ read") == 1
     assert "| triton attention tiny | gather_kernel | 85.6 | 41.2% | 20% | 12.5% | long_scoreboard |" in text
+    loses = "attention tiny contiguous backward: native loses 2000 us, slower than eager"
+    assert f"* {loses}\n" in text
     assert len(text.splitlines()) < 60
+
+
+def test_what_to_change_first_is_what_loses_most(share: journal.Share, tmp_path: Path) -> None:
+    lines = [{**result(eager=2e-3, triton=time), "floor": 5e-4, "case": case} for case, time in
+             (("lip", 6e-4), ("ade20k", 3e-3), ("interactive", 4e-4))]  # fmt: skip
+    write = share.journal.write
+    write(about={"gpu": "NVIDIA H100", "commit": "abc", "seconds": 540, "steps": ["times"]})
+    for of, subject, found in (
+        ("times", "attention", lines),
+        ("profile", "triton attention ade20k bfloat16 contiguous", profile.parse(NCU)),
+    ):
+        write(step=of, process="1", subject=subject, state="passed", seconds=1.0, result=found)
+    (tmp_path / LOG).touch()
+    text = page.write(tmp_path).partition("## What to change first")[2].partition("##")[0]
+    assert [line for line in text.splitlines() if line.startswith("*")] == [
+        "* attention ade20k contiguous forward: triton loses 2500 us, slower than eager; "
+        "gather_kernel takes 85.6 us and waits for long_scoreboard",
+        "* attention lip contiguous forward: triton loses 100 us",
+    ]
 
 
 NCU = """==PROF== Profiling "gather_kernel" - 0: 0%....50%....100% - 12 passes

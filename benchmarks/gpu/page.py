@@ -16,6 +16,7 @@ from ocr_kernels.bench.cases import COMPILED, EAGER, sweep_of
 from ocr_kernels.bench.report import Grid, Results, grouped, share_of_floor, times_faster
 
 MOST = 25  # entries of a list
+LOSSES = 8  # of what to change
 SANITIZER = re.compile(r"memcheck\.\d+ \| =+ ((?:Invalid|Misaligned|Error|ERROR SUMMARY: [1-9]).*)")
 
 
@@ -70,6 +71,8 @@ def blocks(journal: Journal, results: Results, log: Path) -> Iterator[str]:
             + _speed(results).markdown()
         )
     kernels = journal.results("profile")
+    if results:
+        yield "## What to change first\nWhere most time is lost over the floor.\n\n" + _list(_losses(results, kernels))
     if kernels:
         yield "## Kernels of those furthest from their floor\n" + _kernels(kernels).markdown()
     unreached = {step: journal.unreached(step) for step in about["steps"]}
@@ -135,6 +138,28 @@ def _cell(lines: Results) -> str:
     ratios = (times_faster(lines, name, peer) for peer in (EAGER, COMPILED))
     cells = [str(ratio) if ratio else "-" for ratio in ratios]
     return " ".join([name[0], f"{lines[0]['times'][name]['median'] * 1e6:.0f} us", f"{share:.0%}", *cells])
+
+
+def _losses(results: Results, kernels: dict[str, Sequence[dict[str, Any]]]) -> list[str]:
+    """Of each subject and case that which loses most, and what its longest kernel waits for."""
+    found: dict[tuple[str, str], tuple[float, str]] = {}
+    for line in results:
+        times = {name: line["times"][name]["median"] for name in line["ours"] if name in line["times"]}
+        if not times or line["subject"] not in FIRST or sweep_of(line["case"]):
+            continue
+        name = min(times, key=times.__getitem__)
+        lost, key = times[name] - line["floor"], (line["subject"], line["case"])
+        slower = [peer for peer in (EAGER, COMPILED) if (ratio := times_faster([line], name, peer)) and ratio.times < 1]
+        text = f"{' '.join(key)} {line['memory_format']} {line['pass']}: {name} loses {lost * 1e6:.0f} us"
+        text += f", slower than {' and '.join(slower)}" if slower else ""
+        profiled = [
+            k for job, ks in kernels.items() if job.startswith(f"{name} {' '.join(key)}") for k in ks if k["us"]
+        ]
+        if profiled:
+            longest = max(profiled, key=lambda kernel: float(kernel["us"]))
+            text += f"; {longest['kernel']} takes {longest['us']:.3g} us and waits for {longest['stall']}"
+        found[key] = max(found.get(key, (0.0, "")), (lost, text))
+    return [text for lost, text in sorted(found.values(), reverse=True)[:LOSSES] if lost > 0]
 
 
 def _kernels(found: dict[str, Sequence[dict[str, Any]]]) -> Grid:
