@@ -43,7 +43,7 @@ def neighbours(tile: Tile, problem: Problem, free: Sequence[str]) -> Iterator[Ti
         steps["regions"] = tile.regions // 2, 2 * tile.regions
     for name, sizes in steps.items():
         for size in sizes:
-            other = replace(tile, **{name: max(16, size)}).cut_to(problem)
+            other = tile.resized({name: max(16, size)}).cut_to(problem)
             if other != tile:
                 yield other
     for warps in (tile.warps // 2, 2 * tile.warps):
@@ -61,10 +61,11 @@ def climb(tile: Tile, problem: Problem, free: Sequence[str], cost: Callable[[Til
         for other in neighbours(tile, problem, free):
             if other not in costs:
                 costs[other] = cost(other)
-        best = min((found for found in costs.items() if found[1] is not None), key=lambda found: found[1], default=None)
-        if best is None or best[0] == tile:
+        usable = {other: price for other, price in costs.items() if price is not None}
+        best = min(usable, key=usable.__getitem__, default=tile)
+        if best == tile:
             return tile
-        tile = best[0]
+        tile = best
 
 
 def difference(rule: TileRule, problem: Problem, tile: Tile) -> dict[str, int]:

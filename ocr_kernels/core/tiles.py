@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ocr_kernels.core import tuned
 
@@ -91,6 +91,11 @@ class Tile:
             outputs=self.outputs and padded(problem.outputs, self.outputs),
         )
 
+    def resized(self, sizes: Mapping[str, int]) -> Tile:
+        """The tile with other sizes, by name."""
+        others: dict[str, Any] = {**sizes}
+        return replace(self, **others)
+
     @functools.cached_property
     def arguments(self) -> dict[str, int]:
         """As arguments of a launch."""
@@ -118,7 +123,7 @@ class TileRule:
         if problem not in self.chosen:
             tile = self.rule(problem)
             sizes = tuned.read(problem.device.name).get((self.name, *problem.key), {})
-            self.chosen[problem] = tile and replace(tile, **sizes)
+            self.chosen[problem] = tile and tile.resized(sizes)
         return self.chosen[problem]
 
 
