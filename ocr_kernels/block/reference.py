@@ -283,24 +283,25 @@ def backward(
     halves = fusing.split([contexts_of_y, channels] if settings.context_first else [channels, contexts_of_y], 1)
     on_context, on_pixels = (half.t().contiguous() for half in halves[:: 1 if settings.context_first else -1])
     dfusing = torch.zeros_like(fusing, dtype=exact)
-    dweights = empty_maps(x, key.shape[2], exact)
-    normalised = y.normalised(up)
-    rounded = [each.to(dtype) for each in normalised]
+    dweights = empty_maps(x, key.shape[2], dtype)
+    normalised = [each.to(dtype) for each in y.normalised(up)]
+    on_weights = normalised[0].mT.contiguous()  # [B, K, Y]
     outer = torch.zeros_like(y.centred)  # sum_i dy_i (w_i - mean)', [B, Y, K]
     total = torch.zeros_like(y.means)  # sum_i dy_i
     for image, part in tiles:
         d = of_z(image, part)
         d = through(affine, d, fused[image][:, part], d).to(dtype)
-        both, inside = _joined(rounded, up, image, part, x, weights, settings, tiles)
+        both, inside = _joined(normalised, up, image, part, x, weights, settings, tiles)
         if needs[4]:
             dfusing += d @ both.t()
         if need_feats:
             multiply(on_pixels, d, dx[image][:, part])
-        dy = multiply(on_context, d, tiles.empty("contexts", len(on_context), part, dtype)).to(exact)
-        dy = activation_backward_(dy, inside.to(exact), up.layer.slope)
+        dy = multiply(on_context, d, tiles.empty("contexts", len(on_context), part, dtype))
+        dy = activation_backward_(dy, inside, up.layer.slope)
+        multiply(on_weights[image], dy, dweights[image][:, part])
+        dy = dy.to(exact)
         total[image] += dy.sum(1, keepdim=True)
         outer[image].addmm_(dy, (weights[image][:, part] - y.mean_weights[image]).t())
-        torch.mm(normalised[0][image].t(), dy, out=dweights[image][:, part])
 
     dup = Gradients(up)
     dup.add(*y.gradient_sums(up, outer, total).sum(0).unsqueeze(2))
@@ -309,18 +310,19 @@ def backward(
     # the softmax, and phi
     query, hidden = (second, hidden_out) if len(pixel_out) else (first, hidden_in)
     keys = settings.scale * key.to(exact)  # [B, D, K]
+    rounded_keys = keys.to(dtype)
     dkey = torch.zeros_like(keys)
     dquery = empty_maps(x, depth if need_phi else 0)
     dphi = [Gradients(first), Gradients(second)]
     dpixel_in, dpixel_out = torch.zeros_like(pixel_in, dtype=exact), torch.zeros_like(pixel_out, dtype=exact)
     outermost = dphi[len(pixel_out) > 0]
     for image, part in tiles if need_phi else ():
-        w, dw = weights[image][:, part].to(exact), dweights[image][:, part]
+        w, dw = weights[image][:, part].to(exact), dweights[image][:, part].to(exact)
         dw = dw.addmm_(matrix[image], w).add_(column[image])
         dw -= dw.gather(0, w.argmax(0, keepdim=True))  # a peak's gradient is then what is left, not rounding
         dscores = w * (dw - (w * dw).sum(0, keepdim=True))
         q = activated(query, hidden[image][:, part], tiles.empty("depth", depth, part, exact))
-        d = torch.mm(keys[image], dscores, out=tiles.empty("grad of depth", depth, part, exact))
+        d = multiply(rounded_keys[image], dscores.to(dtype), tiles.empty("grad of depth", depth, part, exact))
         d = activation_backward_(d, q, query.layer.slope)
         dkey[image].addmm_(q, dscores.t(), alpha=settings.scale)
         add_gradients(outermost, d, hidden[image][:, part], q)
