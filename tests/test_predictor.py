@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from fresh import python
@@ -12,9 +13,11 @@ pytest.importorskip("triton", reason="compiles with Triton")
 import ocr_kernels.attention.triton
 import ocr_kernels.core.triton_device
 import ocr_kernels.gather.triton
+from benchmarks import codegen, predictor
 from benchmarks.assembly import Loop, Op, read_code
-from benchmarks.codegen import Call, Launch, Resources
+from benchmarks.codegen import ARCHITECTURES, Call, Launch, Resources
 from benchmarks.predictor import DEVICES, LOOPS, Estimate, Warp, count_turns, estimate_of, faults
+from ocr_kernels.core.tiles import Problem, Tile, TileRule
 
 # Machine code
 
@@ -263,3 +266,34 @@ def test_kernels() -> None:
     assert kernel == "="  # the last line: a sum
     assert sorted(found - KNOWN) == [], "new faults"
     assert sorted(KNOWN - found) == [], "known faults that are no more"
+
+
+# The search
+
+
+def test_search_goes_to_what_the_model_likes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of tiles that spill, or that the compiler refuses, none is taken."""
+    rule = TileRule("some.rule", lambda problem: Tile(channels=64, pixels=64, warps=8, stages=2), ("pixels",))
+    problem = Problem(2, ARCHITECTURES["sm_90"].facts, channels=512)
+
+    def calls(architecture: str, run: Any) -> list[Call]:
+        tile = rule.choose(problem)
+        assert tile is not None
+        return [Call("op", 1, {"pixels": tile.pixels, "warps": tile.warps, "stages": tile.stages}, 0)]
+
+    def estimates(made: list[Call]) -> list[Estimate]:
+        (call,) = made
+        if call.numbers["stages"] > 2:
+            raise RuntimeError("the compiler gave up")
+        limit = "memory" if call.numbers["warps"] == 8 else "spills"
+        return [Estimate(call, 100.0 + abs(call.numbers["pixels"] - 16), 1.0, limit)]
+
+    monkeypatch.setattr(predictor, "RULES", [rule])
+    monkeypatch.setattr(predictor, "faults", lambda found, device: [found.limit] * (found.limit == "spills"))
+    monkeypatch.setattr(codegen, "calls", calls)
+    predictor.search(DEVICES["H100"], lambda: None, estimates)
+    printed = capsys.readouterr().out
+    assert "some.rule" in printed
+    assert "pixels=64 warps=8 stages=2: 148.0 us -> channels=64 pixels=16 warps=8 stages=2: 100.0 us" in printed
