@@ -84,6 +84,15 @@ def test_stays_where_nothing_is_cheaper() -> None:
     assert tune.climb(TILE, PROBLEM, ("channels",), lambda tile: 1.0 if tile == TILE else None) == TILE
 
 
+def test_what_was_taken_is_given_back() -> None:
+    """Also where nothing had been chosen yet."""
+    problem = replace(PROBLEM, regions=7, device=PROBLEM.device._replace(name=""))
+    gather.FORWARD.chosen.pop(problem, None)
+    with tune.taken(gather.FORWARD, problem, TILE):
+        assert gather.FORWARD.choose(problem) == TILE
+    assert gather.FORWARD.choose(problem) == gather.FORWARD.rule(problem)
+
+
 # Trials, in the interpreter
 
 CASE = Case("small", 2, 32, 16, 5, 6, 7)

@@ -77,7 +77,7 @@ def difference(rule: TileRule, problem: Problem, tile: Tile) -> dict[str, int]:
 @contextmanager
 def taken(rule: TileRule, problem: Problem, tile: Tile | None) -> Iterator[None]:
     """Inside this context the rule chooses this tile."""
-    before = rule.chosen.get(problem)
+    before = rule.choose(problem)
     rule.chosen[problem] = tile
     try:
         yield
