@@ -32,7 +32,7 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 from setuptools.errors import CompileError
 
-KERNELS = ["csrc/attention/cpu_kernels.cpp", "csrc/gather/cpu_kernels.cpp"]  # compiled once per instruction set
+KERNELS = [f"csrc/{op}/cpu_kernels.cpp" for op in ("attention", "block", "gather")]  # compiled once per instruction set
 OTHERS = ["csrc/cpu/registration.cpp"]  # compiled once
 FOR_GPUS = ["csrc/attention/gpu.cu", "csrc/gather/gpu.cu", "csrc/gpu/registration.cpp"]  # a library of its own
 STABLE_ABI = ("TORCH_TARGET_VERSION", "0x020b000000000000")  # PyTorch 2.11

@@ -85,6 +85,15 @@ class Call {
     view.data = const_cast<void*>(inputs_.back().const_data_ptr());
     return view;
   }
+  // A matrix that is read or written, in place; without data where there is none.
+  Tensor matrix(const char* name, const std::optional<Argument>& tensor, const Shape& shape, Dtype dtype,
+                bool is_written = false) {
+    if (!tensor) return {};
+    check(name, *tensor, shape, dtype);
+    const auto sizes = tensor->sizes(), strides = tensor->strides();
+    void* const data = is_written ? tensor->mutable_data_ptr() : const_cast<void*>(tensor->const_data_ptr());
+    return {data, dtype, 1, sizes[0], sizes[1], 0, strides[0], strides[1]};
+  }
   // The first: a [B, rows, *S] tensor of any sizes.
   Tensor input(const char* name, const Argument& tensor) {
     STD_TORCH_CHECK(tensor.dim() >= 3, name, " must have 3 dimensions or more, but has ", tensor.dim());
@@ -104,6 +113,10 @@ class Call {
   }
 
   template <class Arguments>
+  void run(const Arguments& arguments) const {
+    device_.run(arguments);
+  }
+  template <class Arguments>
   void run(const Arguments& arguments, const Tensor& pixels) {
     if (pixels.batch == 0 || pixels.columns == 0) {  // nothing but sums over no images or pixels
       for (Argument& output : outputs_) torch::stable::zero_(output);
@@ -111,7 +124,7 @@ class Call {
     }
     for (const Argument& output : outputs_)
       Device::prepare(output.mutable_data_ptr(), output.numel() * int64_t(output.element_size()));
-    device_.run(arguments);
+    run(arguments);
   }
 
  private:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 import ocr_kernels
-from ocr_kernels.block.registration import IMPLEMENTED
+from ocr_kernels.block.registration import implemented
 from ocr_kernels.core import libraries, tuned
 from ocr_kernels.core.backends import BACKENDS, Backend, available_backends, resolve_backend
 
@@ -43,9 +43,9 @@ def collect() -> dict[str, Any]:
     return {
         "backends": available_backends(),
         "chosen": {
-            kind + suffix: _chosen(kind, implemented)
+            kind + suffix: _chosen(kind, backends)
             for kind in ("cpu", "cuda")[: 2 if gpus else 1]
-            for suffix, implemented in (("", BACKENDS), (", ocr_block", IMPLEMENTED))
+            for suffix, backends in (("", BACKENDS), (", ocr_block", implemented(kind)))
         },
         "library": {kind: _library(kind) for kind in ("cpu", "cuda")},
         "versions": {

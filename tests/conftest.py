@@ -70,11 +70,12 @@ GPU = [
     pytest.param(("reference", "cuda"), marks=pytest.mark.gpu),
 ]
 NATIVE = [pytest.param(("native", "cpu"), marks=native_on("cpu"))]
-BLOCK_TARGETS = [("reference", "cpu"), ("triton", "cpu")]
+TARGETS = [("reference", "cpu"), ("triton", "cpu"), *NATIVE]
 if torch.cuda.is_available():
-    BLOCK_TARGETS[1:] = GPU
-    NATIVE.append(pytest.param(("native", "cuda"), marks=[pytest.mark.gpu, native_on("cuda")]))
-TARGETS = [*BLOCK_TARGETS, *NATIVE]
+    TARGETS[1:2] = GPU
+BLOCK_TARGETS = list(TARGETS)
+if torch.cuda.is_available():
+    TARGETS.append(pytest.param(("native", "cuda"), marks=[pytest.mark.gpu, native_on("cuda")]))
 
 
 @pytest.fixture(params=TARGETS, ids="-".join)
@@ -91,7 +92,7 @@ def kernels(request: pytest.FixtureRequest) -> tuple[str, str]:
 
 @pytest.fixture(params=BLOCK_TARGETS, ids="-".join)
 def block_target(request: pytest.FixtureRequest) -> tuple[str, str]:
-    """(backend, device) of the block for inference, which has no compiled kernels."""
+    """(backend, device) of the block, which has no compiled kernels for GPUs."""
     return request.param
 
 

@@ -2,7 +2,7 @@
 // processor.
 #include <torch/headeronly/version.h>
 
-#include "../ops.h"
+#include "../block/ops.h"
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -21,6 +21,7 @@ namespace ocr_kernels {
 #define OCR_DECLARE(isa)                                                                                               \
   namespace isa {                                                                                                      \
   OCR_DECLARE_KERNELS(Parallel)                                                                                        \
+  OCR_DECLARE_PASSES(Parallel)                                                                                         \
   }
 OCR_FOR_EACH_ISA(OCR_DECLARE)
 
@@ -93,10 +94,14 @@ std::string build_facts() {
 
 STABLE_TORCH_LIBRARY(ocr_kernels_native, m) {
   define_schemas(m);
+  Passes<Cpu>::define(m);
   m.def("build_facts() -> str");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(ocr_kernels_native, CPU, m) { Ops<Cpu>::implement(m); }
+STABLE_TORCH_LIBRARY_IMPL(ocr_kernels_native, CPU, m) {
+  Ops<Cpu>::implement(m);
+  Passes<Cpu>::implement(m);
+}
 
 STABLE_TORCH_LIBRARY_IMPL(ocr_kernels_native, CompositeExplicitAutograd, m) {
   m.impl("build_facts", TORCH_BOX(&build_facts));

@@ -248,6 +248,38 @@ OCR_INLINE void store(T* p, Vec<Lane> x, int64_t count) {
   memcpy(p, buffer, size_t(count) * sizeof(T));
 }
 
+// How much of a vector is there, for code that is compiled for either.
+struct Whole {};
+struct Part {
+  int64_t count;
+};
+template <class Lane, class T>
+OCR_INLINE Vec<Lane> load(const T* p, Whole) {
+  return load<Lane>(p);
+}
+template <class Lane, class T>
+OCR_INLINE Vec<Lane> load(const T* p, Part part) {
+  return load<Lane>(p, part.count);
+}
+template <class T, class Lane>
+OCR_INLINE void store(T* p, Vec<Lane> x, Whole) {
+  store(p, x);
+}
+template <class T, class Lane>
+OCR_INLINE void store(T* p, Vec<Lane> x, Part part) {
+  store(p, x, part.count);
+}
+template <class Lane>
+OCR_INLINE Vec<Lane> only(Vec<Lane> x, Whole) {
+  return x;
+}
+template <class Lane>
+OCR_INLINE Vec<Lane> only(Vec<Lane> x, Part part) {  // with 0 in the lanes that are not there
+  Lane lanes[Vec<Lane>::size];
+  store(lanes, x);
+  return load<Lane>(lanes, part.count);
+}
+
 // ---- arithmetic
 
 // a * b + c
@@ -294,13 +326,13 @@ OCR_INLINE Vec<Lane> min(Vec<Lane> a, Vec<Lane> b) {
 #endif
 }
 
-// x where a is above the limit, else 0
+// x where a is above the limit, else y
 template <class Lane>
-OCR_INLINE Vec<Lane> if_above(Vec<Lane> a, Lane limit, Vec<Lane> x) {
+OCR_INLINE Vec<Lane> if_above(Vec<Lane> a, Lane limit, Vec<Lane> x, Vec<Lane> y = Vec<Lane>()) {
 #if defined(__GNUC__)
-  return {a.v > limit ? x.v : Lanes<Lane>{}};
+  return {a.v > limit ? x.v : y.v};
 #else
-  for (int i = 0; i < Vec<Lane>::size; ++i) x.v[i] = a.v[i] > limit ? x.v[i] : Lane(0);
+  for (int i = 0; i < Vec<Lane>::size; ++i) x.v[i] = a.v[i] > limit ? x.v[i] : y.v[i];
   return x;
 #endif
 }

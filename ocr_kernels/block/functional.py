@@ -15,11 +15,7 @@ from torch.autograd import forward_ad
 
 from ocr_kernels.block import reference
 from ocr_kernels.block.layers import Layer, Norm
-from ocr_kernels.block.registration import (
-    IMPLEMENTED,
-    ocr_block_inference_op,
-    ocr_block_op,
-)
+from ocr_kernels.block.registration import implemented, ocr_block_inference_op, ocr_block_op
 from ocr_kernels.core.arguments import check_device, check_dtype, check_same_dtype, check_shape, check_tensors
 from ocr_kernels.core.backends import Backend, left_to_compiler, resolve_backend
 from ocr_kernels.core.layout import in_format, pixels, statistics_dtype
@@ -67,7 +63,7 @@ def ocr_block(
         scale: factor on the scores; `None` means `D ** -0.5`.
         context_first: whether g takes `[y, x]`, or `[x, y]`.
         mask: what z is multiplied by, `[B, O]`, as Dropout2d does; float32, or float64 for float64.
-        backend: `"reference"` or `"triton"`; `None` chooses (see `ocr_kernels.use_backend`).
+        backend: `"reference"`, `"triton"`, or on a CPU `"native"`; `None` chooses (see `ocr_kernels.use_backend`).
 
     Returns:
         z, `[B, O, *S]`, or logits, `[B, L, *S]`, in the dtype and the memory format (contiguous or channels last) of
@@ -130,7 +126,7 @@ def ocr_block(
         contexts = contexts if up is None or up.weight is None else torch.matmul(up.weight.to(exact), contexts)
     none = feats.new_empty(0, dtype=exact)
     second = pixel[1].weight if len(pixel) == 2 else feats.new_empty(0)
-    chosen = resolve_backend(feats.device, backend, IMPLEMENTED)
+    chosen = resolve_backend(feats.device, backend, implemented(feats.device.type))
     z, *_, statistics = ocr_block_op(
         feats, key, pixel[0].weight, second, fusing.weight, contexts, *vectors, none if mask is None else mask,
         scale, slopes, eps, names, context_first, chosen,
@@ -197,7 +193,8 @@ class FoldedBlock(NamedTuple):
         arguments = feats, key, self.contexts(value), self.weights, scale, self.slopes, self.output
         if left_to_compiler(feats, backend) and 0 not in feats.shape:
             return reference.infer_whole(*arguments)
-        out: Tensor = ocr_block_inference_op(*arguments, resolve_backend(feats.device, backend, IMPLEMENTED))
+        chosen = resolve_backend(feats.device, backend, implemented(feats.device.type))
+        out: Tensor = ocr_block_inference_op(*arguments, chosen)
         return out
 
 

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, distributed
 
+from ocr_kernels.block.passes import Passes
+
 
 class Layer(NamedTuple):
     """A norm and an activation: rho(gain * (h - mean) / sqrt(var + eps) + shift), mean and var over all pixels of h.
@@ -66,6 +68,17 @@ class Norm(NamedTuple):
         factor = gain * rstd
         return cls(layer, mean, var, rstd, factor, torch.addcmul(shift, mean, factor, value=-1), pixels)
 
+    def vectors(self, mask: Tensor | None = None, *more: Tensor) -> Tensor:
+        """What passes over tiles take, `[3 + len(more), channels]`: factor, offset, what follows is multiplied by."""
+        mask = torch.ones_like(self.factor) if mask is None else mask[:, None]
+        return torch.cat((self.factor, self.offset, mask, *more), 1).t().contiguous()
+
+    def of_images(self, masks: Tensor, images: int, *more: Tensor) -> list[Tensor]:
+        """The vectors for each image; masks are `[B, channels]`, or have no elements."""
+        if len(masks):
+            return [self.vectors(mask, *more) for mask in masks]
+        return [self.vectors(None, *more)] * images
+
 
 def split_statistics(layers: Sequence[Layer], statistics: Tensor) -> list[tuple[Layer, Tensor, Tensor]]:
     """Each layer, its mean and variance `[2, channels, 1]`, and over how many pixels they were taken."""
@@ -95,6 +108,11 @@ class Moments:
         self.count: Tensor | int | None = None  # until a part is added
         self.mean: Tensor
         self.squares: Tensor
+
+    def add_tile(self, tiles: Passes, h: Tensor) -> None:
+        if self.layer.has_statistics:
+            mean, squares = tiles.moments(h).unsqueeze(2)
+            self.add(h.shape[1], mean, squares)
 
     def add(self, count: Tensor | int, mean: Tensor, squares: Tensor) -> None:
         if self.count is None:
@@ -146,8 +164,9 @@ class Gradients:
         """The sum of those gradients."""
         return torch.zeros_like(self.norm.factor) if self.sums is None else self.sums[1]
 
-    def add(self, grad: Tensor, grad_h: Tensor) -> None:
-        """Sums over pixels of the gradients, and of those times h - mean."""
+    def add(self, sums: Tensor) -> None:
+        """Sums over pixels of the gradients, and of those times h - mean, `[2, channels]`."""
+        grad, grad_h = sums.unsqueeze(2)
         gain = grad_h * self.norm.rstd
         self.sums = (gain, grad) if self.sums is None else (self.sums[0] + gain, self.sums[1] + grad)
 
@@ -167,6 +186,10 @@ class Gradients:
         """a, b, c of the same gradient: a * grad + b * h + c."""
         slope, offset = self.centred()
         return self.norm.factor, slope, torch.addcmul(offset, self.norm.mean, slope, value=-1)
+
+    def vectors(self) -> Tensor:
+        """What `Passes.through` takes where the activation was gone through before."""
+        return self.norm.vectors(None, *self.affine())
 
 
 def _processes(name: str) -> distributed.ProcessGroup:

@@ -1,27 +1,23 @@
-"""Step 4 in plain PyTorch: its definition, both passes, and inference, one tile of pixels after the other.
+"""Step 4: its definition, both passes, and inference, one tile of pixels after the other, in plain PyTorch.
 
 Maps are `[B, channels, N]` in the memory format of feats. What a norm and an activation make of a product is never
-stored: each tile of it is made where the next product reads it, in both passes.
+stored: each tile of it is made where the next product reads it, in both passes. What is done to a tile between two
+products is an argument, `kind`: `native` has other `Passes`.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ocr_kernels.block.norms import Contexts, Gradients, Layer, Moments, Norm, Settings, split_statistics, statistics_of
+from ocr_kernels.block.passes import Passes, empty_maps, maps_of
 from ocr_kernels.core.activations import activate_
-from ocr_kernels.core.layout import empty_in_format, in_format, is_channels_last, statistics_dtype
-
-aten: Any = torch.ops.aten
-
-TILE = 2**19
-"""Values of feats at a time on a CPU, whose cache then holds what is between two products."""
+from ocr_kernels.core.layout import empty_in_format, in_format, statistics_dtype
 
 
 # The definition
@@ -66,41 +62,7 @@ def ocr_block(
     return z.view(*z.shape[:2], *feats.shape[2:]), torch.cat([*statistics, counts])
 
 
-# Tiles
-
-
-def maps_of(feats: Tensor) -> Tensor:
-    """`[B, C, N]`, in one of two memory formats."""
-    return (feats if is_channels_last(feats) else feats.contiguous()).flatten(2)
-
-
-def empty_maps(like: Tensor, channels: int, dtype: torch.dtype | None = None, *sizes: int) -> Tensor:
-    """`[B, channels, N]` in the memory format of `like`, `[B, C, N]`; `sizes` are another B and N."""
-    batch, pixels = sizes or like.shape[::2]
-    if not like.is_contiguous():
-        return like.new_empty((batch, pixels, channels), dtype=dtype).transpose(1, 2)
-    return like.new_empty((batch, channels, pixels), dtype=dtype)
-
-
-class Tiles:
-    """Which pixels make a tile, and memory for what is made of one, the same for each."""
-
-    def __init__(self, maps: Tensor) -> None:
-        self.maps = maps
-        self.pixels: int = max(1, min((TILE if maps.is_cpu else 32 * TILE) // maps.shape[1], maps.shape[2]))
-        self.memory: dict[str, Tensor] = {}
-
-    def __iter__(self) -> Iterator[tuple[int, slice]]:
-        """Images, and ranges of their pixels."""
-        for image in range(self.maps.shape[0]):
-            for start in range(0, self.maps.shape[2], self.pixels):
-                yield image, slice(start, min(start + self.pixels, self.maps.shape[2]))
-
-    def empty(self, name: str, channels: int, part: slice, dtype: torch.dtype | None = None) -> Tensor:
-        """`[channels, pixels of part]`, for as long as no other tile goes by that name."""
-        if name not in self.memory:
-            self.memory[name] = empty_maps(self.maps, channels, dtype, 1, self.pixels)[0]
-        return self.memory[name][:, : part.stop - part.start]
+# Products
 
 
 @functools.cache
@@ -131,35 +93,7 @@ def multiply(matrix: Tensor, tile: Tensor, out: Tensor, *, accumulate: bool = Fa
     return out.add_(product(matrix, tile)) if accumulate else out.copy_(product(matrix, tile))
 
 
-def before(norm: Norm, h: Tensor, out: Tensor) -> Tensor:
-    """What the activation is taken of, of a tile `[channels, T]`."""
-    return torch.mul(h, norm.factor, out=out).add_(norm.offset)
-
-
-def activated(norm: Norm, h: Tensor, out: Tensor) -> Tensor:
-    return activate_(before(norm, h, out), norm.layer.slope)
-
-
-def add_moments(moments: Moments, h: Tensor, spare: Tensor) -> None:
-    """Those of a tile; `spare` is memory of its size."""
-    if moments.layer.has_statistics:
-        mean = h.mean(1, keepdim=True, dtype=spare.dtype)
-        moments.add(h.shape[1], mean, torch.sub(h, mean, out=spare).square_().sum(1, keepdim=True))
-
-
-def add_gradients(gradients: Gradients, grad: Tensor, h: Tensor, spare: Tensor) -> None:
-    """The sums of a tile, whose h was normalised; `spare` is memory of its size."""
-    products = torch.sub(h, gradients.norm.mean, out=spare).mul_(grad)
-    gradients.add(grad.sum(1, keepdim=True), products.sum(1, keepdim=True))
-
-
-def through(affine: tuple[Tensor, Tensor, Tensor], grad: Tensor, h: Tensor, out: Tensor) -> Tensor:
-    """The gradient of h."""
-    factor, slope, offset = affine
-    return torch.mul(grad, factor, out=out).addcmul_(h, slope).add_(offset)
-
-
-def contexts_of(u: Tensor, weights: Tensor, tiles: Tiles) -> Contexts:
+def contexts_of(u: Tensor, weights: Tensor, tiles: Passes) -> Contexts:
     batch, regions, pixels = weights.shape
     mean_weights = weights.mean(2, keepdim=True, dtype=u.dtype) if pixels else u.new_zeros((batch, regions, 1))
     covariance = u.new_zeros((batch, regions, regions))
@@ -169,26 +103,17 @@ def contexts_of(u: Tensor, weights: Tensor, tiles: Tiles) -> Contexts:
     return Contexts(u, mean_weights, covariance / max(pixels, 1), pixels)
 
 
-def activation_backward_(grad: Tensor, activated: Tensor, slope: float) -> Tensor:
-    """In place; the slope is no less than 0, so `activated` is positive where the activation was taken of such."""
-    if slope == 1:
-        return grad
-    if slope:
-        return aten.leaky_relu_backward.grad_input(grad, activated, slope, False, grad_input=grad)  # type: ignore[no-any-return]
-    return aten.threshold_backward.grad_input(grad, activated, 0, grad_input=grad)  # type: ignore[no-any-return]
-
-
 # The two passes
 
 
 def forward(
     feats: Tensor, key: Tensor, pixel_in: Tensor, pixel_out: Tensor, fusing: Tensor, contexts: Tensor,
-    vectors: Sequence[Tensor], mask: Tensor, settings: Settings,
+    vectors: Sequence[Tensor], mask: Tensor, settings: Settings, kind: type[Passes] = Passes,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """z `[B, O, *S]`, what the backward pass reads (h of both layers of phi, w, G [y, x]), and the statistics."""
     x, dtype, exact = maps_of(feats), product_dtype(feats), statistics_dtype(feats)
     pixel_in, pixel_out, fusing = (each.to(dtype) for each in (pixel_in, pixel_out, fusing))
-    tiles = Tiles(x)
+    tiles = kind(x)
     layers = settings.layers(vectors)
     depth, outputs, regions = len(pixel_in), len(fusing), key.shape[2]
     hidden_in, hidden_out = empty_maps(x, depth), empty_maps(x, len(pixel_out))
@@ -196,23 +121,24 @@ def forward(
 
     moments = Moments(layers[0])
     for image, part in tiles:
-        h = multiply(pixel_in, x[image][:, part].to(dtype), hidden_in[image][:, part])
-        add_moments(moments, h, tiles.empty("depth", depth, part, exact))
+        moments.add_tile(tiles, multiply(pixel_in, x[image][:, part].to(dtype), hidden_in[image][:, part]))
     first = query = moments.norm()
     second = Norm.of(layers[1])
-    hidden = hidden_in
+    hidden, taken = hidden_in, first.vectors()
     if len(pixel_out):
         moments = Moments(layers[1])
         for image, part in tiles:
-            spare = tiles.empty("depth", depth, part, exact)
-            inner = activated(first, hidden_in[image][:, part], spare).to(dtype)
-            add_moments(moments, multiply(pixel_out, inner, hidden_out[image][:, part]), spare)
+            q = tiles.empty("depth", depth, part, dtype)
+            tiles.activate(hidden_in[image][:, part], taken, layers[0].slope, q)
+            moments.add_tile(tiles, multiply(pixel_out, q, hidden_out[image][:, part]))
         second = query = moments.norm()
-        hidden = hidden_out
+        hidden, taken = hidden_out, second.vectors()
     keys = settings.scale * key.to(exact).mT  # [B, K, D]
     for image, part in tiles:
-        q = activated(query, hidden[image][:, part], tiles.empty("depth", depth, part, exact))
-        weights[image][:, part] = torch.softmax(product(keys[image], q), 0)
+        q = tiles.empty("depth", depth, part, exact)
+        tiles.activate(hidden[image][:, part], taken, query.layer.slope, q)
+        scores = torch.mm(keys[image], q, out=tiles.empty("scores", regions, part, exact))
+        tiles.softmax(scores, weights[image][:, part])
 
     y = contexts_of(contexts.to(exact), weights, tiles)
     up = y.norm(layers[2])
@@ -220,25 +146,23 @@ def forward(
     moments = Moments(layers[3])
     for image, part in tiles:
         both, _ = _joined(normalised, up, image, part, x, weights, settings, tiles)
-        h = multiply(fusing, both, fused[image][:, part])
-        add_moments(moments, h, tiles.empty("outputs", outputs, part, exact))
+        moments.add_tile(tiles, multiply(fusing, both, fused[image][:, part]))
     last = moments.norm()
-    flat = z.flatten(2)
+    flat, masked = z.flatten(2), last.of_images(mask, len(x))
     for image, part in tiles:
-        out = activated(last, fused[image][:, part], tiles.empty("outputs", outputs, part, exact))
-        flat[image][:, part] = out.mul_(mask[image][:, None]) if len(mask) else out
+        tiles.activate(fused[image][:, part], masked[image], last.layer.slope, flat[image][:, part])
     maps = (each.unflatten(2, feats.shape[2:]) for each in (hidden_in, hidden_out, weights, fused))
     return z, *maps, statistics_of((first, second, up, last))
 
 
 def _joined(
     normalised: Sequence[Tensor], up: Norm, image: int, part: slice, x: Tensor, weights: Tensor,
-    settings: Settings, tiles: Tiles,
+    settings: Settings, tiles: Passes,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """What the fusing product takes of a tile, `[Y + C, T]`, and its part that is y."""
     matrix, offset = (each[image] for each in normalised)
     contexts, channels = len(offset), x.shape[1]
-    both = tiles.empty("both", contexts + channels, part, product_dtype(x))
+    both = tiles.empty("both", contexts + channels, part, matrix.dtype)
     sizes = [contexts, channels] if settings.context_first else [channels, contexts]
     inside, pixels = both.split(sizes)[:: 1 if settings.context_first else -1]
     pixels.copy_(x[image][:, part])
@@ -249,6 +173,7 @@ def _joined(
 def backward(
     grad: Tensor, feats: Tensor, key: Tensor, pixel_in: Tensor, pixel_out: Tensor, fusing: Tensor, contexts: Tensor,
     vectors: Sequence[Tensor], mask: Tensor, saved: Sequence[Tensor], settings: Settings, needs: Sequence[bool],
+    kind: type[Passes] = Passes,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """The gradients of feats, in its dtype, and of key, the three matrices, contexts and the vectors.
 
@@ -256,10 +181,10 @@ def backward(
     """
     x, dtype, exact = maps_of(feats), product_dtype(feats), statistics_dtype(feats)
     pixel_in, pixel_out, fusing = (each.to(dtype) for each in (pixel_in, pixel_out, fusing))
-    tiles = Tiles(x)
+    tiles = kind(x)
     *maps, statistics = saved
     hidden_in, hidden_out, weights, fused = (each.flatten(2) for each in maps)
-    incoming = grad.flatten(2)
+    incoming = in_format(grad, feats).flatten(2)
     layers = settings.layers(vectors)
     known = split_statistics(layers, statistics)
     first, second, up, last = (Norm.of(layer, both[0], both[1], count) for layer, both, count in known)
@@ -269,16 +194,11 @@ def backward(
     y = contexts_of(contexts.to(exact), weights, tiles)
     dx = empty_maps(x, channels if need_feats else 0)
 
-    def of_z(image: int, part: slice) -> Tensor:
-        """The gradient of what the last activation is taken of."""
-        taken = before(last, fused[image][:, part], tiles.empty("outputs", outputs, part, exact))
-        d = tiles.empty("grad", outputs, part, exact).copy_(incoming[image][:, part])
-        return activation_backward_(d.mul_(mask[image][:, None]) if len(mask) else d, taken, last.layer.slope)
-
-    dlast = Gradients(last)
+    dlast, slope = Gradients(last), last.layer.slope
+    taken = last.of_images(mask, len(x), last.mean)
     for image, part in tiles:
-        add_gradients(dlast, of_z(image, part), fused[image][:, part], tiles.empty("outputs", outputs, part, exact))
-    affine = dlast.affine()
+        dlast.add(tiles.gradient(incoming[image][:, part], fused[image][:, part], taken[image], slope))
+    taken = last.of_images(mask, len(x), *dlast.affine())
     contexts_of_y = len(up.factor)
     halves = fusing.split([contexts_of_y, channels] if settings.context_first else [channels, contexts_of_y], 1)
     on_context, on_pixels = (half.t().contiguous() for half in halves[:: 1 if settings.context_first else -1])
@@ -288,61 +208,56 @@ def backward(
     on_weights = normalised[0].mT.contiguous()  # [B, K, Y]
     outer = torch.zeros_like(y.centred)  # sum_i dy_i (w_i - mean)', [B, Y, K]
     total = torch.zeros_like(y.means)  # sum_i dy_i
+    activated = Norm.of(up.layer._replace(gain=torch.ones_like(up.layer.gain), shift=torch.zeros_like(up.layer.gain)))
+    of_y = activated.vectors(None, activated.mean)
     for image, part in tiles:
-        d = of_z(image, part)
-        d = through(affine, d, fused[image][:, part], d).to(dtype)
+        d = tiles.empty("outputs", outputs, part, dtype)
+        tiles.through(incoming[image][:, part], fused[image][:, part], taken[image], slope, d)
         both, inside = _joined(normalised, up, image, part, x, weights, settings, tiles)
         if needs[4]:
             dfusing += d @ both.t()
         if need_feats:
             multiply(on_pixels, d, dx[image][:, part])
         dy = multiply(on_context, d, tiles.empty("contexts", len(on_context), part, dtype))
-        dy = activation_backward_(dy, inside, up.layer.slope)
+        total[image] += tiles.gradient(dy, inside, of_y, up.layer.slope, dy)[0][:, None]
         multiply(on_weights[image], dy, dweights[image][:, part])
-        dy = dy.to(exact)
-        total[image] += dy.sum(1, keepdim=True)
-        outer[image].addmm_(dy, (weights[image][:, part] - y.mean_weights[image]).t())
+        outer[image] += dy @ (weights[image][:, part] - y.mean_weights[image]).to(dtype).t()
 
     dup = Gradients(up)
-    dup.add(*y.gradient_sums(up, outer, total).sum(0).unsqueeze(2))
+    dup.add(y.gradient_sums(up, outer, total).sum(0))
     dcontexts, matrix, column = y.backward(up, outer, total, *dup.centred())
 
     # the softmax, and phi
     query, hidden = (second, hidden_out) if len(pixel_out) else (first, hidden_in)
-    keys = settings.scale * key.to(exact)  # [B, D, K]
-    rounded_keys = keys.to(dtype)
-    dkey = torch.zeros_like(keys)
+    keys, of_weights = key.to(dtype), torch.cat((matrix, column), 2)  # [B, D, K], [B, K, K + 1]
+    dkey = torch.zeros_like(key, dtype=exact)
     dquery = empty_maps(x, depth if need_phi else 0)
     dphi = [Gradients(first), Gradients(second)]
     dpixel_in, dpixel_out = torch.zeros_like(pixel_in, dtype=exact), torch.zeros_like(pixel_out, dtype=exact)
-    outermost = dphi[len(pixel_out) > 0]
+    outermost, slope = dphi[len(pixel_out) > 0], query.layer.slope
+    taken, centred = query.vectors(), query.vectors(None, query.mean)
     for image, part in tiles if need_phi else ():
-        w, dw = weights[image][:, part].to(exact), dweights[image][:, part].to(exact)
-        dw = dw.addmm_(matrix[image], w).add_(column[image])
-        dw -= dw.gather(0, w.argmax(0, keepdim=True))  # a peak's gradient is then what is left, not rounding
-        dscores = w * (dw - (w * dw).sum(0, keepdim=True))
-        q = activated(query, hidden[image][:, part], tiles.empty("depth", depth, part, exact))
-        d = multiply(rounded_keys[image], dscores.to(dtype), tiles.empty("grad of depth", depth, part, exact))
-        d = activation_backward_(d, q, query.layer.slope)
-        dkey[image].addmm_(q, dscores.t(), alpha=settings.scale)
-        add_gradients(outermost, d, hidden[image][:, part], q)
-        dquery[image][:, part] = d
-    turned = pixel_out.t().contiguous()
-    affine = dphi[1].affine() if need_phi and len(pixel_out) else affine
+        h, made = hidden[image][:, part], tiles.empty("scores", key.shape[2], part, dtype)
+        dscores = tiles.softmax_backward(
+            weights[image][:, part], dweights[image][:, part], of_weights[image], settings.scale, made
+        )
+        dkey[image] += tiles.activate(h, taken, slope, tiles.empty("depth", depth, part, dtype)) @ dscores.t()
+        d = multiply(keys[image], dscores, tiles.empty("grad of depth", depth, part, dtype))
+        outermost.add(tiles.gradient(d, h, centred, slope, dquery[image][:, part]))
+    turned, slope = pixel_out.t().contiguous(), first.layer.slope
+    affine = dphi[1].vectors() if need_phi and len(pixel_out) else taken
+    taken, centred = first.vectors(), first.vectors(None, first.mean)
     for image, part in tiles if need_phi and len(pixel_out) else ():
-        spare = tiles.empty("grad of depth", depth, part, exact)
-        d = through(affine, dquery[image][:, part], hidden_out[image][:, part], spare).to(dtype)
-        q = activated(first, hidden_in[image][:, part], tiles.empty("depth", depth, part, exact))
-        dpixel_out += d @ q.to(dtype).t()
-        d = multiply(turned, d, dquery[image][:, part])
-        d = activation_backward_(d.to(exact), q, first.layer.slope)
-        add_gradients(dphi[0], d, hidden_in[image][:, part], q)
-        dquery[image][:, part] = d
+        h, d = hidden_in[image][:, part], tiles.empty("grad of depth", depth, part, dtype)
+        tiles.through(dquery[image][:, part], hidden_out[image][:, part], affine, 1.0, d)
+        dpixel_out += d @ tiles.activate(h, taken, slope, tiles.empty("depth", depth, part, dtype)).t()
+        d = multiply(turned, d, tiles.empty("depth", depth, part, dtype))
+        dphi[0].add(tiles.gradient(d, h, centred, slope, dquery[image][:, part]))
     turned = pixel_in.t().contiguous()
-    affine = dphi[0].affine() if need_phi else affine
+    affine = dphi[0].vectors() if need_phi else taken
     for image, part in tiles if need_phi else ():
-        spare = tiles.empty("grad of depth", depth, part, exact)
-        d = through(affine, dquery[image][:, part], hidden_in[image][:, part], spare).to(dtype)
+        d = tiles.empty("grad of depth", depth, part, dtype)
+        tiles.through(dquery[image][:, part], hidden_in[image][:, part], affine, 1.0, d)
         if needs[2]:
             dpixel_in += d @ x[image][:, part].to(dtype).t()
         if need_feats:
@@ -363,6 +278,7 @@ def infer(
     scale: float,
     slopes: Sequence[float],
     output: str,
+    kind: type[Passes] = Passes,
 ) -> None:
     """Fill `out`: z `[B, O, *S]`, logits `[B, L, *S]` or classes `[B, *S]`.
 
@@ -375,7 +291,7 @@ def infer(
     contexts = contexts.to(dtype)  # [B, Y, K]
     fusing = torch.cat((on_context, on_pixels), 1)
     result = (out[:, None] if output == "classes" else out).flatten(2)
-    tiles = Tiles(x)
+    tiles = kind(x)
     for image, part in tiles:
         both = tiles.empty("both", fusing.shape[1], part, dtype)
         context, pixels = both.split((on_context.shape[1], on_pixels.shape[1]))
@@ -384,7 +300,7 @@ def infer(
             made = tiles.empty(f"query {i}", len(weight), part, dtype)
             query = activate_(torch.addmm(layer_bias[:, None], weight, query, out=made), slope)  # [D, T]
         scores = torch.mm(keys[image], query, out=tiles.empty("scores", keys.shape[1], part, dtype))  # [K, T]
-        attention = F.softmax(scores, dim=0)
+        attention = tiles.softmax(scores, scores)
         activate_(torch.addmm(up_bias[:, None], contexts[image], attention, out=context), slopes[2])  # y, [Y, T]
         z = tiles.empty("z", len(bias), part, dtype)
         activate_(torch.addmm(bias[:, None], fusing, both, out=z), slopes[3])  # [O, T]

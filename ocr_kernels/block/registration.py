@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ocr_kernels.block import reference
 from ocr_kernels.block.norms import Settings
-from ocr_kernels.core.backends import Backend, implementation, is_offered, resolve_backend
+from ocr_kernels.core.backends import BACKENDS, Backend, implementation, is_offered, resolve_backend
 from ocr_kernels.core.derivatives import Op
 from ocr_kernels.core.layout import empty_in_format, pixels, statistics_dtype
 from ocr_kernels.core.registration import (
@@ -23,7 +23,6 @@ from ocr_kernels.core.registration import (
     register_op,
 )
 
-IMPLEMENTED: tuple[Backend, ...] = ("reference", "triton")
 TENSORS = 14  # that have a derivative: feats, key, three matrices, contexts and eight vectors; the mask is the next
 _ARGUMENTS = (
     "Tensor feats, Tensor key, Tensor pixel_in, Tensor pixel_out, Tensor fusing, Tensor contexts, "
@@ -33,10 +32,21 @@ _ARGUMENTS = (
 _SETTINGS = "float scale, float[] slopes, float[] eps, str[] groups, bool context_first"
 
 
+def implemented(device_type: str) -> tuple[Backend, ...]:
+    """The backends that have the op; the compiled library for GPUs has not."""
+    return BACKENDS if device_type == "cpu" else ("reference", "triton")
+
+
 def is_used_on(device: torch.device) -> bool:
     """Whether modules use the op: on a GPU without Triton its passes in plain PyTorch are slower than layers."""
-    by_default = device.type == "cpu" or resolve_backend(device, implemented=IMPLEMENTED) != "reference"
-    return is_offered(IMPLEMENTED, by_default)
+    backends = implemented(device.type)
+    by_default = device.type == "cpu" or resolve_backend(device, implemented=backends) != "reference"
+    return is_offered(backends, by_default)
+
+
+def _kernels(backend: Backend, tensor: Tensor) -> Any:
+    kind = tensor.device.type
+    return implementation("block", backend, kind, implemented(kind))
 
 
 # Arguments have been checked by the public call. contexts are u, [B, Y, K], in the dtype of statistics, as the vectors
@@ -62,8 +72,7 @@ def _forward(*args: Any) -> tuple[Tensor, ...]:
     tensors, settings, backend = _split(args)
     if not tensors[0].numel() and not any(settings.groups):
         return tuple(out.zero_() for out in _allocate(*args))
-    kernels = implementation("block", backend, tensors[0].device.type, IMPLEMENTED)
-    out: tuple[Tensor, ...] = kernels.forward(*_grouped(tensors), settings)
+    out: tuple[Tensor, ...] = _kernels(backend, tensors[0]).forward(*_grouped(tensors), settings)
     return out
 
 
@@ -88,8 +97,8 @@ def _backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
     *settings, needs, backend = args[TENSORS + 6 :]
     if not grad.numel() and not any(settings[3]):  # sums over no pixels
         return tuple(gradient.zero_() for gradient in _allocate_gradients(grad, *args))
-    kernels = implementation("block", backend, grad.device.type, IMPLEMENTED)
-    dfeats, *others = kernels.backward(grad, *_grouped(tensors), saved, Settings(*settings), needs)
+    grouped = _grouped(tensors)
+    dfeats, *others = _kernels(backend, grad).backward(grad, *grouped, saved, Settings(*settings), needs)
     gradients = [dfeats, *(g.to(t.dtype).contiguous() for g, t in zip(others, tensors[1:], strict=False))]
     return tuple(g if need else g.new_empty(0) for g, need in zip(gradients, needs, strict=True))
 
@@ -222,7 +231,7 @@ def _infer(feats: Tensor, *args: Any) -> Tensor:
     *others, backend = args
     out = _allocate_inference(feats, *args)
     if out.numel():
-        implementation("block", backend, feats.device.type, IMPLEMENTED).infer(out, feats, *others)
+        _kernels(backend, feats).infer(out, feats, *others)
     return out
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ocr_kernels.block import tiles
 from ocr_kernels.block.norms import Contexts, Gradients, Layer, Moments, Norm, Settings, split_statistics, statistics_of
-from ocr_kernels.block.reference import activation_backward_, empty_maps, maps_of
+from ocr_kernels.block.passes import activation_backward_, empty_maps, maps_of
 from ocr_kernels.block.triton_inference import activated, infer
 from ocr_kernels.core.layout import empty_in_format, statistics_dtype
 from ocr_kernels.core.tiles import Problem

@@ -101,9 +101,9 @@ class BlockCache:
             if not torch.compiler.is_compiling():
                 self.forget()  # an optimizer's step may follow, and PyTorch does not count what fused ones change
             return None
-        if self.plan is not None and not is_offered(self.plan.implemented):
-            return None
         device = feats.device.type
+        if self.plan is not None and not is_offered(self.plan.backends(device)):
+            return None
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else feats.dtype
         if dtype not in DTYPES:
             return None

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ocr_kernels import block
 from ocr_kernels.attention import pixel_region_attention
 from ocr_kernels.block.reference import convolved, query_of, split_weights
-from ocr_kernels.block.registration import IMPLEMENTED
+from ocr_kernels.block.registration import implemented
 from ocr_kernels.core.activations import activate_
 from ocr_kernels.core.backends import BACKENDS, Backend
 from ocr_kernels.core.layout import in_format
@@ -106,10 +106,9 @@ class BlockPlan:
     layers: tuple[tuple[str, str, tuple[str, ...], tuple[tuple[str, Any], ...]], ...]
     """The path, the class, the names of tensors and the settings of each."""
 
-    @property
-    def implemented(self) -> tuple[Backend, ...]:
-        """The backends of what it runs."""
-        return IMPLEMENTED if self.resizing is None else BACKENDS
+    def backends(self, device_type: str) -> tuple[Backend, ...]:
+        """Those of what it runs."""
+        return implemented(device_type) if self.resizing is None else BACKENDS
 
     def weights(self, module: nn.Module, dtype: torch.dtype) -> Folded:
         """The folded weights of `module`, made of its present parameters and buffers in float32."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ocr_kernels import modules
-from ocr_kernels.block.registration import IMPLEMENTED, is_used_on
+from ocr_kernels.block.registration import implemented, is_used_on
 from ocr_kernels.core.backends import Backend, resolve_backend
 from ocr_kernels.core.calls import has_own_forward
 from ocr_kernels.models.block_cache import BlockCache
@@ -263,7 +263,7 @@ def _as_a_block(
                 not_in_training = not_in_training or f"it has no kernels for {device_of(module).type}"
             before = row.computations if isinstance(row, Swapped) else ()
             found = row if isinstance(row, Swapped) else Swapped(name, type(module).__qualname__)
-            backends = dict.fromkeys([found.backend, _backend(module, module, *plan.implemented)])
+            backends = dict.fromkeys([found.backend, _backend(module, module, *plan.backends(device_of(module).type))])
             error, eager_error, relative = errors
             if not_in_training:
                 found = dataclasses.replace(found, notes=(*found.notes, f"no block in training: {not_in_training}"))
@@ -299,5 +299,5 @@ def _joining(module: nn.Module, replacements: dict[nn.Module, Replacement]) -> t
     copies = joined(type(module), tuple(joins)) if joins else {}
     if not copies:
         return None
-    row = Swapped("", type(module).__qualname__, ("logits",), _backend(module, module, *IMPLEMENTED), *worst)
+    row = Swapped("", type(module).__qualname__, ("logits",), _backend(module, module, *implemented(device_of(module).type)), *worst)
     return Replacement(module, (type(module),), copies, joins=tuple(joins)), row

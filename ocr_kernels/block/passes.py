@@ -1,0 +1,115 @@
+"""Tiles of pixels, and what is done to one between two products, in plain PyTorch; `native` does the same in csrc.
+
+A tile is `[channels, T]` of one image, in the memory format of the maps `[B, channels, N]`. `vectors` are rows
+`[n, channels]` in the dtype of statistics, as `Norm.vectors` makes them; the slope is that of the activation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ocr_kernels.core.activations import activate_
+from ocr_kernels.core.layout import is_channels_last, statistics_dtype
+
+aten: Any = torch.ops.aten
+
+TILE = 2**19
+"""Values of feats at a time on a CPU, whose cache then holds what is between two products."""
+
+
+def maps_of(feats: Tensor) -> Tensor:
+    """`[B, C, N]`, in one of two memory formats."""
+    return (feats if is_channels_last(feats) else feats.contiguous()).flatten(2)
+
+
+def empty_maps(like: Tensor, channels: int, dtype: torch.dtype | None = None, *sizes: int) -> Tensor:
+    """`[B, channels, N]` in the memory format of `like`, `[B, C, N]`; `sizes` are another B and N."""
+    batch, pixels = sizes or like.shape[::2]
+    if not like.is_contiguous():
+        return like.new_empty((batch, pixels, channels), dtype=dtype).transpose(1, 2)
+    return like.new_empty((batch, channels, pixels), dtype=dtype)
+
+
+def activation_backward_(grad: Tensor, activated: Tensor, slope: float) -> Tensor:
+    """In place; the slope is no less than 0, so `activated` is positive where the activation was taken of such."""
+    if slope == 1:
+        return grad
+    if slope:
+        return aten.leaky_relu_backward.grad_input(grad, activated, slope, False, grad_input=grad)  # type: ignore[no-any-return]
+    return aten.threshold_backward.grad_input(grad, activated, 0, grad_input=grad)  # type: ignore[no-any-return]
+
+
+class Passes:
+    """Which pixels make a tile, memory for what is made of one, the same for each, and what is done to it."""
+
+    def __init__(self, maps: Tensor) -> None:
+        self.maps = maps
+        self.pixels: int = max(1, min((TILE if maps.is_cpu else 32 * TILE) // maps.shape[1], maps.shape[2]))
+        self.exact: torch.dtype = statistics_dtype(maps)
+        self.memory: dict[tuple[str, int, torch.dtype], Tensor] = {}
+
+    def __iter__(self) -> Iterator[tuple[int, slice]]:
+        """Images, and ranges of their pixels."""
+        for image in range(self.maps.shape[0]):
+            for start in range(0, self.maps.shape[2], self.pixels):
+                yield image, slice(start, min(start + self.pixels, self.maps.shape[2]))
+
+    def empty(self, name: str, channels: int, part: slice, dtype: torch.dtype) -> Tensor:
+        """`[channels, pixels of part]`, for as long as no other tile goes by that name."""
+        found = self.memory.get((name, channels, dtype))
+        if found is None:
+            found = self.memory[name, channels, dtype] = empty_maps(self.maps, channels, dtype, 1, self.pixels)[0]
+        return found[:, : part.stop - part.start]
+
+    def activate(self, h: Tensor, vectors: Tensor, slope: float, out: Tensor) -> Tensor:
+        """out = activation(factor * h + offset) * mask"""
+        factor, offset, mask = vectors.unsqueeze(2)
+        exact = out if out.dtype == self.exact else self._spare(h)
+        activate_(torch.mul(h, factor, out=exact).add_(offset), slope).mul_(mask)
+        return out if exact is out else out.copy_(exact)
+
+    def moments(self, h: Tensor) -> Tensor:
+        """Means over pixels, and sums of squares about them, `[2, channels]`."""
+        mean = h.mean(1, keepdim=True, dtype=self.exact)
+        return torch.stack((mean[:, 0], torch.sub(h, mean, out=self._spare(h)).square_().sum(1)))
+
+    def gradient(self, grad: Tensor, h: Tensor, vectors: Tensor, slope: float, out: Tensor | None = None) -> Tensor:
+        """Sums over pixels of d and of d * (h - mean), `[2, channels]`; `out` is filled with d.
+
+        d = grad * mask, through the activation of factor * h + offset.
+        """
+        *taken, mean = vectors.unsqueeze(2)
+        d = self._through_activation(grad, h, slope, *taken)
+        if out is not None:
+            out.copy_(d)
+        return torch.stack((d.sum(1), d.mul_(torch.sub(h, mean, out=self._spare(h, "h"))).sum(1)))
+
+    def through(self, grad: Tensor, h: Tensor, vectors: Tensor, slope: float, out: Tensor) -> Tensor:
+        """out = a * d + b * h + c, the gradient of h, with the same d."""
+        *taken, a, b, c = vectors.unsqueeze(2)
+        d = self._through_activation(grad, h, slope, *taken)
+        return out.copy_(d.mul_(a).addcmul_(h, b).add_(c))
+
+    def softmax(self, scores: Tensor, out: Tensor) -> Tensor:
+        """Over regions."""
+        return out.copy_(torch.softmax(scores, 0))
+
+    def softmax_backward(self, weights: Tensor, dweights: Tensor, matrix: Tensor, scale: float, out: Tensor) -> Tensor:
+        """out = scale * w * (dw - sum_k w dw), where dw is dweights + M w + m, and `[M, m]` the matrix `[K, K + 1]`."""
+        w = weights.to(self.exact)
+        dw = torch.addmm(matrix[:, -1:], matrix[:, :-1], w).add_(dweights)
+        dw -= dw.gather(0, w.argmax(0, keepdim=True))  # a peak's gradient is then what is left, not rounding
+        return out.copy_(dw.sub_((w * dw).sum(0, keepdim=True)).mul_(w).mul_(scale))
+
+    def _through_activation(
+        self, grad: Tensor, h: Tensor, slope: float, factor: Tensor, offset: Tensor, mask: Tensor
+    ) -> Tensor:
+        d = torch.mul(grad, mask, out=self._spare(h))
+        return activation_backward_(d, torch.mul(h, factor, out=self._spare(h, "h")).add_(offset), slope)
+
+    def _spare(self, like: Tensor, name: str = "exact") -> Tensor:
+        return self.empty(name, len(like), slice(0, like.shape[1]), self.exact)
