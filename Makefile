@@ -51,8 +51,8 @@ sanitize: $(STAMP) ## the compiled library's tests under AddressSanitizer and UB
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 		OCR_KERNELS_LIBRARY="$(CURDIR)/build/sanitize/ocr_kernels/libocr_kernels_cpu.so" \
-		$(BIN)/python -m pytest tests/test_fuzz.py tests/test_native.py tests/test_parity.py tests/test_values.py \
-		-k "native or compiled or private" --hypothesis-profile=thorough
+		$(BIN)/python -m pytest tests/test_fuzz.py tests/test_native.py tests/test_parity.py tests/test_passes.py tests/test_values.py \
+		-k "native or compiled or private or passes" --hypothesis-profile=thorough
 
 integration: $(STAMP) ## tests with mmsegmentation and Lightning, which it installs
 	$(BIN)/pip install -r tests/integration/requirements.txt

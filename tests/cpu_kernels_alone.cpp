@@ -1,7 +1,8 @@
 // Runs a kernel for CPUs without PyTorch, as a program for any processor that there is a compiler and an emulator for.
 //
 // It is named on the command line. Standard input has its tensors, each as eight integers (the bytes of its memory, 0
-// where it is not wanted, dtype, sizes and strides) and its memory; then the scale. Standard output is their memory.
+// where it is not wanted, dtype, sizes and strides) and its memory; then its number, if it takes one. Standard output is
+// their memory.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -11,6 +12,7 @@
 namespace ocr_kernels {
 inline namespace portable {
 OCR_DECLARE_KERNELS(Parallel)
+OCR_DECLARE_PASSES(Parallel)
 }
 
 void* allocate(int64_t bytes) {
@@ -33,7 +35,7 @@ void read(void* to, int64_t bytes) {
 
 template <class Arguments>
 void run_from_input() {
-  constexpr int count = (sizeof(Arguments) - sizeof(double)) / sizeof(Tensor);  // tensors, then the scale
+  constexpr int count = sizeof(Arguments) / sizeof(Tensor);  // tensors, then perhaps a number
   Arguments arguments{};
   Tensor* const tensors = reinterpret_cast<Tensor*>(&arguments);
   int64_t bytes[count];
@@ -44,7 +46,7 @@ void run_from_input() {
     tensors[i] = {n[0] ? allocate(n[0]) : nullptr, Dtype(n[1]), n[2], n[3], n[4], n[5], n[6], n[7]};
     read(tensors[i].data, n[0]);
   }
-  read(&arguments.scale, sizeof arguments.scale);
+  read(tensors + count, sizeof arguments - count * sizeof(Tensor));
   run(arguments, one_after_the_other);
   for (int i = 0; i < count; ++i) std::fwrite(tensors[i].data, 1, size_t(bytes[i]), stdout);
 }
@@ -58,5 +60,11 @@ int main(int, char** arguments) {
   else if (!std::strcmp(arguments[1], "gather_backward")) run_from_input<GatherBackward>();
   else if (!std::strcmp(arguments[1], "attention_forward")) run_from_input<AttentionForward>();
   else if (!std::strcmp(arguments[1], "attention_backward")) run_from_input<AttentionBackward>();
+  else if (!std::strcmp(arguments[1], "block_activate")) run_from_input<BlockActivate>();
+  else if (!std::strcmp(arguments[1], "block_moments")) run_from_input<BlockMoments>();
+  else if (!std::strcmp(arguments[1], "block_gradient")) run_from_input<BlockGradient>();
+  else if (!std::strcmp(arguments[1], "block_through")) run_from_input<BlockThrough>();
+  else if (!std::strcmp(arguments[1], "block_softmax")) run_from_input<BlockSoftmax>();
+  else if (!std::strcmp(arguments[1], "block_softmax_backward")) run_from_input<BlockSoftmaxBackward>();
   else return 1;
 }

@@ -7,12 +7,15 @@ import struct
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from ops import DTYPES, Op, both_ops, native_on, over, pairwise
 from test_parity import SIZES_AND_OPTIONS, check
+from test_passes import CASES as PASSES_OVER
+from test_passes import TestEachPass as EachPass
 from torch import Tensor
 
 from ocr_kernels.testing import poisoned_memory
@@ -20,6 +23,7 @@ from ocr_kernels.testing import poisoned_memory
 ROOT = Path(__file__).parent.parent
 CXX, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"  # Debian's g++-aarch64-linux-gnu and qemu-user
 RESULTS = {"gather_forward": 2, "gather_backward": 2, "attention_forward": 1, "attention_backward": 3}  # come first
+PASSES = {"activate": 1, "moments": 1, "gradient": 2, "through": 1, "softmax": 1, "softmax_backward": 1}
 
 pytestmark = [native_on("cpu"), pytest.mark.xdist_group("aarch64")]
 
@@ -42,8 +46,15 @@ def memory(tensor: Tensor) -> Tensor:
     return tensor.detach().as_strided((elements,), (1,))
 
 
-def emulated(program: Path, kernel: str) -> Callable[..., None]:
-    """What takes the place of the compiled library's op."""
+def as_matrices(tensor: Tensor | None) -> Tensor | None:
+    """`[B, rows, columns]`."""
+    if tensor is None:
+        return None
+    return tensor[None] if tensor.dim() == 2 else tensor.flatten(2)
+
+
+def emulated(program: Path, kernel: str, count: int) -> Callable[..., None]:
+    """What takes the place of the compiled library's op, whose first arguments are so many results."""
 
     def packed(tensor: Tensor | None) -> bytes:
         if tensor is None:
@@ -53,10 +64,11 @@ def emulated(program: Path, kernel: str) -> Callable[..., None]:
         return struct.pack("8q", len(data), *described) + data
 
     def call(*arguments: Any) -> None:
-        tensors = [None if tensor is None else tensor.flatten(2) for tensor in arguments[:-1]]
-        sent = b"".join(map(packed, tensors)) + struct.pack("d", arguments[-1])
+        numbers = [argument for argument in arguments if isinstance(argument, float)]
+        tensors = [as_matrices(argument) for argument in arguments[: len(arguments) - len(numbers)]]
+        sent = b"".join(map(packed, tensors)) + struct.pack(f"{len(numbers)}d", *numbers)
         printed = subprocess.run([EMULATOR, program, kernel], input=sent, check=True, stdout=subprocess.PIPE).stdout
-        for result in tensors[: RESULTS[kernel]]:
+        for result in tensors[:count]:
             if result is not None:
                 target = memory(result)
                 data, printed = printed[: target.nbytes], printed[target.nbytes :]
@@ -67,9 +79,11 @@ def emulated(program: Path, kernel: str) -> Callable[..., None]:
 
 @pytest.fixture
 def on_aarch64(program: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for kernel in RESULTS:
+    for kernel, count in RESULTS.items():
         op, direction = kernel.split("_")
-        monkeypatch.setattr(f"ocr_kernels.{op}.native.{direction}", emulated(program, kernel))
+        monkeypatch.setattr(f"ocr_kernels.{op}.native.{direction}", emulated(program, kernel, count))
+    passes = {f"block_{name}": emulated(program, f"block_{name}", count) for name, count in PASSES.items()}
+    monkeypatch.setattr("ocr_kernels.block.native._ops", SimpleNamespace(**passes))
 
 
 CASES = SIZES_AND_OPTIONS | {
@@ -87,3 +101,11 @@ CASES = SIZES_AND_OPTIONS | {
 def test_parity(op: Op, case: dict[str, Any]) -> None:
     with poisoned_memory():
         check(op, ("native", "cpu"), case)
+
+
+@pytest.mark.slow
+@over(thinned=[pairwise(**PASSES_OVER | {"channels": (2, 5, 17, 70), "pixels": (3, 33, 129, 300)})], wide=[])
+@pytest.mark.usefixtures("on_aarch64")
+def test_passes_of_the_block(case: dict[str, Any]) -> None:
+    for name in PASSES:
+        getattr(EachPass(), f"test_{name}")(case)

@@ -34,7 +34,7 @@ def seeded() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that there are several, and one that is not full."""
-    monkeypatch.setattr(passes, "TILE", 11 * C)
+    monkeypatch.setattr(passes, "TILE", 44 * C)
 
 
 @pytest.fixture

@@ -105,6 +105,11 @@ for op in (GATHER, ATTENTION):
                 inputs = op.inputs(channels=channels, regions=regions, spatial=spatial, dtype=dtype, layout=layout,
                                    seed=seed, requires_grad=True)
                 op.assert_parity("native", inputs)
+from test_passes import CASES, TestEachPass
+from ops import pairwise
+for case in list(pairwise(**CASES))[::4]:
+    for name in ("activate", "moments", "gradient", "through", "softmax", "softmax_backward"):
+        getattr(TestEachPass(), "test_" + name)(case)
 """
 
 

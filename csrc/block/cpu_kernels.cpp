@@ -11,6 +11,7 @@ namespace {
 
 constexpr int64_t kTaskElements = 1 << 14;  // of a tile, at least, for a task
 constexpr int64_t kPixels = 64;             // of the softmax at a time
+constexpr int64_t kPixelChain = 32;         // vectors that are added up one after the other: tiles have about as many chains
 
 // body(first, Whole) for whole vectors of `count` elements, and body(first, Part) for the rest
 template <class A, class Body>
@@ -32,10 +33,10 @@ void for_each_place(Parallel parallel, const Tensor& tile, const A* vectors, A* 
         Vec<A> of_channel[kGiven + 1], sums[kSums + 1];
         for (int v = 0; v < kGiven; ++v) of_channel[v] = broadcast(vectors[v * channels + c]);
         for (int s = 0; s < kSums; ++s) sums[s] = broadcast(A(0));
-        for (int64_t first = 0; first < pixels; first += kChain * size) {
+        for (int64_t first = 0; first < pixels; first += kPixelChain * size) {
           Vec<A> chain[kSums + 1];
           for (int s = 0; s < kSums; ++s) chain[s] = broadcast(A(0));
-          for_each_vector<A>(min(kChain * size, pixels - first),
+          for_each_vector<A>(min(kPixelChain * size, pixels - first),
                              [&](int64_t i, auto part) { body(c, first + i, part, of_channel, chain); });
           for (int s = 0; s < kSums; ++s) sums[s] = sums[s] + chain[s];
         }
@@ -65,11 +66,11 @@ void for_each_place(Parallel parallel, const Tensor& tile, const A* vectors, A* 
       for_each_vector<A>(width, [&](int64_t c, auto part) { vectors_at(of_channels[c / size], begin + c, part); });
       for (int b = 0; b < kBlock; ++b)
         for (int s = 0; s < kSums; ++s) sums[b][s] = broadcast(A(0));
-      for (int64_t first = 0; first < pixels; first += kChain) {
+      for (int64_t first = 0; first < pixels; first += kPixelChain) {
         Vec<A> chain[kBlock][kSums];
         for (int b = 0; b < kBlock; ++b)
           for (int s = 0; s < kSums; ++s) chain[b][s] = broadcast(A(0));
-        const int64_t last = min(pixels, first + kChain);
+        const int64_t last = min(pixels, first + kPixelChain);
         if (width == kBlock * size) {
           for (int64_t i = first; i < last; ++i) {
             OCR_UNROLL
@@ -91,17 +92,15 @@ void for_each_place(Parallel parallel, const Tensor& tile, const A* vectors, A* 
   }
 }
 
-// x where what the activation is taken of is positive, else the slope times x
+// ReLU or leaky ReLU, with NaN and infinity as PyTorch has them. 0 * infinity is NaN, so that a slope of 0 is no factor.
 template <class A>
 struct Activation {
   const bool is_relu;
   const Vec<A> slope;
   explicit Activation(double slope_) : is_relu(slope_ == 0), slope(broadcast(A(slope_))) {}
-  OCR_INLINE Vec<A> backward(Vec<A> taken, Vec<A> x) const {
-    return if_above(taken, A(0), x, is_relu ? broadcast(A(0)) : x * slope);
-  }
-  OCR_INLINE Vec<A> forward(Vec<A> x) const {  // NaN stays
-    return if_above(broadcast(A(0)) - x, A(0), is_relu ? broadcast(A(0)) : x * slope, x);
+  OCR_INLINE Vec<A> forward(Vec<A> x) const { return if_at_most(x, A(0), is_relu ? broadcast(A(0)) : x * slope, x); }
+  OCR_INLINE Vec<A> backward(Vec<A> taken, Vec<A> grad) const {
+    return is_relu ? if_at_most(taken, A(0), broadcast(A(0)), grad) : if_above(taken, A(0), grad, grad * slope);
   }
 };
 

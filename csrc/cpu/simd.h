@@ -337,6 +337,17 @@ OCR_INLINE Vec<Lane> if_above(Vec<Lane> a, Lane limit, Vec<Lane> x, Vec<Lane> y 
 #endif
 }
 
+// x where a is the limit or below it, else y, also where a is NaN
+template <class Lane>
+OCR_INLINE Vec<Lane> if_at_most(Vec<Lane> a, Lane limit, Vec<Lane> x, Vec<Lane> y) {
+#if defined(__GNUC__)
+  return {a.v <= limit ? x.v : y.v};
+#else
+  for (int i = 0; i < Vec<Lane>::size; ++i) x.v[i] = a.v[i] <= limit ? x.v[i] : y.v[i];
+  return x;
+#endif
+}
+
 // Over the lanes, in halves: a fixed order.
 template <class Lane>
 OCR_INLINE Lane sum(Vec<Lane> x) {

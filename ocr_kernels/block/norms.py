@@ -109,7 +109,7 @@ class Moments:
         self.mean: Tensor
         self.squares: Tensor
 
-    def add_tile(self, tiles: Passes, h: Tensor) -> None:
+    def add_tile(self, h: Tensor, tiles: Passes) -> None:
         if self.layer.has_statistics:
             mean, squares = tiles.moments(h).unsqueeze(2)
             self.add(h.shape[1], mean, squares)

@@ -17,8 +17,8 @@ from ocr_kernels.core.layout import is_channels_last, statistics_dtype
 
 aten: Any = torch.ops.aten
 
-TILE = 2**19
-"""Values of feats at a time on a CPU, whose cache then holds what is between two products."""
+TILE = 2**21
+"""Bytes of feats at a time on a CPU, whose cache then holds what is between two products."""
 
 
 def maps_of(feats: Tensor) -> Tensor:
@@ -48,7 +48,8 @@ class Passes:
 
     def __init__(self, maps: Tensor) -> None:
         self.maps = maps
-        self.pixels: int = max(1, min((TILE if maps.is_cpu else 32 * TILE) // maps.shape[1], maps.shape[2]))
+        pixels = (TILE if maps.is_cpu else 32 * TILE) // (maps.shape[1] * maps.element_size())
+        self.pixels: int = max(1, min(pixels, maps.shape[2]))
         self.exact: torch.dtype = statistics_dtype(maps)
         self.memory: dict[tuple[str, int, torch.dtype], Tensor] = {}
 

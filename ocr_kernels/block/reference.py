@@ -81,16 +81,12 @@ def product_dtype(feats: Tensor) -> torch.dtype:
     return feats.dtype if not feats.is_cpu or _has_products(feats.dtype) else torch.float32
 
 
-def product(matrix: Tensor, tile: Tensor) -> Tensor:
-    """matrix @ tile, in the memory format of the tile: what is done to it next reads both alike."""
-    return torch.mm(matrix, tile) if tile.stride(1) == 1 else torch.mm(tile.t(), matrix.t()).t()
-
-
-def multiply(matrix: Tensor, tile: Tensor, out: Tensor, *, accumulate: bool = False) -> Tensor:
+def multiply(matrix: Tensor, tile: Tensor, out: Tensor, tiles: Passes, *, accumulate: bool = False) -> Tensor:
     """The product, or `out` plus the product, in the dtype of the matrix; `out` is filled with it."""
     if out.dtype == matrix.dtype:
         return torch.addmm(out, matrix, tile, beta=int(accumulate), out=out)
-    return out.add_(product(matrix, tile)) if accumulate else out.copy_(product(matrix, tile))
+    made = torch.mm(matrix, tile, out=tiles.empty("product", len(matrix), slice(0, tile.shape[1]), matrix.dtype))
+    return out.add_(made) if accumulate else out.copy_(made)
 
 
 def contexts_of(u: Tensor, weights: Tensor, tiles: Passes) -> Contexts:
@@ -121,7 +117,8 @@ def forward(
 
     moments = Moments(layers[0])
     for image, part in tiles:
-        moments.add_tile(tiles, multiply(pixel_in, x[image][:, part].to(dtype), hidden_in[image][:, part]))
+        h = multiply(pixel_in, x[image][:, part].to(dtype), hidden_in[image][:, part], tiles)
+        moments.add_tile(h, tiles)
     first = query = moments.norm()
     second = Norm.of(layers[1])
     hidden, taken = hidden_in, first.vectors()
@@ -130,7 +127,7 @@ def forward(
         for image, part in tiles:
             q = tiles.empty("depth", depth, part, dtype)
             tiles.activate(hidden_in[image][:, part], taken, layers[0].slope, q)
-            moments.add_tile(tiles, multiply(pixel_out, q, hidden_out[image][:, part]))
+            moments.add_tile(multiply(pixel_out, q, hidden_out[image][:, part], tiles), tiles)
         second = query = moments.norm()
         hidden, taken = hidden_out, second.vectors()
     keys = settings.scale * key.to(exact).mT  # [B, K, D]
@@ -146,7 +143,7 @@ def forward(
     moments = Moments(layers[3])
     for image, part in tiles:
         both, _ = _joined(normalised, up, image, part, x, weights, settings, tiles)
-        moments.add_tile(tiles, multiply(fusing, both, fused[image][:, part]))
+        moments.add_tile(multiply(fusing, both, fused[image][:, part], tiles), tiles)
     last = moments.norm()
     flat, masked = z.flatten(2), last.of_images(mask, len(x))
     for image, part in tiles:
@@ -217,10 +214,10 @@ def backward(
         if needs[4]:
             dfusing += d @ both.t()
         if need_feats:
-            multiply(on_pixels, d, dx[image][:, part])
-        dy = multiply(on_context, d, tiles.empty("contexts", len(on_context), part, dtype))
+            multiply(on_pixels, d, dx[image][:, part], tiles)
+        dy = multiply(on_context, d, tiles.empty("contexts", len(on_context), part, dtype), tiles)
         total[image] += tiles.gradient(dy, inside, of_y, up.layer.slope, dy)[0][:, None]
-        multiply(on_weights[image], dy, dweights[image][:, part])
+        multiply(on_weights[image], dy, dweights[image][:, part], tiles)
         outer[image] += dy @ (weights[image][:, part] - y.mean_weights[image]).to(dtype).t()
 
     dup = Gradients(up)
@@ -242,7 +239,7 @@ def backward(
             weights[image][:, part], dweights[image][:, part], of_weights[image], settings.scale, made
         )
         dkey[image] += tiles.activate(h, taken, slope, tiles.empty("depth", depth, part, dtype)) @ dscores.t()
-        d = multiply(keys[image], dscores, tiles.empty("grad of depth", depth, part, dtype))
+        d = multiply(keys[image], dscores, tiles.empty("grad of depth", depth, part, dtype), tiles)
         outermost.add(tiles.gradient(d, h, centred, slope, dquery[image][:, part]))
     turned, slope = pixel_out.t().contiguous(), first.layer.slope
     affine = dphi[1].vectors() if need_phi and len(pixel_out) else taken
@@ -251,7 +248,7 @@ def backward(
         h, d = hidden_in[image][:, part], tiles.empty("grad of depth", depth, part, dtype)
         tiles.through(dquery[image][:, part], hidden_out[image][:, part], affine, 1.0, d)
         dpixel_out += d @ tiles.activate(h, taken, slope, tiles.empty("depth", depth, part, dtype)).t()
-        d = multiply(turned, d, tiles.empty("depth", depth, part, dtype))
+        d = multiply(turned, d, tiles.empty("depth", depth, part, dtype), tiles)
         dphi[0].add(tiles.gradient(d, h, centred, slope, dquery[image][:, part]))
     turned = pixel_in.t().contiguous()
     affine = dphi[0].vectors() if need_phi else taken
@@ -261,7 +258,7 @@ def backward(
         if needs[2]:
             dpixel_in += d @ x[image][:, part].to(dtype).t()
         if need_feats:
-            multiply(turned, d, dx[image][:, part], accumulate=True)
+            multiply(turned, d, dx[image][:, part], tiles, accumulate=True)
     sums = [each.flatten() for layer in (*dphi, dup, dlast) for each in (layer.gain, layer.shift)]
     return dx.unflatten(2, feats.shape[2:]), dkey, dpixel_in, dpixel_out, dfusing, dcontexts, *sums
 
