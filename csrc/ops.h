@@ -113,7 +113,7 @@ class Call {
   }
 
   template <class Arguments>
-  void run(const Arguments& arguments) const {
+  void run(const Arguments& arguments) {
     device_.run(arguments);
   }
   template <class Arguments>

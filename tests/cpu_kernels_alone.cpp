@@ -1,8 +1,8 @@
 // Runs a kernel for CPUs without PyTorch, as a program for any processor that there is a compiler and an emulator for.
 //
 // It is named on the command line. Standard input has its tensors, each as eight integers (the bytes of its memory, 0
-// where it is not wanted, dtype, sizes and strides) and its memory; then its number, if it takes one. Standard output is
-// their memory.
+// where it is not wanted, dtype, sizes and strides) and its memory; then its number, if it takes one. Standard output
+// is their memory.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -13,7 +13,7 @@ namespace ocr_kernels {
 inline namespace portable {
 OCR_DECLARE_KERNELS(Parallel)
 OCR_DECLARE_PASSES(Parallel)
-}
+}  // namespace portable
 
 void* allocate(int64_t bytes) {
   void* const memory = std::aligned_alloc(64, size_t(bytes + 63) / 64 * 64);

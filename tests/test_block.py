@@ -16,8 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from ocr_kernels import modules, record_maps, reference, use_backend
-from ocr_kernels.block import Layer, Norm, ocr_block
-from ocr_kernels.block import passes
+from ocr_kernels.block import Layer, Norm, ocr_block, passes
 from ocr_kernels.block.norms import Settings
 from ocr_kernels.testing import assert_parity, lay_out
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -40,27 +40,26 @@ class Case:
         self.generator = torch.Generator().manual_seed(self.channels * self.pixels)
 
     def tile(self, dtype: torch.dtype | None = None, *, empty: bool = False, scale: float = 1.0) -> Tensor:
-        sizes = (self.pixels, self.channels + self.gap) if self.channels_last else (self.channels, self.pixels + self.gap)
-        values = scale * torch.randn(sizes, generator=self.generator)
-        values = values.to(dtype or self.dtype)
-        values = values.fill_(math.nan) if empty else values
-        return values[:, : self.channels].t() if self.channels_last else values[:, : self.pixels]
+        rows, columns = (self.pixels, self.channels) if self.channels_last else (self.channels, self.pixels)
+        values = (scale * torch.randn(rows, columns + self.gap, generator=self.generator)).to(dtype or self.dtype)
+        tile = (values.fill_(math.nan) if empty else values)[:, :columns]
+        return tile.t() if self.channels_last else tile
 
     def vectors(self, count: int) -> Tensor:
         return torch.randn(count, self.channels, generator=self.generator).to(self.exact)
 
+    def run(self, passes: Passes, name: str, inputs: Sequence[Any], out: torch.dtype | None) -> list[Tensor]:
+        """What the pass filled, and what it returned beside that."""
+        filled = [] if out is None else [self.tile(out, empty=True)]
+        with poisoned_memory():
+            returned = getattr(passes, name)(*inputs, *filled)
+        return [*filled, *(each for each in [returned] if not any(each is other for other in filled))]
+
     def check(self, name: str, *inputs: Any, out: torch.dtype | None = None, unit: float = 0.0) -> None:
         """The results of a pass are as near to those of float64 as those of plain PyTorch are, or so many units."""
-        results = []
-        for make in (compiled, plain):
-            filled = () if out is None else (self.tile(out, empty=True),)
-            with poisoned_memory():
-                returned = getattr(make(self), name)(*inputs, *filled)
-            results.append([*filled, *([] if returned is None or filled and returned is filled[0] else [returned])])
         raised = [value.double() if isinstance(value, Tensor) else value for value in inputs]
-        filled = () if out is None else (self.tile(torch.float64, empty=True),)
-        returned = getattr(plain(self, torch.float64), name)(*raised, *filled)
-        expected = [*filled, *([] if filled and returned is filled[0] else [returned])]
+        results = [self.run(make(self), name, inputs, out) for make in (compiled, plain)]
+        expected = self.run(plain(self, torch.float64), name, raised, out and torch.float64)
         for found, eager, oracle in zip(*results, expected, strict=True):
             assert (found.shape, found.dtype) == (eager.shape, eager.dtype)
             scale = oracle.abs().max() + 1e-30

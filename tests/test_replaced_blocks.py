@@ -16,6 +16,7 @@ from ops import native_on
 from torch import Tensor, nn
 
 from ocr_kernels import modules, record_maps, reference, replace_ocr_modules, restore_ocr_modules, use_backend
+from ocr_kernels.core.backends import resolve_backend
 from ocr_kernels.testing import assert_parity
 
 
@@ -60,7 +61,7 @@ def test_the_report_of_a_head() -> None:
     ]
     assert "not faster" not in str(report).partition("ocr_gather_head")[0]  # of logits
     row = report.swapped[2]
-    assert row.backend == "reference"
+    assert row.backend == resolve_backend(images.device)
     assert row.saved_bytes > report.swapped[1].saved_bytes
     assert 0 < row.max_error < 1e-5
     assert 0 < row.eager_error < 1e-5
@@ -345,8 +346,9 @@ def step(module: nn.Module, args: tuple[Tensor, Tensor], is_one_op: bool) -> lis
 
 
 @native_on("cpu")
-def test_a_backend_that_has_no_blocks() -> None:
+def test_a_backend_that_has_no_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """The module's own forward runs on it."""
+    monkeypatch.setattr("ocr_kernels.block.registration.BACKENDS", ("reference", "triton"))  # as on a GPU
     plain = Head().train()
     module = replaced(copy.deepcopy(plain))
     args = inputs(plain)

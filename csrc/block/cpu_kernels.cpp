@@ -11,7 +11,7 @@ namespace {
 
 constexpr int64_t kTaskElements = 1 << 14;  // of a tile, at least, for a task
 constexpr int64_t kPixels = 64;             // of the softmax at a time
-constexpr int64_t kPixelChain = 32;         // vectors that are added up one after the other: tiles have about as many chains
+constexpr int64_t kPixelChain = 32;  // vectors that are added up one after the other: tiles have about as many chains
 
 // body(first, Whole) for whole vectors of `count` elements, and body(first, Part) for the rest
 template <class A, class Body>
@@ -78,9 +78,8 @@ void for_each_place(Parallel parallel, const Tensor& tile, const A* vectors, A* 
           }
         } else {
           for (int64_t i = first; i < last; ++i)
-            for_each_vector<A>(width, [&](int64_t c, auto part) {
-              body(begin + c, i, part, of_channels[c / size], chain[c / size]);
-            });
+            for_each_vector<A>(
+                width, [&](int64_t c, auto part) { body(begin + c, i, part, of_channels[c / size], chain[c / size]); });
         }
         for (int b = 0; b < kBlock; ++b)
           for (int s = 0; s < kSums; ++s) sums[b][s] = sums[b][s] + chain[b][s];
@@ -92,7 +91,8 @@ void for_each_place(Parallel parallel, const Tensor& tile, const A* vectors, A* 
   }
 }
 
-// ReLU or leaky ReLU, with NaN and infinity as PyTorch has them. 0 * infinity is NaN, so that a slope of 0 is no factor.
+// ReLU or leaky ReLU, with NaN and infinity as PyTorch has them. 0 * infinity is NaN, so that a slope of 0 is no
+// factor.
 template <class A>
 struct Activation {
   const bool is_relu;

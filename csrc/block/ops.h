@@ -1,6 +1,6 @@
-// What the block does to a tile of pixels between two products, as ops. Tiles are [channels, pixels], and in all maps of
-// a call either pixels or channels are neighbours in memory. What is not one of the maps is contiguous, in the dtype of
-// statistics.
+// What the block does to a tile of pixels between two products, as ops. Tiles are [channels, pixels], and in all maps
+// of a call either pixels or channels are neighbours in memory. What is not one of the maps is contiguous, in the dtype
+// of statistics.
 #pragma once
 
 #include "../ops.h"
@@ -19,7 +19,9 @@ class Passes {
     bool along_pixels = true, along_channels = true;
 
     Tile(const char* name, const Argument& h)
-        : call(h), dtype(dtype_of(name, h)), exact(statistics_dtype({nullptr, dtype}, {nullptr, dtype})),
+        : call(h),
+          dtype(dtype_of(name, h)),
+          exact(statistics_dtype({nullptr, dtype}, {nullptr, dtype})),
           shape(shape_of(h)) {
       STD_TORCH_CHECK(shape.size() == 2, name, " must be [channels, pixels]");
     }
@@ -110,12 +112,10 @@ class Passes {
   static void define(torch::stable::detail::StableLibrary& m) {
     m.def("block_activate(Tensor(a!) out, Tensor h, Tensor vectors, float slope) -> ()");
     m.def("block_moments(Tensor(a!) out, Tensor h) -> ()");
-    m.def(
-        "block_gradient(Tensor(a!)? out, Tensor(b!) sums, Tensor grad, Tensor h, Tensor vectors, float slope) -> ()");
+    m.def("block_gradient(Tensor(a!)? out, Tensor(b!) sums, Tensor grad, Tensor h, Tensor vectors, float slope) -> ()");
     m.def("block_through(Tensor(a!) out, Tensor grad, Tensor h, Tensor vectors, float slope) -> ()");
     m.def("block_softmax(Tensor(a!) out, Tensor scores) -> ()");
-    m.def(
-        "block_softmax_backward(Tensor(a!) out, Tensor weights, Tensor dweights, Tensor matrix, float scale) -> ()");
+    m.def("block_softmax_backward(Tensor(a!) out, Tensor weights, Tensor dweights, Tensor matrix, float scale) -> ()");
   }
 
   static void implement(torch::stable::detail::StableLibrary& m) {

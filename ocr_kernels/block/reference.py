@@ -19,7 +19,6 @@ from ocr_kernels.block.passes import Passes, empty_maps, maps_of
 from ocr_kernels.core.activations import activate_
 from ocr_kernels.core.layout import empty_in_format, in_format, statistics_dtype
 
-
 # The definition
 
 
@@ -192,10 +191,10 @@ def backward(
     dx = empty_maps(x, channels if need_feats else 0)
 
     dlast, slope = Gradients(last), last.layer.slope
-    taken = last.of_images(mask, len(x), last.mean)
+    of_images = last.of_images(mask, len(x), last.mean)
     for image, part in tiles:
-        dlast.add(tiles.gradient(incoming[image][:, part], fused[image][:, part], taken[image], slope))
-    taken = last.of_images(mask, len(x), *dlast.affine())
+        dlast.add(tiles.gradient(incoming[image][:, part], fused[image][:, part], of_images[image], slope))
+    of_images = last.of_images(mask, len(x), *dlast.affine())
     contexts_of_y = len(up.factor)
     halves = fusing.split([contexts_of_y, channels] if settings.context_first else [channels, contexts_of_y], 1)
     on_context, on_pixels = (half.t().contiguous() for half in halves[:: 1 if settings.context_first else -1])
@@ -205,18 +204,17 @@ def backward(
     on_weights = normalised[0].mT.contiguous()  # [B, K, Y]
     outer = torch.zeros_like(y.centred)  # sum_i dy_i (w_i - mean)', [B, Y, K]
     total = torch.zeros_like(y.means)  # sum_i dy_i
-    activated = Norm.of(up.layer._replace(gain=torch.ones_like(up.layer.gain), shift=torch.zeros_like(up.layer.gain)))
-    of_y = activated.vectors(None, activated.mean)
+    activated = y.means.new_tensor([1.0, 0.0, 1.0, 0.0])[:, None].repeat(1, contexts_of_y)  # as they are
     for image, part in tiles:
         d = tiles.empty("outputs", outputs, part, dtype)
-        tiles.through(incoming[image][:, part], fused[image][:, part], taken[image], slope, d)
+        tiles.through(incoming[image][:, part], fused[image][:, part], of_images[image], slope, d)
         both, inside = _joined(normalised, up, image, part, x, weights, settings, tiles)
         if needs[4]:
             dfusing += d @ both.t()
         if need_feats:
             multiply(on_pixels, d, dx[image][:, part], tiles)
         dy = multiply(on_context, d, tiles.empty("contexts", len(on_context), part, dtype), tiles)
-        total[image] += tiles.gradient(dy, inside, of_y, up.layer.slope, dy)[0][:, None]
+        total[image] += tiles.gradient(dy, inside, activated, up.layer.slope, dy)[0][:, None]
         multiply(on_weights[image], dy, dweights[image][:, part], tiles)
         outer[image] += dy @ (weights[image][:, part] - y.mean_weights[image]).to(dtype).t()
 

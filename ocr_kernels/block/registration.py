@@ -54,7 +54,7 @@ def _kernels(backend: Backend, tensor: Tensor) -> Any:
 # or has no elements.
 
 
-def _split(args: Sequence[Any]) -> tuple[list[Tensor], Settings, str]:
+def _split(args: Sequence[Any]) -> tuple[list[Tensor], Settings, Backend]:
     """Of the arguments of the op: its tensors, its settings and its backend."""
     return list(args[: TENSORS + 1]), Settings(*args[TENSORS + 1 : -1]), args[-1]
 

@@ -209,12 +209,12 @@ def _may_be_a_block(module: nn.Module, rewriter: Rewriter) -> bool:
     )
 
 
-def _backend(module: nn.Module, model: nn.Module, *implemented: Backend) -> str:
-    """The backend that will run a module on its device, one of `implemented` if any are named."""
+def _backend(module: nn.Module, model: nn.Module, *backends: Backend) -> str:
+    """The backend that will run a module on its device, one of `backends` if any are named."""
     has_tensors = next(module.parameters(), None) is not None
     device = device_of(module if has_tensors else model)
     try:
-        return resolve_backend(device, None, *([implemented] if implemented else []))
+        return resolve_backend(device, None, *([backends] if backends else []))
     except RuntimeError as error:
         return str(error)
 
@@ -263,7 +263,8 @@ def _as_a_block(
                 not_in_training = not_in_training or f"it has no kernels for {device_of(module).type}"
             before = row.computations if isinstance(row, Swapped) else ()
             found = row if isinstance(row, Swapped) else Swapped(name, type(module).__qualname__)
-            backends = dict.fromkeys([found.backend, _backend(module, module, *plan.backends(device_of(module).type))])
+            backend = _backend(module, module, *plan.backends(device_of(module).type))
+            backends = dict.fromkeys([found.backend, backend])
             error, eager_error, relative = errors
             if not_in_training:
                 found = dataclasses.replace(found, notes=(*found.notes, f"no block in training: {not_in_training}"))
@@ -299,5 +300,6 @@ def _joining(module: nn.Module, replacements: dict[nn.Module, Replacement]) -> t
     copies = joined(type(module), tuple(joins)) if joins else {}
     if not copies:
         return None
-    row = Swapped("", type(module).__qualname__, ("logits",), _backend(module, module, *implemented(device_of(module).type)), *worst)
+    backend = _backend(module, module, *implemented(device_of(module).type))
+    row = Swapped("", type(module).__qualname__, ("logits",), backend, *worst)
     return Replacement(module, (type(module),), copies, joins=tuple(joins)), row
