@@ -1,4 +1,4 @@
-"""Tiles of pixels, and what is done to one between two products, in plain PyTorch; `native` does the same in csrc.
+"""Tiles of pixels, their products, and what is done between two of them, in plain PyTorch; `native` has others.
 
 A tile is `[channels, T]` of one image, in the memory format of the maps `[B, channels, N]`. `vectors` are rows
 `[n, channels]` in the dtype of statistics, as `Norm.vectors` makes them; the slope is that of the activation.
@@ -48,6 +48,7 @@ class Passes:
 
     def __init__(self, maps: Tensor) -> None:
         self.maps = maps
+        self.is_channels_last: bool = not maps.is_contiguous()
         pixels = (TILE if maps.is_cpu else 32 * TILE) // (maps.shape[1] * maps.element_size())
         self.pixels: int = max(1, min(pixels, maps.shape[2]))
         self.exact: torch.dtype = statistics_dtype(maps)
@@ -65,6 +66,25 @@ class Passes:
         if found is None:
             found = self.memory[name, channels, dtype] = empty_maps(self.maps, channels, dtype, 1, self.pixels)[0]
         return found[:, : part.stop - part.start]
+
+    def product(self, name: str, matrix: Tensor, tile: Tensor) -> Tensor:
+        """matrix @ tile, of one dtype, in memory that may be that of other tiles of that name."""
+        return torch.mm(matrix, tile, out=self.empty(name, len(matrix), slice(0, tile.shape[1]), tile.dtype))
+
+    def multiply(self, matrix: Tensor, tile: Tensor, out: Tensor, *, accumulate: bool = False) -> Tensor:
+        """Fill `out`, a part of a map in any dtype, with the product, or add it to that."""
+        if out.dtype == matrix.dtype:
+            return torch.addmm(out, matrix, tile, beta=int(accumulate), out=out)
+        made = self.product("product", matrix, tile)
+        return out.add_(made) if accumulate else out.copy_(made)
+
+    def outer(self, left: Tensor, right: Tensor) -> Tensor:
+        """left @ right', the sum over pixels of their outer products."""
+        return left @ right.t()
+
+    def layer(self, weight: Tensor, bias: Tensor, tile: Tensor, slope: float, out: Tensor) -> Tensor:
+        """activation(W tile + bias), all of one dtype; `out` is memory for it."""
+        return activate_(torch.addmm(bias[:, None], weight, tile, out=out), slope)
 
     def activate(self, h: Tensor, vectors: Tensor, slope: float, out: Tensor) -> Tensor:
         """out = activation(factor * h + offset) * mask"""

@@ -80,14 +80,6 @@ def product_dtype(feats: Tensor) -> torch.dtype:
     return feats.dtype if not feats.is_cpu or _has_products(feats.dtype) else torch.float32
 
 
-def multiply(matrix: Tensor, tile: Tensor, out: Tensor, tiles: Passes, *, accumulate: bool = False) -> Tensor:
-    """The product, or `out` plus the product, in the dtype of the matrix; `out` is filled with it."""
-    if out.dtype == matrix.dtype:
-        return torch.addmm(out, matrix, tile, beta=int(accumulate), out=out)
-    made = torch.mm(matrix, tile, out=tiles.empty("product", len(matrix), slice(0, tile.shape[1]), matrix.dtype))
-    return out.add_(made) if accumulate else out.copy_(made)
-
-
 def contexts_of(u: Tensor, weights: Tensor, tiles: Passes) -> Contexts:
     batch, regions, pixels = weights.shape
     mean_weights = weights.mean(2, keepdim=True, dtype=u.dtype) if pixels else u.new_zeros((batch, regions, 1))
@@ -107,7 +99,7 @@ def forward(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """z `[B, O, *S]`, what the backward pass reads (h of both layers of phi, w, G [y, x]), and the statistics."""
     x, dtype, exact = maps_of(feats), product_dtype(feats), statistics_dtype(feats)
-    pixel_in, pixel_out, fusing = (each.to(dtype) for each in (pixel_in, pixel_out, fusing))
+    pixel_in, pixel_out, fusing = (each.to(dtype).contiguous() for each in (pixel_in, pixel_out, fusing))
     tiles = kind(x)
     layers = settings.layers(vectors)
     depth, outputs, regions = len(pixel_in), len(fusing), key.shape[2]
@@ -116,7 +108,7 @@ def forward(
 
     moments = Moments(layers[0])
     for image, part in tiles:
-        h = multiply(pixel_in, x[image][:, part].to(dtype), hidden_in[image][:, part], tiles)
+        h = tiles.multiply(pixel_in, x[image][:, part].to(dtype), hidden_in[image][:, part])
         moments.add_tile(h, tiles)
     first = query = moments.norm()
     second = Norm.of(layers[1])
@@ -126,15 +118,14 @@ def forward(
         for image, part in tiles:
             q = tiles.empty("depth", depth, part, dtype)
             tiles.activate(hidden_in[image][:, part], taken, layers[0].slope, q)
-            moments.add_tile(multiply(pixel_out, q, hidden_out[image][:, part], tiles), tiles)
+            moments.add_tile(tiles.multiply(pixel_out, q, hidden_out[image][:, part]), tiles)
         second = query = moments.norm()
         hidden, taken = hidden_out, second.vectors()
-    keys = settings.scale * key.to(exact).mT  # [B, K, D]
+    keys = settings.scale * key.to(exact).mT.contiguous()  # [B, K, D]
     for image, part in tiles:
         q = tiles.empty("depth", depth, part, exact)
         tiles.activate(hidden[image][:, part], taken, query.layer.slope, q)
-        scores = torch.mm(keys[image], q, out=tiles.empty("scores", regions, part, exact))
-        tiles.softmax(scores, weights[image][:, part])
+        tiles.softmax(tiles.product("scores", keys[image], q), weights[image][:, part])
 
     y = contexts_of(contexts.to(exact), weights, tiles)
     up = y.norm(layers[2])
@@ -142,7 +133,7 @@ def forward(
     moments = Moments(layers[3])
     for image, part in tiles:
         both, _ = _joined(normalised, up, image, part, x, weights, settings, tiles)
-        moments.add_tile(multiply(fusing, both, fused[image][:, part], tiles), tiles)
+        moments.add_tile(tiles.multiply(fusing, both, fused[image][:, part]), tiles)
     last = moments.norm()
     flat, masked = z.flatten(2), last.of_images(mask, len(x))
     for image, part in tiles:
@@ -176,7 +167,7 @@ def backward(
     Products that only gradients take part in which are not needed are left out; such gradients are anything.
     """
     x, dtype, exact = maps_of(feats), product_dtype(feats), statistics_dtype(feats)
-    pixel_in, pixel_out, fusing = (each.to(dtype) for each in (pixel_in, pixel_out, fusing))
+    pixel_in, pixel_out, fusing = (each.to(dtype).contiguous() for each in (pixel_in, pixel_out, fusing))
     tiles = kind(x)
     *maps, statistics = saved
     hidden_in, hidden_out, weights, fused = (each.flatten(2) for each in maps)
@@ -210,12 +201,12 @@ def backward(
         tiles.through(incoming[image][:, part], fused[image][:, part], of_images[image], slope, d)
         both, inside = _joined(normalised, up, image, part, x, weights, settings, tiles)
         if needs[4]:
-            dfusing += d @ both.t()
+            dfusing += tiles.outer(d, both)
         if need_feats:
-            multiply(on_pixels, d, dx[image][:, part], tiles)
-        dy = multiply(on_context, d, tiles.empty("contexts", len(on_context), part, dtype), tiles)
+            tiles.multiply(on_pixels, d, dx[image][:, part])
+        dy = tiles.product("contexts", on_context, d)
         total[image] += tiles.gradient(dy, inside, activated, up.layer.slope, dy)[0][:, None]
-        multiply(on_weights[image], dy, dweights[image][:, part], tiles)
+        tiles.multiply(on_weights[image], dy, dweights[image][:, part])
         outer[image] += dy @ (weights[image][:, part] - y.mean_weights[image]).to(dtype).t()
 
     dup = Gradients(up)
@@ -224,7 +215,7 @@ def backward(
 
     # the softmax, and phi
     query, hidden = (second, hidden_out) if len(pixel_out) else (first, hidden_in)
-    keys, of_weights = key.to(dtype), torch.cat((matrix, column), 2)  # [B, D, K], [B, K, K + 1]
+    keys, of_weights = key.to(dtype).contiguous(), torch.cat((matrix, column), 2)  # [B, D, K], [B, K, K + 1]
     dkey = torch.zeros_like(key, dtype=exact)
     dquery = empty_maps(x, depth if need_phi else 0)
     dphi = [Gradients(first), Gradients(second)]
@@ -237,7 +228,7 @@ def backward(
             weights[image][:, part], dweights[image][:, part], of_weights[image], settings.scale, made
         )
         dkey[image] += tiles.activate(h, taken, slope, tiles.empty("depth", depth, part, dtype)) @ dscores.t()
-        d = multiply(keys[image], dscores, tiles.empty("grad of depth", depth, part, dtype), tiles)
+        d = tiles.product("grad of depth", keys[image], dscores)
         outermost.add(tiles.gradient(d, h, centred, slope, dquery[image][:, part]))
     turned, slope = pixel_out.t().contiguous(), first.layer.slope
     affine = dphi[1].vectors() if need_phi and len(pixel_out) else taken
@@ -245,8 +236,8 @@ def backward(
     for image, part in tiles if need_phi and len(pixel_out) else ():
         h, d = hidden_in[image][:, part], tiles.empty("grad of depth", depth, part, dtype)
         tiles.through(dquery[image][:, part], hidden_out[image][:, part], affine, 1.0, d)
-        dpixel_out += d @ tiles.activate(h, taken, slope, tiles.empty("depth", depth, part, dtype)).t()
-        d = multiply(turned, d, tiles.empty("depth", depth, part, dtype), tiles)
+        dpixel_out += tiles.outer(d, tiles.activate(h, taken, slope, tiles.empty("depth", depth, part, dtype)))
+        d = tiles.product("depth", turned, d)
         dphi[0].add(tiles.gradient(d, h, centred, slope, dquery[image][:, part]))
     turned = pixel_in.t().contiguous()
     affine = dphi[0].vectors() if need_phi else taken
@@ -254,9 +245,9 @@ def backward(
         d = tiles.empty("grad of depth", depth, part, dtype)
         tiles.through(dquery[image][:, part], hidden_in[image][:, part], affine, 1.0, d)
         if needs[2]:
-            dpixel_in += d @ x[image][:, part].to(dtype).t()
+            dpixel_in += tiles.outer(d, x[image][:, part].to(dtype))
         if need_feats:
-            multiply(turned, d, dx[image][:, part], tiles, accumulate=True)
+            tiles.multiply(turned, d, dx[image][:, part], accumulate=True)
     sums = [each.flatten() for layer in (*dphi, dup, dlast) for each in (layer.gain, layer.shift)]
     return dx.unflatten(2, feats.shape[2:]), dkey, dpixel_in, dpixel_out, dfusing, dcontexts, *sums
 
@@ -293,14 +284,13 @@ def infer(
         query = pixels.copy_(x[image][:, part])  # [C, T]
         for i, ((weight, layer_bias), slope) in enumerate(zip(layers, slopes, strict=False)):
             made = tiles.empty(f"query {i}", len(weight), part, dtype)
-            query = activate_(torch.addmm(layer_bias[:, None], weight, query, out=made), slope)  # [D, T]
-        scores = torch.mm(keys[image], query, out=tiles.empty("scores", keys.shape[1], part, dtype))  # [K, T]
+            query = tiles.layer(weight, layer_bias, query, slope, made)  # [D, T]
+        scores = tiles.product("scores", keys[image], query)  # [K, T]
         attention = tiles.softmax(scores, scores)
         activate_(torch.addmm(up_bias[:, None], contexts[image], attention, out=context), slopes[2])  # y, [Y, T]
-        z = tiles.empty("z", len(bias), part, dtype)
-        activate_(torch.addmm(bias[:, None], fusing, both, out=z), slopes[3])  # [O, T]
+        z = tiles.layer(fusing, bias, both, slopes[3], tiles.empty("z", len(bias), part, dtype))  # [O, T]
         for weight, layer_bias in zip(classifier[::2], classifier[1::2], strict=True):
-            z = torch.addmm(layer_bias[:, None], weight, z, out=tiles.empty("logits", len(weight), part, dtype))
+            z = tiles.layer(weight, layer_bias, z, 1.0, tiles.empty("logits", len(weight), part, dtype))
         result[image][:, part] = z.argmax(0) if output == "classes" else z
 
 
