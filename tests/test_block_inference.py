@@ -340,7 +340,8 @@ def test_compiled_for_a_cpu_it_may_be_plain_pytorch(output: str, layout: Layout,
     torch.testing.assert_close(out, expected)
     assert out.stride() == expected.stride()
     has_op = any("ocr_kernels" in str(node.target) for graph in graphs for node in graph.graph.nodes)
-    assert has_op == (layout == "channels_last" and len(spatial) > 1)  # where the op's layout is the compiler's
+    # where the op's layout is the compiler's, or what comes out in another is small
+    assert has_op == ((layout == "channels_last" and len(spatial) > 1) or (output != "features" and len(spatial) == 2))
 
 
 @pytest.mark.parametrize("autocast_dtype", [torch.bfloat16, torch.float16])

@@ -190,12 +190,15 @@ class FoldedBlock(NamedTuple):
     def run(self, feats: Tensor, key: Tensor, value: Tensor, backend: Backend | None = None) -> Tensor:
         """What `ocr_block` gives, without its checks, of feats and key in `dtype`; outside of autocast."""
         scale = key.shape[1] ** -0.5 if self.scale is None else self.scale
-        arguments = feats, key, self.contexts(value), self.weights, scale, self.slopes, self.output
-        if left_to_compiler(feats, backend) and 0 not in feats.shape:
-            return reference.infer_whole(*arguments)
+        arguments = key, self.contexts(value), self.weights, scale, self.slopes, self.output
+        is_compiled = left_to_compiler(feats, backend) and 0 not in feats.shape
+        if is_compiled and (self.output == "features" or feats.dim() != 4):
+            return reference.infer_whole(feats, *arguments)
+        if is_compiled:  # and what comes out is small: Inductor's convolutions have made pixels channels last
+            feats = feats.contiguous(memory_format=torch.channels_last)
         chosen = resolve_backend(feats.device, backend, implemented(feats.device.type))
-        out: Tensor = ocr_block_inference_op(*arguments, chosen)
-        return out
+        out: Tensor = ocr_block_inference_op(feats, *arguments, chosen)
+        return out.contiguous() if is_compiled else out
 
 
 def fold_block(
