@@ -23,10 +23,13 @@ def _linear() -> Any:
     That is MKL's, which takes a tenth to a third longer with AVX-512 on AMD's processors. The op is what Inductor makes
     of linear layers; nothing public calls it. What is not contiguous would take it a thousand times as long.
     """
-    has_it = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    if not has_it or torch.backends.cpu.get_cpu_capability() != "AVX512":
+    if not torch.backends.mkldnn.is_available() or torch.backends.cpu.get_cpu_capability() != "AVX512":
         return None
-    linear = torch.ops.mkldnn._linear_pointwise.default
+    linear = getattr(getattr(torch.ops.mkldnn, "_linear_pointwise", None), "default", None)
+    if "(Tensor X, Tensor W, Tensor? B, str attr, Scalar?[] scalars, str? algorithm)" not in str(
+        getattr(linear, "_schema", "")
+    ):
+        return None  # another PyTorch's
     return lambda x, w, bias=None, activation="none": linear(x, w, bias, activation, [], "")
 
 
