@@ -25,7 +25,7 @@ def _linear() -> Any:
     """
     if not torch.backends.mkldnn.is_available() or torch.backends.cpu.get_cpu_capability() != "AVX512":
         return None
-    linear = getattr(getattr(torch.ops.mkldnn, "_linear_pointwise", None), "default", None)
+    linear: Any = getattr(getattr(torch.ops.mkldnn, "_linear_pointwise", None), "default", None)
     schema = str(getattr(linear, "_schema", ""))
     if "(Tensor X, Tensor W, Tensor? B, str attr, Scalar?[] scalars, str? algorithm)" not in schema:
         return None  # another PyTorch's
