@@ -120,6 +120,30 @@ const A* rows_of(const Tensor& vectors) {
   return static_cast<const A*>(vectors.data);
 }
 
+// Fills out, where it is wanted, with body(h, d, part, vectors, sums), d = grad * mask through the activation.
+template <int kGiven, int kSums, class Arguments, class Body>
+void for_each_gradient(Parallel parallel, const Arguments& a, void* sums, Body body) {
+  with_types(a.h, a.grad, [&](auto lane, auto type, auto gradient) {
+    using A = decltype(lane);
+    using T = decltype(type);
+    using Grad = decltype(gradient);
+    const Activation<A> activation(a.slope);
+    const auto pass = [&](auto out) {
+      using Out = decltype(out);
+      for_each_place<kGiven, kSums>(parallel, a.h, rows_of<A>(a.vectors), static_cast<A*>(sums),
+                                    [&](int64_t c, int64_t i, auto part, const Vec<A>* vectors, Vec<A>* chain) {
+                                      const Vec<A> h = load<A>(element<T>(a.h, 0, c, i), part);
+                                      const Vec<A> grad = load<A>(element<Grad>(a.grad, 0, c, i), part) * vectors[2];
+                                      const Vec<A> d = activation.backward(fma(h, vectors[0], vectors[1]), grad);
+                                      const Vec<A> result = body(h, d, part, vectors, chain);
+                                      if (a.out.data) store(element<Out>(a.out, 0, c, i), result, part);
+                                    });
+    };
+    if (!a.out.data || a.out.dtype == a.h.dtype) pass(type);
+    else pass(lane);
+  });
+}
+
 }  // namespace
 
 void run(const BlockActivate& a, Parallel parallel) {
@@ -156,47 +180,16 @@ void run(const BlockMoments& a, Parallel parallel) {
 }
 
 void run(const BlockGradient& a, Parallel parallel) {
-  with_types(a.h, a.grad, [&](auto lane, auto type, auto gradient) {
-    using A = decltype(lane);
-    using T = decltype(type);
-    using Grad = decltype(gradient);
-    const Activation<A> activation(a.slope);
-    const auto pass = [&](auto out) {
-      using Out = decltype(out);
-      for_each_place<4, 2>(parallel, a.h, rows_of<A>(a.vectors), static_cast<A*>(a.sums.data),
-                           [&](int64_t c, int64_t i, auto part, const Vec<A>* vectors, Vec<A>* sums) {
-                             const Vec<A> h = load<A>(element<T>(a.h, 0, c, i), part);
-                             const Vec<A> grad = load<A>(element<Grad>(a.grad, 0, c, i), part) * vectors[2];
-                             const Vec<A> d = activation.backward(fma(h, vectors[0], vectors[1]), grad);
-                             if (a.out.data) store(element<Out>(a.out, 0, c, i), d, part);
-                             sums[0] = sums[0] + d;
-                             sums[1] = fma(d, only(h - vectors[3], part), sums[1]);
-                           });
-    };
-    if (!a.out.data || a.out.dtype == a.h.dtype) pass(type);
-    else pass(lane);
+  for_each_gradient<4, 2>(parallel, a, a.sums.data, [](auto h, auto d, auto part, const auto* vectors, auto* sums) {
+    sums[0] = sums[0] + d;
+    sums[1] = fma(d, only(h - vectors[3], part), sums[1]);
+    return d;
   });
 }
 
 void run(const BlockThrough& a, Parallel parallel) {
-  with_types(a.h, a.grad, [&](auto lane, auto type, auto gradient) {
-    using A = decltype(lane);
-    using T = decltype(type);
-    using Grad = decltype(gradient);
-    const Activation<A> activation(a.slope);
-    const auto pass = [&](auto out) {
-      using Out = decltype(out);
-      for_each_place<6, 0>(parallel, a.h, rows_of<A>(a.vectors), static_cast<A*>(nullptr),
-                           [&](int64_t c, int64_t i, auto part, const Vec<A>* vectors, Vec<A>*) {
-                             const Vec<A> h = load<A>(element<T>(a.h, 0, c, i), part);
-                             const Vec<A> grad = load<A>(element<Grad>(a.grad, 0, c, i), part) * vectors[2];
-                             const Vec<A> d = activation.backward(fma(h, vectors[0], vectors[1]), grad);
-                             const Vec<A> result = fma(vectors[3], d, fma(vectors[4], h, vectors[5]));
-                             store(element<Out>(a.out, 0, c, i), result, part);
-                           });
-    };
-    if (a.out.dtype == a.h.dtype) pass(type);
-    else pass(lane);
+  for_each_gradient<6, 0>(parallel, a, nullptr, [](auto h, auto d, auto, const auto* vectors, auto*) {
+    return fma(vectors[3], d, fma(vectors[4], h, vectors[5]));
   });
 }
 
