@@ -200,6 +200,41 @@ def test_no_weight_is_stale(change: Callable[[nn.Module], None]) -> None:
     agree(module, plain, *args)
 
 
+@torch.no_grad()
+def test_order_of_layers_is_seen() -> None:
+    """The same layers under the same names, which a Sequential runs in another order."""
+    plain = ours(reference).eval()
+    for norm in (plain.object_context_block.f_pixel[1][0], plain.object_context_block.f_pixel[3][0]):
+        norm.running_mean.normal_()
+        norm.running_var.uniform_(0.5, 2)
+    module = replaced(copy.deepcopy(plain))
+    args = inputs(plain)
+    before = module(*args)
+    for changed in (module, plain):
+        layers = changed.object_context_block.f_pixel._modules
+        for name in "321":
+            layers[name] = layers.pop(name)
+    assert not torch.equal(module(*args), before)
+    agree(module, plain, *args)
+
+
+@torch.no_grad()
+def test_a_tensor_of_one_element_is_seen_when_it_changes() -> None:
+    """Under whose name another one stood before, that was equal to it: values are what is compared then."""
+    plain = reference.SpatialOCR(C, D, 1).eval()
+    module = replaced(copy.deepcopy(plain))
+    args = inputs(plain)
+    module(*args)
+    weight = nn.Parameter(torch.ones(1))  # of a norm of one channel
+    for changed in (module, plain):
+        changed.conv_bn_dropout[1][0].weight = weight
+    agree(module, plain, *args)
+    before = module(*args)
+    weight.fill_(3)
+    assert not torch.equal(module(*args), before)
+    agree(module, plain, *args)
+
+
 @native_on("cpu")
 @torch.no_grad()
 def test_no_weight_is_stale_after_a_step_on_a_backend_without_blocks() -> None:

@@ -77,7 +77,7 @@ class BlockCache:
             if not (has_code and plan.fits(module) and training.fits(module)):
                 return False
             self.trained = Structure(module)
-        return not any(self.trained.hooks)
+        return not (any(self.trained.forward_hooks) or any(self.trained.backward_hooks))
 
     def forget(self) -> None:
         """For what PyTorch does not count: changes through `parameter.data` and by fused optimizers."""
@@ -119,7 +119,7 @@ class BlockCache:
         snapshot = self.snapshot
         if snapshot is None or not snapshot.is_current(module, dtype):
             snapshot = self._renewed(module, dtype)
-        if snapshot is None or any(snapshot.hooks) or snapshot.plan is None or snapshot.first is None:
+        if snapshot is None or any(snapshot.forward_hooks) or snapshot.plan is None or snapshot.first is None:
             return None
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in snapshot.tensors):
             return None  # of a weight that is no parameter
@@ -158,14 +158,19 @@ class Structure:
         own = ("_modules", "_parameters", "_buffers")
         owned: list[dict[str, Any]] = [getattr(layer, name) for layer in self.layers for name in own]
         self.owned: list[dict[str, Any]] = [owner for owner in owned if owner]
+        self.owned_before: list[dict[str, Any]] = list(map(dict, self.owned))
         self.empty: list[dict[str, Any]] = [owner for owner in owned if not owner]
-        self.owned_before: list[Any] = self._owned_now()
+        self.children: list[dict[str, Any]] = [layer._modules for layer in self.layers if layer._modules]
+        self.order_before: list[str] = self._order()
         self.code: list[Any] = [vars(base) for base in {base for layer in self.layers for base in own_classes(layer)}]
         self.code_before: list[tuple[Any, ...]] = [tuple(code.values()) for code in self.code]
         # no public function tells of hooks on all modules
-        kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-        self.hooks: list[Any] = [getattr(layer, kind) for layer in self.layers[1:] for kind in kinds]
-        self.hooks += [getattr(torch_module, f"_global{kind}") for kind in kinds]
+        self.forward_hooks = self._hooks("_forward_hooks", "_forward_pre_hooks")
+        self.backward_hooks = self._hooks("_backward_hooks", "_backward_pre_hooks")
+
+    def _hooks(self, *kinds: str) -> list[Any]:
+        hooks = [getattr(layer, kind) for layer in self.layers[1:] for kind in kinds]
+        return hooks + [getattr(torch_module, f"_global{kind}") for kind in kinds]
 
     def is_of(self, module: nn.Module) -> bool:
         """A replica of DataParallel has the same cache."""
@@ -199,12 +204,15 @@ class Structure:
             return False
 
     def has_tensors_and_layers(self) -> bool:
-        """Whether parameters, buffers and children are the same objects."""
-        owned = self._owned_now()
-        return len(owned) == len(self.owned_before) and all(map(operator.is_, owned, self.owned_before))
+        """Whether parameters, buffers and children are the same objects, or tensors of one element and equal."""
+        try:  # objects are compared by identity first
+            return self.owned == self.owned_before and self._order() == self.order_before
+        except Exception:  # another tensor, which has no truth value
+            return False
 
-    def _owned_now(self) -> list[Any]:
-        return list(itertools.chain.from_iterable(map(dict.values, self.owned)))
+    def _order(self) -> list[str]:
+        """The children's names, in the order in which an `nn.Sequential` runs them."""
+        return list(itertools.chain.from_iterable(self.children))
 
     def has_code(self) -> bool:
         """Whether classes, and what their methods are, are what they were."""

@@ -154,7 +154,7 @@ class BlockPlan:
             and len(region_shape) == self.region_dims
             and shape[0] == region_shape[0]
             and shape[1] == region_shape[2 if self.transposed else 1] == self.channels
-            and all(size == 1 for size in region_shape[3:])
+            and region_shape[3:] == (1,) * (self.region_dims - 3)
             and 0 not in shape
             and 0 not in region_shape
             and feats.device == regions.device == first.device
