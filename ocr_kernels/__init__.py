@@ -7,7 +7,7 @@ from ocr_kernels.attention import pixel_region_attention
 from ocr_kernels.block import Layer, Norm, ocr_block
 from ocr_kernels.core.backends import available_backends, use_backend
 from ocr_kernels.core.registration import decompositions, flop_formulas
-from ocr_kernels.gather import spatial_gather
+from ocr_kernels.gather import GatherState, spatial_gather
 from ocr_kernels.models.maps import attention_maps, record_maps, region_maps
 from ocr_kernels.models.replace import replace_ocr_modules, restore_ocr_modules
 from ocr_kernels.models.report import ReplacementReport
@@ -15,6 +15,7 @@ from ocr_kernels.models.report import ReplacementReport
 __version__ = "0.1.0"
 
 __all__ = [
+    "GatherState",
     "Layer",
     "Norm",
     "ReplacementReport",

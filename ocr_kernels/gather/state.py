@@ -1,0 +1,223 @@
+"""The gather of pixels that come in parts: tiles of an image, frames of a clip, the shards of several processes."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ocr_kernels.core.arguments import check_device, check_same_dtype, check_shape, check_tensors, split_scale
+from ocr_kernels.core.backends import Backend, resolve_backend
+from ocr_kernels.gather.registration import spatial_gather_backward_op, spatial_gather_op
+
+
+class Sums(NamedTuple):
+    """What pixels come to, in float64: with weights exp(scale * M_ki - m_k), sums of x and of 1."""
+
+    maximum: Tensor  # m, [B, K]: the largest logarithm of a part's sum of weights, 0 where that is -inf; a constant
+    of_feats: Tensor  # [B, C, K]
+    of_ones: Tensor  # [B, K]
+
+    def relative_to(self, maximum: Tensor) -> Sums:
+        factor = (self.maximum - maximum).exp()
+        return Sums(maximum, self.of_feats * factor.unsqueeze(1), self.of_ones * factor)
+
+    def plus(self, other: Sums) -> Sums:
+        maximum = torch.maximum(self.maximum, other.maximum)
+        a, b = self.relative_to(maximum), other.relative_to(maximum)
+        return Sums(maximum, a.of_feats + b.of_feats, a.of_ones + b.of_ones)
+
+
+class GatherState:
+    """The spatial gather (Eq. 4) of pixels that are never in memory together, exactly that of all of them.
+
+        f_k = sum_t sum_{i in t} exp(scale * M_ki - m_k) x_i / sum_t sum_{i in t} exp(scale * M_ki - m_k)
+
+    over parts t of the pixels. A part is gathered by the op and its backend; the sums over parts are float64, so that
+    a result is as accurate as that of one part, however many there were. The same parts in the same order give the
+    same bits.
+
+    Parts that were added with gradients on are differentiated through the result, to any order; autograd holds them
+    all until then. Where they do not fit in memory either, `share` differentiates one part at a time.
+
+    Args:
+        scale: factor on the logits; a tensor of one element is trained like any other factor.
+        backend: as of `spatial_gather`.
+
+    Examples:
+        >>> feats, logits = torch.randn(2, 64, 32, 48), torch.randn(2, 19, 32, 48)
+        >>> state = GatherState()
+        >>> for rows in (slice(0, 10), slice(10, 32)):
+        ...     state.update(feats[:, :, rows], logits[:, :, rows])
+        >>> torch.allclose(state.result(), spatial_gather(feats, logits), atol=1e-6)
+        True
+    """
+
+    def __init__(self, scale: float | Tensor = 1.0, *, backend: Backend | None = None) -> None:
+        self.scale = scale
+        self.backend: Backend | None = backend
+        self._sums: Sums | None = None
+        self._like: Tensor | None = None  # has the dtype and the device of the feats, and no elements
+        self._pixels: int = 0
+
+    def update(self, feats: Tensor, logits: Tensor) -> None:
+        """Add pixels `[B, C, *S]` with their logits `[B, K, *S]`; B, C, K, dtype and device stay what they were first.
+
+        Under autocast `feats` is cast to the autocast dtype, and `logits` are taken as they are.
+
+        Raises:
+            TypeError: an argument is no tensor, or of another dtype, or `scale` is no number.
+            ValueError: shapes or devices do not match, each other or those of the parts before.
+            RuntimeError: the backend asked for cannot run here.
+        """
+        sums, like = self._sums_of(feats, logits)
+        self._sums = sums if self._sums is None else self._sums.plus(sums)
+        self._like = like
+        self._pixels += math.prod(feats.shape[2:])
+
+    def result(self) -> Tensor:
+        """f of all pixels so far, `[B, C, K]`, contiguous, in the dtype of the feats.
+
+        Raises:
+            RuntimeError: there was no part.
+        """
+        sums, like = self._known()
+        regions = sums.of_feats / sums.of_ones.unsqueeze(1)  # 0 / 0 where all logits are -inf
+        return (regions if self._pixels else sums.of_feats).to(like.dtype).contiguous()
+
+    def share(self, feats: Tensor, logits: Tensor) -> Tensor:
+        """What one part of this state's pixels adds to f, `[B, C, K]`, in the dtype of the feats.
+
+        The shares of all parts add up to f, and the gradient of a share is that of f with respect to its part. So
+        training takes the memory of one part at a time: a pass without gradients for f, the loss of each part with f as
+        an input whose gradient adds up, and a pass that hands this gradient on to each part.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: as `update`, and if there was no part.
+
+        Examples:
+            >>> feats, logits = torch.randn(1, 8, 4, 6), torch.randn(1, 3, 4, 6)
+            >>> halves = [(feats[..., half], logits[..., half]) for half in (slice(0, 3), slice(3, 6))]
+            >>> state = GatherState()
+            >>> with torch.no_grad():
+            ...     for half in halves:
+            ...         state.update(*half)
+            >>> f = state.result().requires_grad_()
+            >>> f.square().sum().backward()  # the losses of all parts
+            >>> for half in halves:
+            ...     x, m = (tensor.clone().requires_grad_() for tensor in half)
+            ...     state.share(x, m).backward(f.grad)
+        """
+        known, like = self._known()
+        maximum, of_feats, of_ones = (sums.detach() for sums in known)
+        part = self._sums_of(feats, logits)[0].relative_to(maximum)
+        regions = of_feats / of_ones.unsqueeze(1)
+        change = part.of_feats - part.of_ones.unsqueeze(1) * regions
+        here = (part.of_ones.unsqueeze(1) * regions).detach()
+        return ((change + here) / of_ones.unsqueeze(1)).to(like.dtype)
+
+    def fade(self, factor: float) -> None:
+        """Let the pixels so far weigh `factor` times what they did: a memory of a stream that forgets.
+
+        Raises:
+            ValueError: `factor` is not positive and finite.
+            RuntimeError: there was no part.
+        """
+        if not 0 < factor < math.inf:
+            raise ValueError(f"factor must be positive and finite, but is {factor}")
+        sums, _ = self._known()
+        self._sums = sums._replace(maximum=sums.maximum + math.log(factor))
+
+    @staticmethod
+    def merge(*states: GatherState) -> GatherState:
+        """The state of the pixels of all `states`, which stay as they are; scale and backend are those of the first.
+
+        Raises:
+            ValueError: there is none, or their B, C, K, dtypes or devices differ.
+            RuntimeError: one of them has had no part.
+        """
+        if not states:
+            raise ValueError("states must be one or more, but there is none")
+        merged = GatherState(states[0].scale, backend=states[0].backend)
+        for state in states:
+            sums, like = state._known()
+            merged._check_like("states", like, sums.of_feats.shape)
+            merged._sums = sums if merged._sums is None else merged._sums.plus(sums)
+            merged._like = like
+            merged._pixels += state._pixels
+        return merged
+
+    def _known(self) -> tuple[Sums, Tensor]:
+        if self._sums is None or self._like is None:
+            raise RuntimeError("a GatherState has no result before its first part: call update")
+        return self._sums, self._like
+
+    def _check_like(self, name: str, like: Tensor, shape: tuple[int, ...]) -> None:
+        """Whether tensors are those of another part of the same pixels."""
+        if self._sums is not None and self._like is not None:
+            expected = tuple(self._sums.of_feats.shape)
+            if tuple(shape) != expected:
+                raise ValueError(f"{name} must have B, C, K {expected} as the parts before, but have {tuple(shape)}")
+            check_same_dtype(name, like, "the parts before", self._like)
+            check_device(name, like, "the parts before", self._like)
+
+    def _sums_of(self, feats: Tensor, logits: Tensor) -> tuple[Sums, Tensor]:
+        check_tensors(feats=feats, logits=logits)
+        kind = feats.device.type
+        if torch.is_autocast_enabled(kind) and feats.is_floating_point() and feats.dtype != torch.float64:
+            feats = feats.to(torch.get_autocast_dtype(kind))
+        check_shape("feats", feats, "[B, C, *S] with C >= 1", feats.dim() >= 3)
+        check_shape("logits", logits, f"[B, K, *S] beside feats {tuple(feats.shape)}", logits.dim() >= 3)
+        like = feats.detach().new_empty(0)
+        self._check_like("feats and logits", like, (*feats.shape[:2], logits.shape[1]))
+        logits, scale = split_scale(self.scale, logits)
+        regions, mass, _ = _Part.apply(feats, logits, scale, resolve_backend(feats.device, self.backend))  # type: ignore[no-untyped-call]
+        regions, mass = regions.double(), mass.double()
+        maximum = mass.detach().masked_fill(mass == -math.inf, 0)
+        weight = (mass - maximum).exp()
+        return Sums(maximum, regions * weight.unsqueeze(1), weight), like
+
+
+class _Part(torch.autograd.Function):
+    """Regions `[B, C, K]` of a part, 0 where all logits are -inf, and the logarithms of the softmax's sums, `[B, K]`.
+
+    Both are in the statistics' dtype. What they save is what the op saves.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(feats: Tensor, logits: Tensor, scale: float, backend: Backend) -> tuple[Tensor, Tensor, Tensor]:
+        _, stats = spatial_gather_op(feats, logits, scale, backend)
+        maximum, total = stats[:, -2], stats[:, -1]
+        none = maximum == -math.inf
+        mass = (maximum + total.log()).masked_fill(none, -math.inf)
+        regions = stats[:, :-2].masked_fill(none.unsqueeze(1), 0)
+        rest = maximum.masked_fill(none, 0), total.masked_fill(none, 1)  # weights of exp(-inf) / 1
+        return regions, mass, torch.cat((regions, *(row.unsqueeze(1) for row in rest)), dim=1)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        feats, logits, ctx.scale, ctx.backend = inputs
+        ctx.save_for_backward(feats, logits, output[2])
+        ctx.mark_non_differentiable(output[2])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, mass_grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        feats, logits, stats = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:2]
+        found: list[Tensor | None] = [None, None]
+        if grad is not None:
+            grad = grad.to(feats.dtype)
+            both = spatial_gather_backward_op(grad, feats, logits, stats, ctx.scale, *needs, ctx.backend)
+            found = [gradient if need else None for gradient, need in zip(both, needs, strict=True)]
+        if mass_grad is not None and needs[1]:
+            scores = ctx.scale * logits.flatten(2).to(stats.dtype)
+            none = scores.detach() == -math.inf
+            weights = scores.softmax(2).masked_fill(none, 0)  # NaN where all are -inf
+            gradient = (ctx.scale * weights * mass_grad.unsqueeze(2)).view(logits.shape)
+            found[1] = (gradient if found[1] is None else found[1] + gradient).to(logits.dtype)
+        return *found, None, None
