@@ -67,6 +67,21 @@ class Einsum(Head):
         return torch.einsum("bdk,bkn->bdn", value, scores.softmax(1))
 
 
+class Wide(Head):
+    """A convolution of more than one pixel joins pixels and contexts."""
+
+    def __init__(self, *sizes: int, norm: bool = True, **options: Any) -> None:
+        super().__init__()
+        self.dims = self.region_dims = len(sizes)
+        super().__init__()
+        kind = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[len(sizes) - 1]
+        dilation = options.get("dilation", 1)
+        padding = tuple(dilation * (size // 2) for size in sizes)
+        joining = kind(2 * C, OUT, sizes, **{"padding": padding, "bias": not norm, **options})
+        norms = [(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[len(sizes) - 1](OUT), nn.ReLU()]
+        self.fuse = nn.Sequential(joining, *norms * norm)
+
+
 class ScaledDotProduct(Head):
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(query.mT[:, None], key.mT[:, None], value.mT[:, None])[:, 0].mT
@@ -309,6 +324,11 @@ HEADS: dict[str, Callable[[], nn.Module]] = {
     "pooled": Pooled,
     "pooled sideways": PooledSideways,
     "pooled volume": PooledVolume,
+    "joined by 3x3": lambda: Wide(3, 3),
+    "joined by 3x1": lambda: Wide(3, 1, norm=False),
+    "joined by 3x3, dilated": lambda: Wide(3, 3, dilation=2),
+    "joined by 3": lambda: Wide(3),
+    "joined by 1x3x3": lambda: Wide(1, 3, 3),
     "no up": NoUp,
     "few contexts": lambda: Head(contexts=5),
     "ABN": lambda: Head(norm=ActivatedNorm, act=nn.Identity),
@@ -413,12 +433,6 @@ class Gate(Head):
         return super().join(x, context * x)
 
 
-class Wide(Head):
-    def __init__(self) -> None:
-        super().__init__()
-        self.fuse = nn.Sequential(nn.Conv2d(2 * C, OUT, 3, padding=1))
-
-
 class ByRegions(Head):
     """A factor that depends on the number of regions."""
 
@@ -478,6 +492,12 @@ class Recording(Head):
 TEMPERATURE = nn.Parameter(torch.tensor(0.7))
 
 
+class Spread(Head):
+    def __init__(self) -> None:
+        super().__init__()
+        self.theta = nn.Conv2d(C, D, 3, padding=1)
+
+
 class Global(Head):
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return super().attend(query * TEMPERATURE, key, value)
@@ -500,7 +520,10 @@ REFUSALS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "by a factor": (ByFactor, "it resizes its contexts by a factor, not to the size of its pixels"),
     "pooled twice": (PooledTwice, "it has pooled of pixels where step 4 has none"),
     "a fixed size": (FixedSize, "it pools its pixels to a fixed size"),
-    "3x3": (Wide, "it has a convolution that is not 1x1"),
+    "joined by 3x3, grouped": (lambda: Wide(3, 3, groups=2), "it has a convolution with a stride, or with groups"),
+    "joined by 2x2": (lambda: Wide(2, 2), "it has a convolution that does not give a pixel for each pixel"),
+    "joined by 3x3, reflected": (lambda: Wide(3, 3, padding_mode="reflect"), "it computes reflection_pad2d"),
+    "3x3 elsewhere": (Spread, "it has a convolution that is not 1x1, and does not take pixels joined with contexts"),
     "wrong axis": (WrongAxis, "it takes its softmax over pixels, not over regions"),
     "two heads": (TwoHeads, "several heads"),
     "two results": (TwoResults, "it returns a tuple"),

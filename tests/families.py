@@ -464,7 +464,7 @@ FAMILIES += [
         int(name not in ("learned temperature", *OURS)),
         inputs=shapes(make()),
         blocks=1,
-        attends_apart="scale," in f"{name}," or "pooled" in name,
+        attends_apart="scale," in f"{name}," or "pooled" in name or "joined by" in name,
     )
     for name, make in blocks.HEADS.items()
 ]

@@ -350,6 +350,7 @@ NOT_IN_TRAINING = {
     **dict.fromkeys(
         ("scale", "scale, reference", "pooled", "pooled sideways", "pooled volume"), "attend at a lower resolution"
     ),
+    **dict.fromkeys((name for name in HEADS if name.startswith("joined by")), "joins by a convolution that is not 1x1"),
 }
 
 

@@ -216,7 +216,7 @@ def fold_block(
     both, bias = folded.pop("fusing")
     on_context, on_pixels = both.split(sizes, 1) if context_first else both.split(sizes[::-1], 1)[::-1]
     weights = [*itertools.chain(*folded.values()), up_bias, on_context, on_pixels, bias]
-    weights = [weight.to(dtype if weight.dim() == 2 else exact).contiguous() for weight in weights]
+    weights = [weight.to(exact if weight.dim() == 1 else dtype).contiguous() for weight in weights]
     slopes = [1.0 if layer is None else float(layer.slope) for layer in layers.values()]
     result = FoldedBlock(up_matrix.to(exact), weights, slopes, scale, "features")
     if output == "features" or classifier is None:

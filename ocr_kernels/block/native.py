@@ -17,7 +17,7 @@ _ops: Any = libraries.ops()
 
 
 @functools.cache
-def _linear() -> Any:
+def onednn_linear() -> Any:
     """oneDNN's product x w' in float32, of contiguous x and w; None where PyTorch's own is as fast.
 
     That is MKL's, which takes a tenth to a third longer with AVX-512 on AMD's processors. The op is what Inductor makes
@@ -32,26 +32,34 @@ def _linear() -> Any:
     return lambda x, w, bias=None, activation="none": linear(x, w, bias, activation, [], "")
 
 
+SMALL = 2**15
+"""Elements of a tile up to which PyTorch's own products are faster, which are called at a fifth of oneDNN's cost."""
+
+
 class Compiled(Passes):
+    def __init__(self, maps: Tensor) -> None:
+        super().__init__(maps)
+        self.is_small: bool = self.pixels * maps.shape[1] <= SMALL
+
     def product(self, name: str, matrix: Tensor, tile: Tensor) -> Tensor:
-        linear = _linear() if tile.dtype == torch.float32 else None
+        linear = self._linear(tile)
         if linear is None:
             return super().product(name, matrix, tile)
         rows, matrix = self._rows(tile), matrix.contiguous()
         return linear(rows, matrix).t() if self.is_channels_last else linear(matrix, rows.t())  # type: ignore[no-any-return]
 
     def multiply(self, matrix: Tensor, tile: Tensor, out: Tensor, *, accumulate: bool = False) -> Tensor:
-        if _linear() is None or tile.dtype != torch.float32:
+        if self._linear(tile) is None:
             return super().multiply(matrix, tile, out, accumulate=accumulate)
         made = self.product("product", matrix, tile)
         return out.add_(made) if accumulate else out.copy_(made)
 
     def outer(self, left: Tensor, right: Tensor) -> Tensor:
-        linear = None if self.is_channels_last or left.dtype != torch.float32 else _linear()
+        linear = None if self.is_channels_last else self._linear(left)
         return super().outer(left, right) if linear is None else linear(self._rows(left), self._rows(right))
 
     def layer(self, weight: Tensor, bias: Tensor, tile: Tensor, slope: float, out: Tensor) -> Tensor:
-        linear = _linear() if tile.dtype == torch.float32 else None
+        linear = self._linear(tile)
         if linear is None:
             return super().layer(weight, bias, tile, slope, out)
         if self.is_channels_last:
@@ -59,6 +67,9 @@ class Compiled(Passes):
             return activate_(made, slope) if slope else made
         ones = torch.ones_like(bias)
         return self.activate(self.product("", weight, tile), torch.stack((ones, bias, ones)), slope, out)
+
+    def _linear(self, tile: Tensor) -> Any:
+        return None if self.is_small or tile.dtype != torch.float32 else onednn_linear()
 
     def _rows(self, tile: Tensor) -> Tensor:
         """Pixels or channels, as memory has them, with nothing between them."""

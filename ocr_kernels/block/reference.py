@@ -332,19 +332,26 @@ def infer_whole(
     both, fusing = torch.cat((context, feats), 1), torch.cat((on_context, on_pixels), 1)
     out = activate_(convolved(both, fusing, bias), slopes[3])
     if classifier:
-        out = convolved(out.to(dtype), *classifier)
+        out = convolved(out.to(dtype), classifier[0], classifier[1])
     if output == "classes":
         return out.argmax(1)
     return in_format(out.to(dtype), feats)
 
 
-def convolved(feats: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """W x + b of `[B, channels, *S]` in the dtype of b."""
+def convolved(
+    feats: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    window: tuple[tuple[int, ...], tuple[int, ...]] | None = None,
+) -> Tensor:
+    """W x + b of `[B, channels, *S]` in the dtype of b; of more than one pixel by a `window`, padding and dilation."""
     ones = (1,) * (feats.dim() - 2)
-    if len(ones) > 3:
+    if len(ones) > 3 and window is None:
         out = convolved(feats.flatten(4), weight, bias)
         return out.view(*out.shape[:4], *feats.shape[4:])
     convolution = (F.conv1d, F.conv2d, F.conv3d)[feats.dim() - 3]
     fused = bias if bias is not None and bias.dtype == feats.dtype else None
-    out = convolution(feats, weight.view(*weight.shape, *ones), fused)
+    padding, dilation = ((0,), (1,)) if window is None else window
+    weight = weight.view(*weight.shape[:2], *(weight.shape[2:] or ones))
+    out = convolution(feats, weight, fused, padding=padding, dilation=dilation)
     return out if bias is None or bias is fused else out + bias.view(-1, *ones)

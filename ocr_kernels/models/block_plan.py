@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import inspect
 import itertools
 import math
@@ -20,12 +21,12 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ocr_kernels.core.calls import has_own_forward, taken_apart
-from ocr_kernels.models.block_trace import Call, Map, Node, Own, Ref, Tracer, Unmatched, tensor_at
+from ocr_kernels.models.block_trace import Call, Map, Node, Own, Ref, Tracer, Unmatched, aten, tensor_at
 from ocr_kernels.models.block_weights import (
     DTYPES,
+    Beyond,
     BlockPlan,
     Layer,
-    Resizing,
     functions_of,
     globals_of,
     own_classes,
@@ -355,6 +356,9 @@ def _plan(module: nn.Module, tracer: Tracer, out: Any, inputs: tuple[Tensor, Ten
         raise Unmatched("returns something else than a map of the shape of its pixels")
     z, slope = _activated(z)
     fusing = tracer.linear(z)
+    windowed = next((leaf for leaf in fusing.terms if leaf.kind == "windowed"), None)
+    if windowed is not None:
+        fusing = _joined_by(tracer, windowed, fusing)
     contexts = [leaf for leaf in fusing.terms if leaf.kind != "feats"]
     for leaf in contexts:
         _checked(leaf)
@@ -387,7 +391,10 @@ def _plan(module: nn.Module, tracer: Tracer, out: Any, inputs: tuple[Tensor, Ten
     if pooled != (y.kind == "resized") or (pooled and y.shape[2] != z.shape[2]):
         raise Unmatched("resizes its contexts otherwise than to the size of its pixels")
     pixels = _layers(tracer, query, "pooled" if pooled else "feats")
-    resizing = _resizing(query, y) if pooled else None
+    window = None if windowed is None else windowed.window
+    if pooled and window is not None:
+        raise Unmatched("pools its pixels, and joins them by a convolution that is not 1x1")
+    beyond = _resizing(query, y) if pooled else None if window is None else Beyond(None, None, 1, window)
     if not all(isinstance(layer, Layer) for layer in pixels) or not 1 <= len(pixels) <= 2:
         raise Unmatched(f"puts the pixels through {len(pixels)} layers before it attends, instead of one or two")
     regions = tuple(_layers(tracer, key, "regions")), tuple(_layers(tracer, value, "regions"))
@@ -409,7 +416,7 @@ def _plan(module: nn.Module, tracer: Tracer, out: Any, inputs: tuple[Tensor, Ten
         context=halves[y],
         fusing=fuse,
         scale=factor,
-        resizing=resizing,
+        beyond=beyond,
         channels=feats.shape[1],
         dims=feats.dim(),
         region_dims=inputs[1].dim(),
@@ -421,14 +428,37 @@ def _plan(module: nn.Module, tracer: Tracer, out: Any, inputs: tuple[Tensor, Ten
     )
 
 
-def _resizing(query: Node, y: Node) -> Resizing:
+def _joined_by(tracer: Tracer, windowed: Node, fusing: Node) -> Node:
+    """What a convolution joins, with its weight, and what follows it, as what a matrix would take."""
+    linear = tracer.linear(windowed.inputs[0])
+    leaf, rows = _only(fusing)
+    assert windowed.weight is not None
+    if leaf is not windowed or linear.bias is not None or not all(isinstance(r, slice) for r in linear.terms.values()):
+        raise Unmatched("joins maps by a convolution that is not 1x1, beside or after other layers")
+    weight, bias = windowed.weight, windowed.bias
+    if isinstance(rows, Own):
+        size = list(weight.value.shape)
+        weight = tracer.emit(aten.mm.default, rows, tracer.emit(aten.reshape.default, weight, [size[0], -1]))
+        weight = tracer.emit(aten.reshape.default, weight, [-1, *size[1:]])
+        bias = None if bias is None else tracer.emit(aten.mv.default, rows, bias)
+    if fusing.bias is not None:
+        bias = fusing.bias if bias is None else tracer.emit(aten.add.Tensor, fusing.bias, bias)
+    terms: dict[Node, Own | slice] = {
+        part: tracer.emit(aten.slice.Tensor, weight, 1, rows.start, rows.stop)
+        for part, rows in linear.terms.items()
+        if isinstance(rows, slice)
+    }
+    return dataclasses.replace(fusing, terms=terms, bias=bias)
+
+
+def _resizing(query: Node, y: Node) -> Beyond:
     pooled = query
     while pooled.kind != "pooled":
         pooled = next(iter(pooled.inputs or pooled.terms))
     if pooled.inputs[0].kind != "feats" or pooled.call is None or y.call is None:
         raise Unmatched(_stray(pooled.inputs[0]))
     sizes = pooled.call.args[:2]  # of windows, and their steps
-    return Resizing(pooled.call, y.call, max(itertools.chain(*sizes)))
+    return Beyond(pooled.call, y.call, max(itertools.chain(*sizes)), None)
 
 
 def _settings(part: nn.Module) -> tuple[tuple[str, Any], ...]:

@@ -122,13 +122,21 @@ class Own:
 # The formula
 
 
+class Window(NamedTuple):
+    """Which pixels a convolution takes that gives as many as it takes."""
+
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+
+
 @dataclasses.dataclass(eq=False)
 class Node:
     """A map `[B, channels, pixels]` ("bcn"), `[B, channels, regions]` ("bck") or `[B, regions, pixels]` ("bkn").
 
     kind: feats, regions; linear (sum of matrices times `terms`, plus `bias`); activation (of `slope`); scaled (by
     `factor`); function (`call` of a map of regions); pooled and resized (by `call`, to another number of pixels);
-    scores, weights, context; other, which `reason` describes.
+    windowed (a convolution of more than one pixel, by `weight`); scores, weights, context; other, which `reason`
+    describes.
     """
 
     kind: str
@@ -140,6 +148,8 @@ class Node:
     slope: float = 1.0
     factor: Own | float = 1.0
     call: Call | None = None
+    weight: Own | None = None
+    window: Window | None = None
     reason: str = ""
 
 
@@ -448,9 +458,21 @@ class Tracer(TorchDispatchMode):
     ) -> Map:
         if not isinstance(x, Map) or not isinstance(w, Own) or isinstance(b, Map):
             raise Unmatched("convolves with what is no weight of its own")
-        if w.value[0, 0].numel() != 1 or turned or groups != 1 or {*stride, *dilation} != {1} or {*pad} != {0}:
-            raise Unmatched("has a convolution that is not 1x1 with stride 1, no padding and one group")
+        if turned or groups != 1 or {*stride} != {1}:
+            raise Unmatched("has a convolution with a stride, or with groups")
+        if w.value[0, 0].numel() != 1 or {*pad} != {0}:
+            return self._windowed(x, w, b, Window(tuple(pad), tuple(dilation)))
         return self._layer(x, 1, self.emit(aten.reshape.default, w, list(w.value.shape[:2])), b)
+
+    def _windowed(self, x: Map, w: Own, b: Own | None, window: Window) -> Map:
+        sizes = w.value.shape[2:]
+        same = all(2 * p == d * (k - 1) for p, d, k in zip(*window, sizes, strict=True))
+        if not same or x.node.axes != "bcn" or not _is_laid_out(x):
+            raise Unmatched("has a convolution that does not give a pixel for each pixel")
+        shape = (x.node.shape[0], len(w.value), x.node.shape[2])
+        reason = "has a convolution that is not 1x1, and does not take pixels joined with contexts"
+        node = Node("windowed", "bcn", shape, (x.node,), weight=w, bias=b, window=window, reason=reason)
+        return Map(node, torch.arange(math.prod(shape)).view(*shape[:2], *x.index.shape[2:]))
 
     def _on_native_batch_norm(
         self, x: Any, w: Any, b: Any, mean: Any, var: Any, training: bool, _: Any, eps: float

@@ -103,8 +103,9 @@ class _Local(nn.modules.batchnorm._BatchNorm):
 
 def plan_training(module: nn.Module, plan: BlockPlan, forward: Callable[..., Any]) -> TrainingPlan | str:
     """How `module`, whose plan for inference is known, computes step 4 in training; or why the op cannot."""
-    if plan.resizing is not None:
-        return "pixels attend at a lower resolution"
+    if plan.beyond is not None:
+        convolves = plan.beyond.window is not None
+        return "joins by a convolution that is not 1x1" if convolves else "pixels attend at a lower resolution"
     if any(isinstance(part, Call) for part in (*plan.key, *plan.value)):
         return "its regions go through more than layers, norms and slopes"
     dropouts = [

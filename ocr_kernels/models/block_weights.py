@@ -13,13 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ocr_kernels import block
-from ocr_kernels.attention import pixel_region_attention
+from ocr_kernels.attention import pixel_region_attention, reference
 from ocr_kernels.block.reference import convolved, query_of, split_weights
 from ocr_kernels.block.registration import implemented
 from ocr_kernels.core.activations import activate_
-from ocr_kernels.core.backends import BACKENDS, Backend
+from ocr_kernels.core.backends import BACKENDS, Backend, left_to_compiler
 from ocr_kernels.core.layout import in_format
-from ocr_kernels.models.block_trace import Call, Program, Ref
+from ocr_kernels.models.block_trace import Call, Program, Ref, Window
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Of folded weights, which are made in float32."""
@@ -33,23 +33,27 @@ class Layer(NamedTuple):
     slope: float
 
 
-class Resizing(NamedTuple):
-    """How pixels attend at a lower resolution."""
+class Beyond(NamedTuple):
+    """What takes more than one pixel: how pixels attend at a lower resolution, and the convolution that joins."""
 
-    pool: Call
-    resize: Call  # contexts, to the size that follows
+    pool: Call | None
+    resize: Call | None  # contexts, to the size that follows
     factor: int  # by which sides get shorter, rounded up
+    window: Window | None
 
     def run(self, feats: Tensor, key: Tensor, value: Tensor, folded: block.FoldedBlock) -> Tensor:
-        """z of `ocr_block`, with y made of pooled feats. Resizing commutes with the half of g that takes y."""
+        """z of `ocr_block`, with these. Resizing commutes with the half of g that takes y, if that is 1x1."""
         device, dtype, slopes = feats.device, feats.dtype, folded.slopes
-        query = query_of(self.pool.run((), device, feats), folded.weights, slopes)
+        pooled = feats if self.pool is None else self.pool.run((), device, feats)
+        query = query_of(pooled, folded.weights, slopes)
+        attend = reference.pixel_region_attention if left_to_compiler(query) else pixel_region_attention
         _, (up_bias, on_context, on_pixels, bias) = split_weights(folded.weights)
-        context = pixel_region_attention(query, key, folded.contexts(value), folded.scale)
+        context = attend(query, key, folded.contexts(value), folded.scale)
         context = context + up_bias.view(-1, *(1,) * (feats.dim() - 2))
-        context = convolved(activate_(context, slopes[2]).to(dtype), on_context)
-        context = self.resize.run((), device, context, feats.shape[2:])
-        out = convolved(feats, on_pixels, bias).add_(context)
+        context = convolved(activate_(context, slopes[2]).to(dtype), on_context, window=self.window)
+        if self.resize is not None:
+            context = self.resize.run((), device, context, feats.shape[2:])
+        out = convolved(feats, on_pixels, bias, window=self.window).add_(context)
         return in_format(activate_(out, slopes[3]).to(dtype), feats)
 
 
@@ -60,14 +64,14 @@ class Folded(NamedTuple):
     key: tuple[Any, ...]
     value: tuple[Any, ...]
     transposed: bool  # whether regions come as [B, K, C]
-    resizing: Resizing | None
+    beyond: Beyond | None
 
     def with_classifier(self, weight: Tensor, bias: Tensor | None) -> Folded | None:
         """With logits for z, made by a matrix `[L, O]`; None where that is no part of the op."""
         last = self.block.weights[-1]  # z's bias
         casts = torch.is_autocast_enabled(last.device.type)
         wants_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (weight, bias))
-        if self.resizing is not None or wants_grad or weight.shape[1] != len(last) or weight.device != last.device:
+        if self.beyond is not None or wants_grad or weight.shape[1] != len(last) or weight.device != last.device:
             return None
         if not casts and weight.dtype != self.block.dtype:
             return None
@@ -80,8 +84,8 @@ class Folded(NamedTuple):
             columns = regions.to(dtype).flatten(2)
             columns = columns if self.transposed else columns.mT.contiguous()  # [B, K, C]
             key, value = _chain(columns, self.key), _chain(columns, self.value)
-            if self.resizing is not None:
-                return self.resizing.run(feats.to(dtype), key, value, self.block)
+            if self.beyond is not None:
+                return self.beyond.run(feats.to(dtype), key, value, self.block)
             return self.block.run(feats.to(dtype), key, value, backend)
 
 
@@ -97,7 +101,7 @@ class BlockPlan:
     context: Ref  # the half of g that takes y
     fusing: Layer  # the half of g that takes x
     scale: float
-    resizing: Resizing | None
+    beyond: Beyond | None
     channels: int
     dims: int  # of feats
     region_dims: int
@@ -108,7 +112,7 @@ class BlockPlan:
 
     def backends(self, device_type: str) -> tuple[Backend, ...]:
         """Those of what it runs."""
-        return implemented(device_type) if self.resizing is None else BACKENDS
+        return implemented(device_type) if self.beyond is None else BACKENDS
 
     def weights(self, module: nn.Module, dtype: torch.dtype) -> Folded:
         """The folded weights of `module`, made of its present parameters and buffers in float32."""
@@ -137,7 +141,7 @@ class BlockPlan:
             pixel = tuple(map(folded, self.pixels))
             made = block.fold_block(pixel, folded(self.up), fusing, scale=self.scale, dtype=dtype)
             key, value = (tuple(map(part, parts)) for parts in (self.key, self.value))
-            return Folded(made, key, value, self.transposed, self.resizing)
+            return Folded(made, key, value, self.transposed, self.beyond)
 
     def run(self, module: nn.Module, feats: Tensor, regions: Tensor) -> Tensor:
         """z of `module`, in the shape and memory format that its own forward gives it."""
@@ -167,7 +171,7 @@ class BlockPlan:
         """Pixels and regions of the right channels and dimensions, in float32."""
         generator = torch.Generator().manual_seed(seed)
         shape = (batch, regions, self.channels) if self.transposed else (batch, self.channels, regions)
-        factor = self.resizing.factor if self.resizing is not None else 1
+        factor = self.beyond.factor if self.beyond is not None else 1
         sides = tuple(side * factor + (factor > 1 and side % 2) for side in sides[: self.dims - 2])
         feats = torch.randn((batch, self.channels, *sides), generator=generator)
         return feats, torch.randn((*shape, *[1] * (self.region_dims - 3)), generator=generator)
