@@ -122,7 +122,8 @@ def segment_tiled(
         raise ValueError(f"result must be 'classes' or 'logits', but is {result!r}")
     source = Source(image, prepare)
     size = source.shape[1:]
-    grid = Grid(size, (tile, tile) if isinstance(tile, int) else tile, margin, stride)
+    sizes = (tile, tile) if isinstance(tile, int) else tuple(tile)
+    grid = Grid(size, sizes, margin, stride)
     is_path = isinstance(out, (str, os.PathLike))
     writer = File(Path(out)) if is_path else Output(out)
     if restart and not is_path:
@@ -137,8 +138,7 @@ def segment_tiled(
     weights = checksum(model, backbone) if is_path or folder else ""
     settings = {
         "image": source.shape,
-        "tile": tuple(grid.tiles[0]),
-        "tiles": len(grid.tiles),
+        "tile": sizes,
         "margin": margin,
         "stride": stride,
         "output": output if isinstance(output, (int, str)) else "a function",
@@ -233,8 +233,8 @@ class _Run:
         self.state, self.done = None, 0
         return False
 
-    def forward(self, tile: Tile, index: int) -> Any:
-        """What the model makes of a tile; None where it stopped at the gather that is being added up."""
+    def forward(self, tile: Tile, index: int) -> Tensor | None:
+        """The logits that the model makes of a tile; None where it stopped at the gather that is being added up."""
         inputs = self.features.of(tile, index, lambda: self.source.read(tile).to(self.device), not self.regions)
         known = len(self.regions)
         found, again = None, False
@@ -251,12 +251,15 @@ class _Run:
         if mode.calls < known or (index > 0 and again != (self.state is not None)):
             raise RuntimeError(f"the model gathers {mode.calls} times here, and another number of times on other tiles")
         self.state = mode.state
-        return None if again else self.select(found)
-
-    def write(self, tile: Tile, logits: Any, is_first: bool) -> None:
-        """The core of a tile's logits, or its classes."""
+        if again:
+            return None
+        logits = self.select(found)
         if not isinstance(logits, Tensor):
             raise TypeError(f"output must choose a tensor, but chooses {type(logits).__name__}")
+        return logits
+
+    def write(self, tile: Tile, logits: Tensor, is_first: bool) -> None:
+        """The core of a tile's logits, or its classes."""
         height, width = self.source.shape[1:]
         spans = tile.rows, tile.columns
         is_image = logits.dim() == 4 and logits.shape[0] == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 from pathlib import Path
@@ -16,7 +17,9 @@ from ocr_kernels.gather.state import GatherState, Sums
 class Output:
     """A new tensor, or the array `out`."""
 
-    def __init__(self, out: Any = None) -> None:
+    def __init__(self, out: Any) -> None:
+        if out is not None and not (hasattr(out, "shape") and hasattr(out, "__setitem__")):
+            raise TypeError(f"out must be None, an array, a tensor or a path, but is {type(out).__name__}")
         self.out = out
 
     def open(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
@@ -55,6 +58,8 @@ class File(Output):
                 with self.partial.open("r+b") as opened:
                     os.posix_fallocate(opened.fileno(), 0, size)
         except OSError as error:
+            if error.errno in (errno.EOPNOTSUPP, errno.EINVAL):  # a file system that reserves nothing
+                return
             self.partial.unlink(missing_ok=True)
             raise OSError(error.errno, f"out cannot be written ({error.strerror})", str(self.partial)) from error
 

@@ -52,6 +52,8 @@ class Source:
         found = self.prepare(pixels)
         if not isinstance(found, Tensor):
             raise TypeError(f"prepare must return a tensor, but returned {type(found).__name__}")
+        if not found.is_floating_point():
+            raise TypeError(f"prepare must return a floating tensor, but returned {found.dtype}")
         if found.dim() != 4 or found.shape[0] != 1 or tuple(found.shape[2:]) != (bottom - top, right - left):
             expected = f"[1, C, {bottom - top}, {right - left}]"
             raise ValueError(f"prepare must return a tensor {expected}, but returned {tuple(found.shape)}")

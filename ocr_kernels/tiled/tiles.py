@@ -51,11 +51,13 @@ class Grid:
         ValueError: `tile` or `margin` is no multiple of `stride`, or no core is left between two margins.
     """
 
-    def __init__(self, image: tuple[int, ...], tile: tuple[int, int], margin: int, stride: int) -> None:
+    def __init__(self, image: tuple[int, ...], tile: tuple[int, ...], margin: int, stride: int) -> None:
         if stride < 1:
             raise ValueError(f"stride must be at least 1, but is {stride}")
         if margin < 0 or margin % stride:
             raise ValueError(f"margin must be a multiple of the stride {stride}, or 0, but is {margin}")
+        if len(tile) != 2:
+            raise ValueError(f"tile must be one size, or height and width, but is {tile}")
         for size in tile:
             if size % stride or size <= 2 * margin:
                 raise ValueError(
