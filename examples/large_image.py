@@ -1,6 +1,6 @@
 """A picture that is larger than memory is to hold, segmented in tiles with the regions of the whole picture.
 
-python examples/large_image.py 2048 folder   (pixels along a side, a multiple of 4; where the files go, by default a temporary folder)
+python examples/large_image.py 2048 folder   (pixels along a side, a multiple of 4; a folder for the files)
 
 The network is small and untrained: what is shown is that memory does not grow with the picture, and that up to 2048
 pixels the classes are those of the whole picture in one piece.

@@ -191,6 +191,9 @@ def test_kept_features(features: str, tmp_path: Path) -> None:
     assert len(calls) == recomputed.tiles
     assert torch.equal(kept.out, recomputed.out)
     assert not list(tmp_path.iterdir())
+    with pytest.raises(MemoryError):
+        segment_tiled(Failing(head, 3).eval(), image, **SETTINGS, backbone=backbone, features=tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 class Reader:
@@ -311,6 +314,7 @@ def test_same_bits_again() -> None:
     first, second = (segment_tiled(head, image, **SETTINGS, result="logits") for _ in range(2))
     assert torch.equal(first.out, second.out)
     assert first.seam == second.seam
+    assert not first.out.is_inference()  # so that it can be changed
 
 
 def test_the_seam_shows_what_a_margin_is_short_of() -> None:

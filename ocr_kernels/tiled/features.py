@@ -14,12 +14,12 @@ from ocr_kernels.tiled.tiles import Tile
 
 
 class Features:
-    """`where` is "recompute", "keep" or a folder, which exists; its files are named after `key`."""
+    """`where` is "recompute", "keep" or a folder that exists, in which a run has files of its `name`."""
 
-    def __init__(self, backbone: Callable[[Tensor], Any] | None, where: str | Path, key: str) -> None:
+    def __init__(self, backbone: Callable[[Tensor], Any] | None, where: str | Path, name: str) -> None:
         self.backbone = backbone
         self.where = where
-        self.key = key
+        self.name = name
         self.kept: dict[int, Any] = {}
 
     def of(self, tile: Tile, index: int, read: Callable[[], Tensor], is_first_pass: bool) -> Any:
@@ -49,5 +49,9 @@ class Features:
         if file is not None:
             file.unlink(missing_ok=True)
 
+    def clear(self, tiles: int) -> None:
+        for index in range(tiles):
+            self.forget(index)
+
     def _file(self, index: int) -> Path | None:
-        return self.where / f"{self.key}_{index}.pt" if isinstance(self.where, Path) else None
+        return self.where / f"{self.name}_{index}.pt" if isinstance(self.where, Path) else None

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import sys
 import time
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -85,15 +87,15 @@ def segment_tiled(
         features: `"recompute"` runs the backbone in each pass, `"keep"` holds its results in memory; a path is a folder
             for them, which they leave when they are used up.
         prepare: makes what was read, `[C, h, w]`, a floating tensor `[1, C', h, w]`; by default its values in float32.
-            The result goes to the device of the model's first parameter.
+            The result goes to the device of the model's first parameter, if it has one.
         output: which of the model's outputs are the logits, an index or a key, or a function that finds them;
             a tensor is taken as it is. `[1, K, h, w]` of a lower resolution are interpolated bilinearly.
         align_corners: of this interpolation.
         result: `"classes"` `[H, W]`, uint8, or int16 for more than 255; or `"logits"` `[K, H, W]`, at least float32.
         out: where to: None for a new tensor, on the device of the logits; an array or a tensor of that shape; or
             a path that ends with .npy, where the file appears when it is complete.
-        restart: go on with a file where an earlier call was stopped, and start where there is none. The image's
-            pixels, functions and options of PyTorch's are not compared.
+        restart: go on with a file where an earlier call was stopped, and start where none was. Shapes, sizes and
+            weights must be the same; the image's pixels, functions and PyTorch's settings are not compared.
         progress: called with the number of tiles that are done and of all, over all passes; by default a
             bar is written to stderr, if that is a terminal.
 
@@ -135,7 +137,6 @@ def segment_tiled(
         raise ValueError(f"features can be {str(features)!r} with a backbone alone, but there is none")
     if folder is not None and not folder.is_dir():
         raise ValueError(f"features must be 'recompute', 'keep' or a folder that exists, but is {str(features)!r}")
-    weights = checksum(model, backbone) if is_path or folder else ""
     settings = {
         "image": source.shape,
         "tile": sizes,
@@ -144,17 +145,18 @@ def segment_tiled(
         "output": output if isinstance(output, (int, str)) else "a function",
         "align_corners": align_corners,
         "result": result,
-        "weights": weights,
+        "weights": checksum(model, backbone) if is_path else "",
     }
     journal = Journal(Path(out), settings) if is_path else None
     before = journal.load() if journal is not None and restart else None
     if journal is not None and before is None:
         journal.remove()
+    name = hashlib.sha256(f"{settings} {Path(out).resolve()}".encode()).hexdigest() if is_path else uuid.uuid4().hex
     run = _Run(
         model=model,
         source=source,
         grid=grid,
-        features=Features(backbone, folder or str(features), weights[:16]),
+        features=Features(backbone, folder or str(features), name[:16]),
         select=output if callable(output) else lambda found: found if isinstance(found, Tensor) else found[output],
         align_corners=align_corners,
         classes=result == "classes",
@@ -165,8 +167,12 @@ def segment_tiled(
     if before is not None:
         run.regions, run.state, run.done = before
     with torch.inference_mode(), torch.compiler.set_stance("force_eager"):  # compiled code refuses dispatch modes
-        while not run.one_pass():
-            pass
+        try:
+            while not run.one_pass():
+                pass
+        finally:
+            if journal is None:  # nothing can go on with them
+                run.features.clear(len(grid.tiles))
     if journal is not None:
         journal.remove()
     return TiledResult(
@@ -198,11 +204,12 @@ class _Run:
     done: int = 0
     """Tiles of this pass."""
     meter: SeamMeter = field(default_factory=SeamMeter)
+    device: torch.device | None = None
+    """Of the model's first parameter, or None."""
 
     def __post_init__(self) -> None:
         parts = [part for part in (self.model, self.features.backbone) if isinstance(part, nn.Module)]
-        first = next((tensor for part in parts for tensor in part.parameters()), torch.empty(0))
-        self.device: torch.device = first.device
+        self.device = next((tensor.device for part in parts for tensor in part.parameters()), None)
 
     def one_pass(self) -> bool:
         """Add up one gather over all tiles; or, where the first tile shows that there is none left, write the result.
@@ -235,7 +242,7 @@ class _Run:
 
     def forward(self, tile: Tile, index: int) -> Tensor | None:
         """The logits that the model makes of a tile; None where it stopped at the gather that is being added up."""
-        inputs = self.features.of(tile, index, lambda: self.source.read(tile).to(self.device), not self.regions)
+        inputs = self.features.of(tile, index, lambda: self.source.read(tile, self.device), not self.regions)
         known = len(self.regions)
         found, again = None, False
         with Gathers(tile, self.regions, self.state) as mode:
@@ -297,8 +304,8 @@ def _check_model(name: str, model: object) -> None:
             raise ValueError(f"{name} must be in eval mode, but {training or 'it'} is in training: call {name}.eval()")
 
 
-def _peak_bytes(device: torch.device) -> int | None:
-    if device.type == "cuda":
+def _peak_bytes(device: torch.device | None) -> int | None:
+    if device is not None and device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
         import resource  # not on Windows

@@ -24,7 +24,8 @@ class Output:
 
     def open(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
         if self.out is None:
-            self.out = torch.empty(shape, dtype=dtype, device=device)
+            with torch.inference_mode(False):  # the caller may change it
+                self.out = torch.empty(shape, dtype=dtype, device=device)
         elif tuple(self.out.shape) != shape:
             raise ValueError(f"out must have shape {shape}, but has {tuple(self.out.shape)}")
 

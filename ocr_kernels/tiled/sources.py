@@ -40,7 +40,7 @@ class Source:
             raise ValueError(f"image must have shape [C, H, W], but has {shape}")
         self.shape: tuple[int, ...] = tuple(map(int, shape))
 
-    def read(self, tile: Tile) -> Tensor:
+    def read(self, tile: Tile, device: torch.device | None) -> Tensor:
         """A tile as the model takes it, `[1, C, h, w]`; beyond the image its last rows and columns are repeated."""
         _, height, width = self.shape
         top, bottom = tile.rows.start, min(tile.rows.stop, height)
@@ -58,6 +58,7 @@ class Source:
             expected = f"[1, C, {bottom - top}, {right - left}]"
             raise ValueError(f"prepare must return a tensor {expected}, but returned {tuple(found.shape)}")
         beyond = (0, tile.columns.stop - right, 0, tile.rows.stop - bottom)
+        found = found if device is None else found.to(device)
         return F.pad(found, beyond, mode="replicate") if any(beyond) else found
 
 
