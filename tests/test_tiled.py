@@ -160,6 +160,22 @@ def test_gathers_that_depend_on_each_other() -> None:
     assert result.gathers == 2
 
 
+class InPlace(reference.OCRHead):
+    """Changes what the gather returns."""
+
+    def forward(self, feats: Tensor) -> Any:
+        pixels, aux = self.conv3x3_ocr(feats), self.aux_head(feats)
+        return self.cls_head(self.ocr_distri_head(pixels, self.ocr_gather_head(pixels, aux).mul_(0.9)))
+
+
+def test_regions_may_be_changed() -> None:
+    head, image = head_of(InPlace).double(), torch.rand(3, 20, 20)
+    with torch.inference_mode():
+        expected = head(image.double().unsqueeze(0))[0]
+    replace_ocr_modules(head)
+    close(segment_tiled(head, image, **SETTINGS, prepare=double, result="logits").out, expected)
+
+
 def test_backends_and_autocast() -> None:
     head, image = head_of(), torch.rand(3, 20, 20)
     expected = segment_tiled(head, image, **SETTINGS, result="logits").out
@@ -325,6 +341,7 @@ def test_the_seam_shows_what_a_margin_is_short_of() -> None:
         segment_tiled(nn.Sequential(blur, head).eval(), image, tile=12, margin=margin, stride=1).seam
         for margin in (1, 2, 3)
     ]
+    assert [seam.pixels for seam in seams] == [192, 192, 192]  # two lines along two borders of 24 pixels, both ways
     assert seams[0].largest > 1e-2
     assert seams[0].largest >= seams[0].mean > 0
     assert seams[0].changed > 0

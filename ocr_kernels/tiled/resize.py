@@ -17,9 +17,8 @@ def resize(x: Tensor, dim: int, span: Span, wanted: slice, size: int, align_corn
     if stride == 1:
         return x.narrow(dim, wanted.start - span.start, wanted.stop - wanted.start)
     pixels = torch.arange(wanted.start, wanted.stop, dtype=torch.float64)
-    last = size // stride - 1
-    at = pixels * (last / (size - 1)) if align_corners else (pixels + 0.5) / stride - 0.5
-    at = (at.clamp(0, last) - span.start // stride).clamp(0, x.shape[dim] - 1)
+    at = pixels * ((size // stride - 1) / (size - 1)) if align_corners else (pixels + 0.5) / stride - 0.5
+    at = (at - span.start // stride).clamp(0, x.shape[dim] - 1)
     low = at.floor()
     high = (low + 1).clamp(max=x.shape[dim] - 1)
     weight = (at - low).to(x).view(-1, *[1] * (x.dim() - dim - 1))
