@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ocr_kernels.tiled.gathers import Gathers, Reached
+from ocr_kernels.tiled.output import save
 from ocr_kernels.tiled.tiles import Tile
 
 
@@ -39,7 +40,7 @@ class Features:
         if self.where == "keep":
             self.kept[index] = found
         elif file is not None:
-            torch.save(found, file)
+            save(found, file)
         return found
 
     def forget(self, index: int) -> None:

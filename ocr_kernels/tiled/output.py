@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import os
 from pathlib import Path
 from typing import Any
@@ -100,12 +101,23 @@ class Journal:
         return saved["regions"], saved["state"], saved["done"]
 
     def save(self, regions: list[Tensor], state: GatherState | None, done: int) -> None:
-        new = self.path.with_name(f"{self.path.name}.new")
-        torch.save({"settings": self.settings, "regions": regions, "state": state, "done": done}, new)
-        os.replace(new, self.path)
+        save({"settings": self.settings, "regions": regions, "state": state, "done": done}, self.path)
 
     def remove(self) -> None:
         self.path.unlink(missing_ok=True)
+
+
+def save(value: Any, path: Path) -> None:
+    """Write or replace a file at once. PyTorch writes to memory, since it does not say when a disk is full."""
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    new = path.with_name(f"{path.name}.new")
+    try:
+        new.write_bytes(buffer.getbuffer())
+        os.replace(new, path)
+    except OSError:
+        new.unlink(missing_ok=True)
+        raise
 
 
 def checksum(*parts: object) -> str:
