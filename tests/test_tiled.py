@@ -189,6 +189,15 @@ def test_backends_and_autocast() -> None:
     assert float((found - alike).abs().max()) < 0.05 * float(alike.abs().max())
 
 
+def test_compiled_models_run_eagerly() -> None:
+    head, image = head_of(), torch.rand(3, 20, 20)
+    compiled = torch.compile(head, backend="eager")
+    for _ in range(2):  # before it is compiled, and after
+        close(segment_tiled(compiled, image, **SETTINGS, result="logits").out, whole(head, image))
+        with torch.inference_mode():
+            compiled(image.unsqueeze(0))
+
+
 @pytest.mark.parametrize("features", ["keep", "folder"])
 def test_kept_features(features: str, tmp_path: Path) -> None:
     head, image = head_of(), torch.rand(3, 20, 20)

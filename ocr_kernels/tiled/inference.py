@@ -170,9 +170,11 @@ def segment_tiled(
         try:
             while not run.one_pass():
                 pass
-        finally:
+        except BaseException:
             if journal is None:  # nothing can go on with them
                 run.features.clear(len(grid.tiles))
+            raise
+    run.features.clear(len(grid.tiles))
     if journal is not None:
         journal.remove()
     return TiledResult(

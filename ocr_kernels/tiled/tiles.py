@@ -64,7 +64,8 @@ class Grid:
                     f"tile must be a multiple of the stride {stride} and larger than two margins of {margin}, "
                     f"but is {size}"
                 )
-        self.height, self.width = (-(-size // stride) * stride for size in image)
+        self.height: int = -(-image[0] // stride) * stride
+        self.width: int = -(-image[1] // stride) * stride
         self.rows: list[Span] = _spans(self.height, tile[0], margin)
         self.columns: list[Span] = _spans(self.width, tile[1], margin)
         self.tiles: list[Tile] = [Tile(*spans) for spans in itertools.product(self.rows, self.columns)]
