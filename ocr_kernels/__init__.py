@@ -11,6 +11,7 @@ from ocr_kernels.gather import GatherState, spatial_gather
 from ocr_kernels.models.maps import attention_maps, record_maps, region_maps
 from ocr_kernels.models.replace import replace_ocr_modules, restore_ocr_modules
 from ocr_kernels.models.report import ReplacementReport
+from ocr_kernels.tiled import TiledResult, segment_tiled
 
 __version__ = "0.1.0"
 
@@ -19,6 +20,7 @@ __all__ = [
     "Layer",
     "Norm",
     "ReplacementReport",
+    "TiledResult",
     "attention_maps",
     "available_backends",
     "decompositions",
@@ -29,6 +31,7 @@ __all__ = [
     "region_maps",
     "replace_ocr_modules",
     "restore_ocr_modules",
+    "segment_tiled",
     "spatial_gather",
     "use_backend",
 ]

@@ -25,6 +25,14 @@ def test_script(script: str, file: str, tmp_path: Path) -> None:
     assert error < 1e-5
 
 
+@pytest.mark.slow
+def test_large_image() -> None:
+    result = python(str(EXAMPLES / "large_image.py"), "1400", OMP_NUM_THREADS="1")
+    assert result.returncode == 0, result.stderr
+    assert float(result.stdout.split("in one piece: ")[1].split()[0]) < 1e-4
+    assert float(result.stdout.split("on its own: ")[1]) > 1e-3
+
+
 def test_parity_file() -> None:
     result = python("-m", "pytest", "-q", "-p", "no:cacheprovider", str(EXAMPLES / "test_parity.py"))
     assert result.returncode == 0, result.stdout
@@ -60,6 +68,13 @@ def test_notebook(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_every_example_is_run() -> None:
-    here = {"onnx_runtime.py", "aot_inductor.py", "test_parity.py", "hrnet_training.py", "quickstart.ipynb"}
+    here = {
+        "onnx_runtime.py",
+        "aot_inductor.py",
+        "test_parity.py",
+        "hrnet_training.py",
+        "large_image.py",
+        "quickstart.ipynb",
+    }
     in_integration = {"mmseg_ocrnet.py", "lightning_training.py"}
     assert {path.name for path in EXAMPLES.iterdir() if path.suffix in (".py", ".ipynb")} == here | in_integration

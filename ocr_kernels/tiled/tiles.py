@@ -1,0 +1,79 @@
+"""The grid of tiles: each sees a margin around its core, and the cores cover the image once."""
+
+from __future__ import annotations
+
+import itertools
+from typing import NamedTuple
+
+
+class Span(NamedTuple):
+    """The pixels of a tile along one axis of the image, and those of its core."""
+
+    start: int
+    stop: int
+    core_start: int
+    core_stop: int
+
+    @property
+    def size(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def core(self) -> slice:
+        return slice(self.core_start, self.core_stop)
+
+    def stride_of(self, size: int) -> int:
+        """Pixels of the image to one of a map with `size` in this span; 0 where they do not divide it and its core."""
+        stride, rest = divmod(self.size, size)
+        return stride if not rest and stride and not any(edge % stride for edge in self) else 0
+
+    def core_of(self, stride: int) -> slice:
+        """The core in a map of this span with a stride."""
+        return slice((self.core_start - self.start) // stride, (self.core_stop - self.start) // stride)
+
+
+class Tile(NamedTuple):
+    rows: Span
+    columns: Span
+
+    def __str__(self) -> str:
+        return f"rows {self.rows.start}:{self.rows.stop}, columns {self.columns.start}:{self.columns.stop}"
+
+
+class Grid:
+    """Tiles of one size, row by row.
+
+    The image is thought of as continued at its lower and right edges to multiples of `stride`, and all edges of tiles
+    and cores are such multiples. Where the last tile would go beyond that, it starts earlier; an image that is smaller
+    than a tile is one tile.
+
+    Raises:
+        ValueError: `tile` or `margin` is no multiple of `stride`, or no core is left between two margins.
+    """
+
+    def __init__(self, image: tuple[int, ...], tile: tuple[int, ...], margin: int, stride: int) -> None:
+        if stride < 1:
+            raise ValueError(f"stride must be at least 1, but is {stride}")
+        if margin < 0 or margin % stride:
+            raise ValueError(f"margin must be a multiple of the stride {stride}, or 0, but is {margin}")
+        if len(tile) != 2:
+            raise ValueError(f"tile must be one size, or height and width, but is {tile}")
+        for size in tile:
+            if size % stride or size <= 2 * margin:
+                raise ValueError(
+                    f"tile must be a multiple of the stride {stride} and larger than two margins of {margin}, "
+                    f"but is {size}"
+                )
+        self.height: int = -(-image[0] // stride) * stride
+        self.width: int = -(-image[1] // stride) * stride
+        self.rows: list[Span] = _spans(self.height, tile[0], margin)
+        self.columns: list[Span] = _spans(self.width, tile[1], margin)
+        self.tiles: list[Tile] = [Tile(*spans) for spans in itertools.product(self.rows, self.columns)]
+
+
+def _spans(size: int, tile: int, margin: int) -> list[Span]:
+    tile = min(tile, size)
+    step = max(tile - 2 * margin, 1)
+    starts = [*range(0, size - tile, step), size - tile]
+    borders = [0, *(start + tile - margin for start in starts[:-1]), size]
+    return [Span(start, start + tile, *core) for start, core in zip(starts, itertools.pairwise(borders), strict=True)]

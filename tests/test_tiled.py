@@ -1,0 +1,492 @@
+"""Images in tiles: the same result as whole, whatever the tiles; files that can be gone on with; errors."""
+
+from __future__ import annotations
+
+import copy
+import errno
+import itertools
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from families import FAMILIES
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ocr_kernels import modules, reference, replace_ocr_modules, segment_tiled, use_backend
+from ocr_kernels.tiled.tiles import Grid
+
+SETTINGS: dict[str, Any] = {"tile": 8, "margin": 2, "stride": 1}
+
+
+@pytest.fixture(autouse=True)
+def seeded_on_one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield
+    torch.set_num_threads(threads)
+
+
+def head_of(kind: Any = modules.OCRHead, *, pointwise: bool = False, **options: Any) -> Any:
+    """Peaked regions, so that a tile's own are far from its image's."""
+    head = kind(in_channels=3, num_classes=4, mid_channels=6, key_channels=4, **options)
+    if pointwise:
+        head.conv3x3_ocr[0] = nn.Conv2d(3, 6, 1)
+    for parameter in head.parameters():
+        nn.init.normal_(parameter)
+    return head.eval()
+
+
+class Net(nn.Module):
+    """Features and logits at a quarter of the image's size; what `stride` 4 needs at least."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 3, 3, 2, 1), nn.ReLU(), nn.Conv2d(3, 3, 3, 2, 1))
+        self.head = head_of()
+
+    def forward(self, image: Tensor) -> Any:
+        return self.head(self.stem(image))
+
+
+def whole(model: nn.Module, image: Tensor, stride: int = 1, align_corners: bool = False) -> Tensor:
+    """Logits `[K, H, W]` of an image that is not divided."""
+    height, width = image.shape[1:]
+    padded = F.pad(image.unsqueeze(0), (0, -width % stride, 0, -height % stride), mode="replicate")
+    with torch.inference_mode():
+        out = model(padded)[-1]
+    return F.interpolate(out, padded.shape[2:], mode="bilinear", align_corners=align_corners)[0, :, :height, :width]
+
+
+def double(pixels: Tensor) -> Tensor:
+    return pixels.double().unsqueeze(0)
+
+
+def close(found: Tensor, expected: Tensor) -> None:
+    """To rounding: the sums over pixels, and all that follows."""
+    bound = 200 * torch.finfo(expected.dtype).eps * float(expected.abs().max())
+    assert float((found - expected).abs().max()) <= bound
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(("tile", "margin", "tiles"), [(64, 0, 1), ((16, 32), 0, 4), (16, 3, 18), ((4, 8), 0, 64)])
+def test_pointwise_network_is_exact(tile: Any, margin: int, tiles: int, dtype: torch.dtype) -> None:
+    head, image = head_of(pointwise=True).to(dtype), torch.rand(3, 32, 64) * 3
+    result = segment_tiled(
+        head, image, tile=tile, margin=margin, stride=1, result="logits", prepare=lambda x: x.to(dtype).unsqueeze(0)
+    )
+    expected = whole(head, image.to(dtype))
+    close(result.out, expected)
+    assert (result.tiles, result.gathers) == (tiles, 1)
+    if margin:
+        assert result.seam.largest <= 200 * torch.finfo(dtype).eps * float(expected.abs().max())
+        assert result.seam.changed == 0
+    else:
+        assert result.seam is None
+
+
+def test_a_tile_of_its_own_is_something_else() -> None:
+    """The other tests would notice if regions were not those of the whole image."""
+    head, image = head_of(pointwise=True), torch.rand(3, 32, 32)
+    with pytest.raises(AssertionError):
+        close(whole(head, image[:, :8, :8]), whole(head, image)[:, :8, :8])
+
+
+@pytest.mark.parametrize("size", [(8, 8), (9, 31), (40, 17), (1, 50)])
+@pytest.mark.parametrize("kind", [modules.OCRHead, reference.OCRHead])
+def test_convolutions_with_a_margin_are_exact(kind: Any, size: tuple[int, int]) -> None:
+    head, image = head_of(kind).double(), torch.rand(3, *size)
+    expected = whole(head, image.double())
+    if kind is reference.OCRHead:
+        assert "gather" in str(replace_ocr_modules(head, example_inputs=image.double().unsqueeze(0)))
+    result = segment_tiled(head, image, **SETTINGS, prepare=double, result="logits")
+    close(result.out, expected)
+    classes = segment_tiled(head, image, **SETTINGS, prepare=double)
+    assert classes.out.dtype == torch.uint8
+    assert torch.equal(classes.out.long(), expected.argmax(0))
+
+
+@pytest.mark.parametrize("align_corners", [False, True])
+@pytest.mark.parametrize("size", [(48, 64), (33, 61)])
+def test_logits_of_lower_resolution(size: tuple[int, int], align_corners: bool) -> None:
+    """Of sizes that are no multiples of the stride, too."""
+    net, image = Net().double().eval(), torch.rand(3, *size)
+    options = {"tile": (40, 48), "margin": 16, "stride": 8, "align_corners": align_corners, "prepare": double}
+    result = segment_tiled(net, image, **options, result="logits")
+    close(result.out, whole(net, image.double(), 8, align_corners))
+
+
+IN_TILES = ["regions [B, K, C], Linear, @", "regions [B, K, C, 1]", "einsum", "unaligned up-sampling", "residual"]
+IN_TILES += ["NVIDIA: two sizes in a step", "weights of four dimensions"]
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f.name in IN_TILES], ids=lambda family: family.name)
+def test_replaced_models(family: Any) -> None:
+    model, image = family.make().double().eval(), torch.rand(family.inputs[0][1], 20, 32) * 3
+
+    def last(out: Any) -> Tensor:
+        out = out["out"] if isinstance(out, dict) else out
+        return out if isinstance(out, Tensor) else out[-1]
+
+    with torch.inference_mode():
+        expected = last(model(image.double().unsqueeze(0)))[0]
+    replace_ocr_modules(model)
+    result = segment_tiled(model, image, tile=16, margin=4, stride=4, output=last, prepare=double, result="logits")
+    close(result.out, expected)
+    assert result.gathers == family.gathers
+
+
+class Chain(nn.Module):
+    """Two gathers, of which the second takes what the first made of the pixels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = head_of(pointwise=True), head_of(pointwise=True)
+
+    def forward(self, feats: Tensor) -> Any:
+        return self.second(self.first(feats)[-1][:, :3])
+
+
+def test_gathers_that_depend_on_each_other() -> None:
+    net, image = Chain().double().eval(), torch.rand(3, 20, 20)
+    result = segment_tiled(net, image, **SETTINGS, prepare=double, result="logits")
+    close(result.out, whole(net, image.double()))
+    assert result.gathers == 2
+
+
+class InPlace(reference.OCRHead):
+    """Changes what the gather returns."""
+
+    def forward(self, feats: Tensor) -> Any:
+        pixels, aux = self.conv3x3_ocr(feats), self.aux_head(feats)
+        return self.cls_head(self.ocr_distri_head(pixels, self.ocr_gather_head(pixels, aux).mul_(0.9)))
+
+
+def test_regions_may_be_changed() -> None:
+    head, image = head_of(InPlace).double(), torch.rand(3, 20, 20)
+    with torch.inference_mode():
+        expected = head(image.double().unsqueeze(0))[0]
+    replace_ocr_modules(head)
+    close(segment_tiled(head, image, **SETTINGS, prepare=double, result="logits").out, expected)
+
+
+def test_backends_and_autocast() -> None:
+    head, image = head_of(), torch.rand(3, 20, 20)
+    expected = segment_tiled(head, image, **SETTINGS, result="logits").out
+    with use_backend("reference"):
+        close(segment_tiled(head, image, **SETTINGS, result="logits").out, expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = segment_tiled(head, image, **SETTINGS, result="logits").out
+        with torch.inference_mode():
+            alike = head(image.unsqueeze(0))[-1][0].float()
+    assert found.dtype == torch.float32
+    assert float((found - alike).abs().max()) < 0.05 * float(alike.abs().max())
+
+
+def test_compiled_models_run_eagerly() -> None:
+    head, image = head_of(), torch.rand(3, 20, 20)
+    compiled = torch.compile(head, backend="eager")
+    for _ in range(2):  # before it is compiled, and after
+        close(segment_tiled(compiled, image, **SETTINGS, result="logits").out, whole(head, image))
+        with torch.inference_mode():
+            compiled(image.unsqueeze(0))
+
+
+@pytest.mark.parametrize("features", ["keep", "folder"])
+def test_kept_features(features: str, tmp_path: Path) -> None:
+    head, image = head_of(), torch.rand(3, 20, 20)
+    calls = []
+
+    def backbone(pixels: Tensor) -> tuple[Tensor]:
+        calls.append(pixels)
+        return (pixels * 2,)
+
+    recomputed = segment_tiled(head, image, **SETTINGS, backbone=backbone)
+    assert len(calls) == 2 * recomputed.tiles
+    calls.clear()
+    kept = segment_tiled(
+        head, image, **SETTINGS, backbone=backbone, features="keep" if features == "keep" else tmp_path
+    )
+    assert len(calls) == recomputed.tiles
+    assert torch.equal(kept.out, recomputed.out)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(MemoryError):
+        segment_tiled(Failing(head, 3).eval(), image, **SETTINGS, backbone=backbone, features=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+class Reader:
+    """After rasterio's datasets."""
+
+    def __init__(self, image: Tensor) -> None:
+        self.image = image
+        self.count, self.height, self.width = image.shape
+
+    def read(self, window: Any) -> Any:
+        rows, columns = (slice(*part) for part in window)
+        return self.image[:, rows, columns].numpy()
+
+
+def test_images_are_read_from() -> None:
+    pytest.importorskip("numpy")
+    head, image = head_of(), torch.randint(0, 256, (3, 19, 21), dtype=torch.uint8)
+    frozen = image.numpy().copy()
+    frozen.flags.writeable = False
+    expected = segment_tiled(head, image, **SETTINGS).out
+    for source in (frozen, Reader(image)):
+        assert torch.equal(segment_tiled(head, source, **SETTINGS).out, expected)
+
+
+def test_results_are_written_to(tmp_path: Path) -> None:
+    numpy = pytest.importorskip("numpy")
+    head, image = head_of(), torch.rand(3, 19, 21)
+    expected = segment_tiled(head, image, **SETTINGS, result="logits").out
+    array, tensor = numpy.zeros((4, 19, 21), numpy.float32), torch.zeros(4, 19, 21)
+    for out in (array, tensor):
+        assert segment_tiled(head, image, **SETTINGS, result="logits", out=out).out is out
+        assert torch.equal(torch.as_tensor(out), expected)
+    path = segment_tiled(head, image, **SETTINGS, result="logits", out=tmp_path / "logits.npy").out
+    assert torch.equal(torch.from_numpy(numpy.load(path)), expected)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_many_classes() -> None:
+    head = modules.OCRHead(3, 300, mid_channels=4, key_channels=4).eval()
+    assert segment_tiled(head, torch.rand(3, 9, 9), **SETTINGS).out.dtype == torch.int16
+
+
+class Failing(nn.Module):
+    """Raises at one of its calls."""
+
+    def __init__(self, model: nn.Module, call: int) -> None:
+        super().__init__()
+        self.model = model
+        self.left = call
+
+    def forward(self, x: Tensor) -> Any:
+        self.left -= 1
+        if self.left == 0:
+            raise MemoryError("no more")
+        return self.model(x)
+
+
+@pytest.mark.parametrize("features", ["recompute", "keep", "folder"])
+@pytest.mark.parametrize("call", [1, 6, 17, 32])  # of 16 in each pass
+def test_restart(call: int, features: str, tmp_path: Path) -> None:
+    numpy = pytest.importorskip("numpy")
+    head, image = head_of(), torch.rand(3, 20, 20)
+    (tmp_path / "features").mkdir()
+    options = SETTINGS | {"backbone": nn.Identity().eval(), "out": tmp_path / "classes.npy"}
+    options["features"] = tmp_path / "features" if features == "folder" else features
+    expected = segment_tiled(head, image, **SETTINGS).out
+    model = Failing(head, call).eval()
+    with pytest.raises(MemoryError, match="no more"):
+        segment_tiled(model, image, **options)
+    assert not options["out"].exists()
+    calls = itertools.count(1)
+    done = segment_tiled(model, image, **options, restart=True, progress=lambda *_: next(calls))
+    assert next(calls) - 1 == 32 - (call - 1)
+    assert torch.equal(torch.from_numpy(numpy.load(done.out)), expected)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["classes.npy", "features"]
+
+
+def test_a_run_that_was_stopped_from_outside(tmp_path: Path) -> None:
+    """Where an exception is no error."""
+    head, image, out = head_of(), torch.rand(3, 20, 20), tmp_path / "classes.npy"
+
+    def stop(done: int, total: int) -> None:
+        if done == 20:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        segment_tiled(head, image, **SETTINGS, out=out, progress=stop)
+    seen = []
+    segment_tiled(head, image, **SETTINGS, out=out, restart=True, progress=lambda *numbers: seen.append(numbers))
+    assert seen[0] == (21, 32)
+    assert seen[-1] == (32, 32)
+
+
+def test_restart_compares_settings_and_weights(tmp_path: Path) -> None:
+    head, image, out = head_of(), torch.rand(3, 20, 20), tmp_path / "classes.npy"
+    with pytest.raises(MemoryError):
+        segment_tiled(Failing(head, 20).eval(), image, **SETTINGS, out=out)
+    files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    other = copy.deepcopy(head)
+    other.cls_head.bias.data += 1
+    changed: list[tuple[nn.Module, Tensor, dict[str, Any], str]] = [
+        (other, image, SETTINGS, "weights"),
+        (head, torch.rand(3, 20, 21), SETTINGS, r"image \(3, 20, 20\), now \(3, 20, 21\)"),
+        (head, image, SETTINGS | {"margin": 1}, "margin 2, now 1"),
+        (head, image, SETTINGS | {"tile": 10}, r"tile \(8, 8\), now \(10, 10\)"),
+        (head, image, SETTINGS | {"result": "logits"}, "result classes, now logits"),
+    ]
+    for model, picture, settings, message in changed:
+        with pytest.raises(ValueError, match=message):
+            segment_tiled(Failing(model, 0).eval(), picture, **settings, out=out, restart=True)
+    assert files == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    segment_tiled(Failing(head, 0).eval(), image, **SETTINGS, out=out, restart=True)
+    assert out.exists()
+
+
+def test_same_bits_again() -> None:
+    head, image = head_of(), torch.rand(3, 20, 20)
+    first, second = (segment_tiled(head, image, **SETTINGS, result="logits") for _ in range(2))
+    assert torch.equal(first.out, second.out)
+    assert first.seam == second.seam
+    assert not first.out.is_inference()  # so that it can be changed
+
+
+def test_the_seam_shows_what_a_margin_is_short_of() -> None:
+    """An edge detector that sees two pixels far."""
+    head, image = head_of(pointwise=True), torch.rand(3, 24, 24)
+    blur = nn.Conv2d(3, 3, 5, padding=2)
+    seams = [
+        segment_tiled(nn.Sequential(blur, head).eval(), image, tile=12, margin=margin, stride=1).seam
+        for margin in (1, 2, 3)
+    ]
+    assert [seam.pixels for seam in seams] == [192, 192, 192]  # two lines along two borders of 24 pixels, both ways
+    assert seams[0].largest > 1e-2
+    assert seams[0].largest >= seams[0].mean > 0
+    assert seams[0].changed > 0
+    assert seams[1].largest > 1e-2  # of the neighbour's pixel, one farther out
+    assert seams[2].largest < 1e-5
+    assert seams[2].changed == 0
+
+
+class Largest(TorchDispatchMode):
+    """The most elements of a tensor that an operator made."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(tensor, Tensor):
+                self.elements = max(self.elements, tensor.untyped_storage().nbytes())
+        return out
+
+
+class Drawn:
+    """An image that is nowhere."""
+
+    def __init__(self, *shape: int) -> None:
+        self.shape = shape
+
+    def __getitem__(self, index: tuple[slice, slice, slice]) -> Tensor:
+        rows, columns = (torch.arange(part.start, part.stop, dtype=torch.float32) for part in index[1:])
+        return (rows[:, None] * columns).sin().expand(3, -1, -1)
+
+
+def test_memory_does_not_grow_with_the_image(tmp_path: Path) -> None:
+    head = head_of()
+    largest = []
+    for size in ((16, 16), (32, 96)):
+        with Largest() as mode:
+            segment_tiled(head, Drawn(3, *size), tile=16, margin=2, stride=1, out=tmp_path / "classes.npy")
+        largest.append(mode.elements)
+    assert largest[0] == largest[1]
+
+
+@pytest.mark.parametrize(("height", "width", "tile", "margin", "stride"), [(100, 37, 24, 4, 4), (5, 90, 32, 8, 8)])
+def test_cores_cover_the_image_once(height: int, width: int, tile: int, margin: int, stride: int) -> None:
+    grid = Grid((height, width), (tile, tile), margin, stride)
+    count = torch.zeros(grid.height, grid.width)
+    for rows, columns in grid.tiles:
+        count[rows.core, columns.core] += 1
+        for span, size in ((rows, grid.height), (columns, grid.width)):
+            assert span.size == min(tile, size)
+            assert not any(edge % stride for edge in span)
+            assert span.start == 0 or span.core_start - span.start >= margin
+            assert span.stop == size or span.stop - span.core_stop >= margin
+    assert (count == 1).all()
+
+
+def test_model_stays_what_it_is() -> None:
+    head = head_of()
+    before = copy.deepcopy(head.state_dict())
+    segment_tiled(head, torch.rand(3, 20, 20), **SETTINGS)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in head.state_dict().items())
+    assert head(torch.rand(1, 3, 8, 8))[-1].requires_grad
+
+
+def argument_errors() -> list[Any]:
+    cases: list[tuple[str, dict[str, Any], type[Exception], str]] = [
+        ("model", {"model": 3}, TypeError, "model must be a module or a function, but is int"),
+        ("training", {"model": head_of().train()}, ValueError, "model must be in eval mode, but it is in training"),
+        ("no gather", {"model": nn.Conv2d(3, 4, 1).eval()}, ValueError, "model must call ocr_kernels.spatial_gather"),
+        ("image", {"image": "a.tif"}, TypeError, "image must have a shape and slices"),
+        ("image's shape", {"image": torch.rand(20, 20)}, ValueError, r"image must have shape \[C, H, W\]"),
+        ("tile", {"tile": 4}, ValueError, "tile must be .* larger than two margins of 2, but is 4"),
+        ("tiles", {"tile": (8, 8, 8)}, ValueError, "tile must be one size, or height and width"),
+        ("stride", {"stride": 3}, ValueError, "margin must be a multiple of the stride 3, or 0, but is 2"),
+        ("no stride", {"stride": 0}, ValueError, "stride must be at least 1, but is 0"),
+        ("wrong stride", {"model": Net().eval(), "margin": 3}, ValueError, "give the model's stride as stride="),
+        ("result", {"result": "labels"}, ValueError, "result must be 'classes' or 'logits', but is 'labels'"),
+        ("features", {"features": "keep"}, ValueError, "with a backbone alone"),
+        ("folder", {"features": "nowhere", "backbone": nn.ReLU().eval()}, ValueError, "a folder that exists"),
+        ("gather", {"backbone": head_of()}, ValueError, "backbone must have no gather"),
+        ("prepare", {"prepare": lambda x: x}, ValueError, r"prepare must return a tensor \[1, C, 8, 8\]"),
+        ("integers", {"prepare": lambda x: x.long()}, TypeError, "prepare must return a floating tensor"),
+        ("no tensor", {"prepare": lambda x: None}, TypeError, "prepare must return a tensor"),
+        ("output", {"output": lambda out: None}, TypeError, "output must choose a tensor, but chooses NoneType"),
+        ("logits", {"output": lambda out: out[0][0]}, ValueError, r"output must choose logits \[1, K, h, w\]"),
+        ("out", {"out": torch.zeros(3, 3)}, ValueError, r"out must have shape \(20, 20\), but has \(3, 3\)"),
+        ("out's type", {"out": 3}, TypeError, "out must be None, an array, a tensor or a path, but is int"),
+        ("file", {"out": "classes.tif"}, ValueError, "out must end with .npy"),
+        ("no folder", {"out": "nowhere/classes.npy"}, ValueError, "out must be in a folder that exists"),
+        ("restart", {"restart": True}, ValueError, "restart needs a path as out"),
+    ]
+    return [pytest.param(*case[1:], id=case[0]) for case in cases]
+
+
+@pytest.mark.parametrize(("changes", "kind", "message"), argument_errors())
+def test_errors(changes: dict[str, Any], kind: type[Exception], message: str) -> None:
+    arguments = {"model": head_of(), "image": torch.rand(3, 20, 20), **SETTINGS, **changes}
+    with pytest.raises(kind, match=message):
+        segment_tiled(arguments.pop("model"), arguments.pop("image"), **arguments)
+
+
+def test_models_that_cannot_be_divided() -> None:
+    """More images than one, and gathers that come and go."""
+    head = head_of(pointwise=True)
+    calls = itertools.count()
+    models: list[tuple[Callable[[Tensor], Any], type[Exception], str]] = [
+        (lambda x: head(torch.cat([x, x.flip(3)])), ValueError, "the model must gather one image"),
+        (lambda x: head(x) if next(calls) < 3 else head.aux_head(x), ValueError, "model must call"),
+        (lambda x: head(head(x)[-1][:, :3]) if x.mean() > 0.5 else head(x), RuntimeError, "another number of times"),
+    ]
+    image = torch.zeros(3, 20, 20)
+    image[:, 10:] = 1
+    for model, kind, message in models:
+        with pytest.raises(kind, match=message):
+            segment_tiled(model, image, **SETTINGS)
+
+
+def test_a_full_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    if not hasattr(os, "posix_fallocate"):
+        pytest.skip("this system reserves no space")
+
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    head, image, out = head_of(), torch.rand(3, 20, 20), tmp_path / "classes.npy"
+    with pytest.raises(OSError, match="out cannot be written"):
+        segment_tiled(head, image, **SETTINGS, out=out)
+    assert [path.name for path in tmp_path.iterdir()] == ["classes.npy.journal"]
+    monkeypatch.undo()
+    seen = []
+    segment_tiled(head, image, **SETTINGS, out=out, restart=True, progress=lambda *numbers: seen.append(numbers))
+    assert seen[0] == (17, 32)  # the first pass is not run again
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_progress_is_quiet_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    segment_tiled(head_of(), torch.rand(3, 9, 9), **SETTINGS)
+    assert capsys.readouterr() == ("", "")
