@@ -4,11 +4,12 @@ A small OCR network learns noisy pictures of moving discs, then sees a noisier c
 disc is hidden for a while. Its regions come from each frame, from a moving average of those, or from a `GatherState`
 that fades: there a frame counts for a class as much as the class is to be seen in it.
 
-python examples/video_memory.py 150   (steps of training; about ten seconds on a CPU)
+python examples/video_memory.py 150   (steps of training; ten seconds on a CPU)
 """
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable
 
@@ -78,7 +79,8 @@ def noisy(frames: Tensor, noise: float, generator: torch.Generator) -> Tensor:
     return frames + noise * torch.randn(frames.shape, generator=generator)
 
 
-Memory = Callable[[Tensor, Tensor], Tensor]  # feats and logits of a frame to regions
+Pixels = tuple[Tensor, Tensor]  # feats and logits of a frame
+Memory = Callable[[Tensor, Tensor], Tensor]  # of these, frame by frame, to regions [1, C, K]
 
 
 def averaging(momentum: float) -> Memory:
@@ -106,24 +108,36 @@ def fading(momentum: float) -> Memory:
     return regions
 
 
-def measure(network: Network, memory: Memory, frames: Tensor, clean: Tensor, masks: Tensor) -> list[float]:
-    """Relative changes of the regions from frame to frame, errors of those in view and of the hidden one; IoU in %."""
+def measure(network: Network, memory: Memory, pixels: list[Pixels], truth: Tensor, masks: Tensor) -> list[float]:
+    """In %: how far regions move from frame to frame, errors of those in view and of the hidden one, mean IoU."""
+    found = torch.cat([memory(*each) for each in pixels])  # [T, C, K], as `truth`
+    outputs = [network.classify(feats, f[None]) for (feats, _), f in zip(pixels, found, strict=True)]
+    classes = torch.cat(outputs).argmax(1)
     shown = torch.stack([masks.flatten(1).eq(k).any(1) for k in range(CLASSES)], 1)  # [T, K]
-    found, exact, predicted = [], [], []
-    for frame, without_noise in zip(frames.split(1), clean.split(1), strict=True):
-        feats, logits = network.pixels(frame)
-        found.append(memory(feats, logits)[0])
-        exact.append(spatial_gather(*network.pixels(without_noise))[0])
-        predicted.append(network.classify(feats, found[-1][None]).argmax(1)[0])
-    f, truth = torch.stack(found), torch.stack(exact)  # [T, C, K]
     size = truth.norm(dim=1)  # [T, K]
     last = WHEN.start - 1  # the frame in which the hidden class was last seen
-    jitter = ((f[1:] - f[:-1]).norm(dim=1) / size[1:])[shown[1:] & shown[:-1]]
-    error = ((f - truth).norm(dim=1) / size)[shown]
-    of_hidden = (f[list(WHEN), :, HIDDEN] - truth[last, :, HIDDEN]).norm(dim=1) / size[last, HIDDEN]
-    classes = torch.stack(predicted)
-    ious = [((classes == k) & (masks == k)).sum() / ((classes == k) | (masks == k)).sum() for k in range(CLASSES)]
-    return [100 * float(torch.as_tensor(each).mean()) for each in (jitter, error, of_hidden, torch.stack(ious))]
+    jitter = ((found[1:] - found[:-1]).norm(dim=1) / size[1:])[shown[1:] & shown[:-1]]
+    error = ((found - truth).norm(dim=1) / size)[shown]
+    of_hidden = (found[list(WHEN), :, HIDDEN] - truth[last, :, HIDDEN]).norm(dim=1) / size[last, HIDDEN]
+    hits = [((classes == k) & (masks == k)).sum() / ((classes == k) | (masks == k)).sum() for k in range(CLASSES)]
+    return [100 * float(each.mean()) for each in (jitter, error, of_hidden, torch.stack(hits))]
+
+
+@torch.no_grad()
+def compare(network: Network, generator: torch.Generator) -> None:
+    clips = []
+    for _ in range(4):
+        clean, masks = clip(FRAMES, generator)
+        pixels = [network.pixels(frame) for frame in noisy(clean, 0.6, generator).split(1)]
+        clips.append((pixels, spatial_gather(*network.pixels(clean)), masks))
+    rows: dict[str, Callable[[], Memory]] = {"of each frame": lambda: spatial_gather}
+    for momentum in (0.5, 0.8, 0.95):
+        rows[f"moving average, {momentum}"] = functools.partial(averaging, momentum)
+        rows[f"GatherState, {momentum}"] = functools.partial(fading, momentum)
+    print(f"{'regions':<22}{'jitter %':>10}{'error %':>10}{'hidden %':>10}{'IoU %':>10}")
+    for name, memory in rows.items():
+        means = torch.tensor([measure(network, memory(), *each) for each in clips]).mean(0).tolist()
+        print(f"{name:<22}" + "".join(f"{mean:>10.1f}" for mean in means))
 
 
 def main(steps: int) -> None:
@@ -131,19 +145,7 @@ def main(steps: int) -> None:
     generator = torch.Generator().manual_seed(0)
     network = Network()
     train(network, steps, generator)
-    network.eval()
-    clips = [clip(FRAMES, generator) for _ in range(4)]
-    seen = [noisy(clean, 0.6, generator) for clean, _ in clips]
-    rows: dict[str, Callable[[], Memory]] = {"of each frame": lambda: spatial_gather}
-    for momentum in (0.5, 0.8, 0.95):
-        rows[f"moving average, {momentum}"] = lambda momentum=momentum: averaging(momentum)
-        rows[f"GatherState, {momentum}"] = lambda momentum=momentum: fading(momentum)
-    print(f"{'regions':<22}{'jitter %':>10}{'error %':>10}{'hidden %':>10}{'IoU %':>10}")
-    for name, memory in rows.items():
-        with torch.no_grad():
-            results = [measure(network, memory(), frames, *c) for frames, c in zip(seen, clips, strict=True)]
-        means = torch.tensor(results).mean(0).tolist()
-        print(f"{name:<22}" + "".join(f"{mean:>10.1f}" for mean in means))
+    compare(network.eval(), generator)
 
 
 if __name__ == "__main__":

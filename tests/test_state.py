@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from ops import DTYPES, GATHER, over, pairwise
+from ops import DTYPES, GATHER, native_on, over, pairwise
 from torch import Tensor, nn
 
 from ocr_kernels import GatherState, spatial_gather
@@ -19,6 +19,11 @@ from ocr_kernels.testing import FACTORS, assert_parity, gradcheck, gradgradcheck
 
 Part = tuple[Tensor, Tensor]
 TARGET = tuple[str, str]
+
+# Where many parts are quick: the fixture `target` has Triton's interpreter, too, which is not.
+on_cpu = pytest.mark.parametrize(
+    "target", [("reference", "cpu"), pytest.param(("native", "cpu"), marks=native_on("cpu"))], ids="-".join
+)
 
 
 @pytest.fixture(autouse=True)
@@ -29,11 +34,11 @@ def seeded() -> Iterator[None]:
 
 
 def cut(feats: Tensor, logits: Tensor, count: int, dim: int = 2) -> Iterator[Part]:
-    """`count` parts of uneven size, the second of them empty."""
+    """`count` parts of uneven size; of more than two the second is empty."""
     size = feats.shape[dim]
     ends = [round(size * (i / count) ** 1.3) for i in range(count + 1)]
-    if count > 1:
-        ends[2 if count > 2 else 1] = ends[1] if count > 2 else size
+    if count > 2:
+        ends[2] = ends[1]
     for start, end in itertools.pairwise(ends):
         yield feats.narrow(dim, start, end - start), logits.narrow(dim, start, end - start)
 
@@ -74,6 +79,7 @@ def assert_same(actual: Any, expected: Any) -> None:
 # Parity
 
 
+@on_cpu
 @over(
     [
         pairwise(
@@ -90,9 +96,9 @@ def assert_same(actual: Any, expected: Any) -> None:
 def test_parity(target: TARGET, case: dict[str, Any]) -> None:
     backend, device = target
     (dtype, logits_dtype), (scale, peak) = case["dtypes"], case["scale_and_peak"]
-    spatial = (90, 2) if case["dim"] == 2 else (2, 90)
+    spatial = (70, 2) if case["dim"] == 2 else (2, 70)
     tensors = inputs(
-        channels=17, regions=case["regions"], spatial=spatial, dtype=dtype, logits_dtype=logits_dtype, peak=peak,
+        channels=6, regions=case["regions"], spatial=spatial, dtype=dtype, logits_dtype=logits_dtype, peak=peak,
         layout=case["layout"], device=device, requires_grad=True,
     )  # fmt: skip
     luck = 2.0 if peak or scale == 30 else 1.0  # few numbers make up the errors where regions are peaked
@@ -101,10 +107,18 @@ def test_parity(target: TARGET, case: dict[str, Any]) -> None:
     assert_parity(function, GATHER.definition, (*tensors, scale), factors=factors)
 
 
-@pytest.mark.parametrize("count", [1, 2, 7, 64])
+@pytest.mark.parametrize("dtypes", [(torch.float64,) * 2, (torch.float32,) * 2, (torch.bfloat16, torch.float32)])
+def test_parity_of_two_parts(target: TARGET, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    backend, device = target
+    tensors = inputs(dtype=dtypes[0], logits_dtype=dtypes[1], device=device, requires_grad=True)
+    assert_parity(in_parts(2, 2, backend), GATHER.definition, tensors)
+
+
+@on_cpu
+@pytest.mark.parametrize("count", [2, 64])
 def test_float64_to_rounding(target: TARGET, count: int) -> None:
     backend, device = target
-    tensors = exact_inputs(spatial=(90, 2), device=device)
+    tensors = exact_inputs(spatial=(70, 2), device=device)
     for scale in (1.0, 30.0):
         assert_same(
             derivatives(lambda *x, scale=scale: in_parts(count, 2, backend)(*x, scale), *tensors),
@@ -112,17 +126,37 @@ def test_float64_to_rounding(target: TARGET, count: int) -> None:
         )
 
 
+@on_cpu
 @pytest.mark.parametrize("shift", [1000.0, -1000.0])
 def test_float32_logits_far_from_zero(target: TARGET, shift: float) -> None:
     """What a part weighs is no float32 logarithm, and what has no weight is no logarithm of 0."""
     backend, device = target
-    feats, logits = inputs(spatial=(90, 2), device=device)
+    feats, logits = inputs(spatial=(70, 2), device=device)
     logits = logits + shift  # exact
     logits[:, 1, :20] = -math.inf
     tensors = feats.requires_grad_(), logits.requires_grad_()
     assert_parity(in_parts(7, 2, backend), GATHER.definition, tensors)
 
 
+@pytest.mark.parametrize("value", [-math.inf, math.inf, math.nan], ids=str)
+def test_a_part_in_which_a_region_is_not_finite(target: TARGET, value: float) -> None:
+    backend, device = target
+    feats, logits = exact_inputs(batch=1, spatial=(4, 1), device=device)
+    logits = logits.detach().clone()
+    logits[0, 1, :2] = value
+    expected = derivatives(GATHER.definition, feats, logits)
+    parts = [slice(0, 2), slice(2, 4)]
+    assert_same(
+        derivatives(
+            lambda x, m: state_of(((x[:, :, rows], m[:, :, rows]) for rows in parts), backend=backend).result(),
+            feats,
+            logits,
+        ),
+        expected,
+    )
+
+
+@on_cpu
 @pytest.mark.parametrize("value", [-math.inf, math.inf, math.nan], ids=str)
 @pytest.mark.parametrize("where", ["pixel", "part", "parts", "everywhere"])
 def test_values_that_are_not_finite(target: TARGET, value: float, where: str) -> None:
@@ -178,8 +212,8 @@ def test_parts_may_differ_in_their_spatial_sizes() -> None:
 
 def test_same_parts_same_bits(target: TARGET) -> None:
     backend, device = target
-    tensors = inputs(spatial=(90, 2), device=device)
-    first, second = (derivatives(in_parts(7, 2, backend), *tensors) for _ in range(2))
+    tensors = inputs(device=device)
+    first, second = (derivatives(in_parts(3, 2, backend), *tensors) for _ in range(2))
     assert all(map(torch.equal, first, second))
 
 
@@ -197,20 +231,21 @@ def test_the_result_has_the_dtype_of_the_feats_and_is_contiguous(target: TARGET)
 def with_absent(logits: Tensor) -> Tensor:
     """A region that is absent of the first parts, a pixel that has no weight in another."""
     mask = torch.zeros_like(logits, dtype=torch.bool)
-    mask[:, 0, :3], mask[:, 1, 5] = True, True
+    mask[:, 0, :3], mask[:, 1, 4] = True, True
     return logits.masked_fill(mask, -math.inf)
 
 
+@on_cpu
 @pytest.mark.parametrize("absent", [False, True])
 def test_gradcheck(target: TARGET, absent: bool) -> None:
     backend, device = target
-    tensors = exact_inputs(batch=1, channels=2, regions=2, spatial=(7, 1), device=device)
+    tensors = exact_inputs(batch=1, channels=2, regions=2, spatial=(5, 1), device=device)
 
     def gather(feats: Tensor, logits: Tensor) -> Tensor:
         return in_parts(3, 2, backend)(feats, with_absent(logits) if absent else logits)
 
     gradcheck(gather, tensors)
-    gradgradcheck(gather, tensors)
+    gradgradcheck(gather, tensors, fast=True)
 
 
 def test_third_derivative() -> None:
@@ -267,6 +302,7 @@ def test_parts_without_gradients_are_constants() -> None:
     assert_same(gradient[:, :, 4:], expected[:, :, 4:])
 
 
+@on_cpu
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_saved_for_backward(target: TARGET, dtype: torch.dtype) -> None:
     """Of a part its own feats and logits, and beside them numbers for its regions alone, however many its pixels."""
@@ -345,8 +381,7 @@ def test_shares_add_up(target: TARGET) -> None:
     assert_same(sum(shares), GATHER.definition(feats, logits, 0.7))
 
 
-@pytest.mark.parametrize("inference", [False, True])
-@pytest.mark.parametrize("absent", [False, True])
+@pytest.mark.parametrize(("absent", "inference"), [(False, False), (True, True)])
 def test_training_one_part_at_a_time(target: TARGET, absent: bool, inference: bool) -> None:
     """A convolution whose pixels the regions are gathered from, and a loss of each tile that depends on f."""
     backend, device = target
@@ -379,6 +414,7 @@ def test_training_one_part_at_a_time(target: TARGET, absent: bool, inference: bo
     assert_same([leaf.grad for leaf in leaves], list(expected))
 
 
+@on_cpu
 @pytest.mark.parametrize("dtypes", [(torch.float32,) * 2, (torch.bfloat16, torch.float32), (torch.float16,) * 2])
 def test_parity_of_shares(target: TARGET, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
     """The gradient of a share is that of f, however the state came to be."""
@@ -565,7 +601,7 @@ def test_autocast_for_some_parts_alone() -> None:
 def test_compile(compiler: str) -> None:
     def function(feats: Tensor, logits: Tensor) -> Tensor:
         states = [GatherState(), GatherState()]
-        for (x, m), state in zip(cut(feats, with_absent(logits), 4), states * 2, strict=True):
+        for (x, m), state in zip(cut(feats, with_absent(logits), 3), (*states, states[0]), strict=True):
             state.update(x, m)
             state.fade(0.5)
         merged = GatherState.merge(*states)
@@ -599,6 +635,7 @@ def test_vmap(target: TARGET) -> None:
     assert_same(result.flatten(0, 1), GATHER.definition(feats[:1].expand_as(feats), logits))
 
 
+@on_cpu
 def test_transforms(target: TARGET) -> None:
     backend, device = target
     tensors = tuple(tensor.detach() for tensor in exact_inputs(batch=1, channels=2, spatial=(6, 1), device=device))
@@ -616,6 +653,7 @@ def test_transforms(target: TARGET) -> None:
     assert_same(*hessians)
 
 
+@on_cpu
 def test_copies_are_independent(target: TARGET) -> None:
     backend, device = target
     feats, logits = inputs(device=device)
@@ -629,6 +667,7 @@ def test_copies_are_independent(target: TARGET) -> None:
         assert not torch.equal(duplicate.result(), before)
 
 
+@on_cpu
 def test_inference_mode(target: TARGET) -> None:
     backend, device = target
     tensors = exact_inputs(device=device)

@@ -47,8 +47,9 @@ class GatherState:
     a result is as accurate as that of one part, however many there were. The same parts in the same order give the
     same bits.
 
-    Parts that were added with gradients on are differentiated through the result, to any order; autograd holds them
-    all until then. Where they do not fit in memory either, `share` differentiates one part at a time.
+    Parts that were added with gradients on are differentiated through the result, to any order, in reverse mode;
+    autograd holds them all until then. Where they do not fit in memory either, `share` differentiates one part at a
+    time.
 
     Args:
         scale: factor on the logits; a tensor of one element is trained like any other factor.
@@ -97,9 +98,10 @@ class GatherState:
     def share(self, feats: Tensor, logits: Tensor) -> Tensor:
         """What one part of this state's pixels adds to f, `[B, C, K]`, in the dtype of the feats.
 
-        The shares of all parts add up to f, and the gradient of a share is that of f with respect to its part. So
-        training takes the memory of one part at a time: a pass without gradients for f, the loss of each part with f as
-        an input whose gradient adds up, and a pass that hands this gradient on to each part.
+        The shares of all parts add up to f, and the gradient of a share, its first derivative alone, is that of f with
+        respect to its part. So training takes the memory of one part at a time: a pass without gradients for f, the
+        loss of each part with f as an input whose gradient adds up, and a pass that hands this gradient on to each part.
+        The part must be what it was when it was added; after a `fade` it counts as one that was added since.
 
         Raises:
             TypeError, ValueError, RuntimeError: as `update`, and if there was no part.
