@@ -100,7 +100,7 @@ class GatherState:
 
         The shares of all parts add up to f, and the gradient of a share, its first derivative alone, is that of f with
         respect to its part. So training takes the memory of one part at a time: a pass without gradients for f, the
-        loss of each part with f as an input whose gradient adds up, and a pass that hands this gradient on to each part.
+        loss of each part with f as an input whose gradient adds up, and a pass that hands this gradient on to each.
         The part must be what it was when it was added; after a `fade` it counts as one that was added since.
 
         Raises:
