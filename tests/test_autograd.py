@@ -244,6 +244,15 @@ def test_transforms(op: Op, target: tuple[str, str], transform: Callable[..., An
 
 
 @both_ops
+def test_a_single_image_is_batched(op: Op, target: tuple[str, str]) -> None:
+    """What no transform has batched is then expanded along the images."""
+    backend, device = target
+    inputs = op.inputs(batch=1, channels=2, regions=3, spatial=(4,), dtype=torch.float64, device=device)
+    found, expected = (jacrev(grad(scalar(f), 1), 1)(*inputs) for f in (op.on(backend), op.definition))
+    torch.testing.assert_close(found, expected)
+
+
+@both_ops
 def test_forward_mode_keeps_dtypes_and_checks(op: Op, target: tuple[str, str]) -> None:
     """Forward mode goes through the definition, with its sums in float32, so that only the results are rounded."""
     backend, device = target

@@ -67,6 +67,17 @@ def test_notebook(capsys: pytest.CaptureFixture[str]) -> None:
     assert losses[-1] < losses[0] / 2
 
 
+@pytest.mark.slow
+def test_video_memory() -> None:
+    """A memory is steadier than single frames, and a state knows a hidden class better than a moving average does."""
+    result = python(str(EXAMPLES / "video_memory.py"), "150", OMP_NUM_THREADS="1")
+    assert result.returncode == 0, result.stderr
+    lines = [line.rsplit(maxsplit=4) for line in result.stdout.splitlines()[1:]]
+    jitter, hidden = ({line[0]: float(line[column]) for line in lines} for column in (1, 3))
+    assert max(jitter["moving average, 0.8"], jitter["GatherState, 0.8"]) < jitter["of each frame"] / 2
+    assert hidden["GatherState, 0.8"] < hidden["moving average, 0.8"] < hidden["of each frame"]
+
+
 def test_every_example_is_run() -> None:
     here = {
         "onnx_runtime.py",
@@ -75,6 +86,7 @@ def test_every_example_is_run() -> None:
         "hrnet_training.py",
         "large_image.py",
         "quickstart.ipynb",
+        "video_memory.py",
     }
     in_integration = {"mmseg_ocrnet.py", "lightning_training.py"}
     assert {path.name for path in EXAMPLES.iterdir() if path.suffix in (".py", ".ipynb")} == here | in_integration

@@ -176,7 +176,6 @@ struct Forward {
         *p = *p == A(-INFINITY) ? A(0) : exp_of(*p - maximum);
         total += *p * p[K];
       }
-      if (maximum == A(-INFINITY)) total = A(NAN);
       for (A* p = of_split + k; p < end; p += 2 * K) *p /= total;
       *element<A>(a.stats, first_image + b, C, k) = maximum;
       *element<A>(a.stats, first_image + b, C + 1, k) = total / lift;

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,11 +19,14 @@ def spatial_gather(feats: Tensor, logits: Tensor, scale: float = 1.0) -> Tensor:
 
 
 def gather_and_statistics(feats: Tensor, logits: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """f [B, C, K], and [B, C + 2, K]: f before it is rounded to the feats' dtype, the softmax's maxima and its sums."""
+    """f [B, C, K], and [B, C + 2, K]: f before it is rounded to the feats' dtype, the softmax's maxima and its sums.
+
+    Only where all logits are -inf is a sum 0: of NaN it is NaN.
+    """
     dtype = statistics_dtype(feats, logits)
     x, scores = feats.flatten(2).to(dtype), scale * logits.flatten(2).to(dtype)
     maximum = scores.amax(2)
-    total = (scores - maximum.unsqueeze(2)).exp().sum(2)
+    total = (scores - maximum.masked_fill(maximum == -math.inf, 0).unsqueeze(2)).exp().sum(2)
     unrounded = spatial_gather(x, scores)
     return unrounded.to(feats.dtype), torch.cat((unrounded, maximum.unsqueeze(1), total.unsqueeze(1)), dim=1)
 

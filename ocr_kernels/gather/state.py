@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import math
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ocr_kernels.core.arguments import check_device, check_same_dtype, check_shape, check_tensors, split_scale
+from ocr_kernels.core.arguments import (
+    check_device,
+    check_dtype,
+    check_same_dtype,
+    check_shape,
+    check_tensors,
+    split_scale,
+)
 from ocr_kernels.core.backends import Backend, resolve_backend
 from ocr_kernels.gather.registration import spatial_gather_backward_op, spatial_gather_op
 
@@ -16,12 +24,12 @@ from ocr_kernels.gather.registration import spatial_gather_backward_op, spatial_
 class Sums(NamedTuple):
     """What pixels come to, in float64: with weights exp(scale * M_ki - m_k), sums of x and of 1."""
 
-    maximum: Tensor  # m, [B, K]: the largest logarithm of a part's sum of weights, 0 where that is -inf; a constant
+    maximum: Tensor  # m, [B, K]: the largest logarithm of a part's sum of weights; a constant
     of_feats: Tensor  # [B, C, K]
     of_ones: Tensor  # [B, K]
 
     def relative_to(self, maximum: Tensor) -> Sums:
-        factor = (self.maximum - maximum).exp()
+        factor = (self.maximum - maximum).exp().masked_fill(self.maximum == -math.inf, 0)  # NaN where both are
         return Sums(maximum, self.of_feats * factor.unsqueeze(1), self.of_ones * factor)
 
     def plus(self, other: Sums) -> Sums:
@@ -39,8 +47,9 @@ class GatherState:
     a result is as accurate as that of one part, however many there were. The same parts in the same order give the
     same bits.
 
-    Parts that were added with gradients on are differentiated through the result, to any order; autograd holds them
-    all until then. Where they do not fit in memory either, `share` differentiates one part at a time.
+    Parts that were added with gradients on are differentiated through the result, to any order, in reverse mode;
+    autograd holds them all until then. Where they do not fit in memory either, `share` differentiates one part at a
+    time.
 
     Args:
         scale: factor on the logits; a tensor of one element is trained like any other factor.
@@ -84,15 +93,15 @@ class GatherState:
             RuntimeError: there was no part.
         """
         sums, like = self._known()
-        regions = sums.of_feats / sums.of_ones.unsqueeze(1)  # 0 / 0 where all logits are -inf
-        return (regions if self._pixels else sums.of_feats).to(like.dtype).contiguous()
+        return (sums.of_feats / self._total(sums.of_ones)).to(like.dtype).contiguous()
 
     def share(self, feats: Tensor, logits: Tensor) -> Tensor:
         """What one part of this state's pixels adds to f, `[B, C, K]`, in the dtype of the feats.
 
-        The shares of all parts add up to f, and the gradient of a share is that of f with respect to its part. So
-        training takes the memory of one part at a time: a pass without gradients for f, the loss of each part with f as
-        an input whose gradient adds up, and a pass that hands this gradient on to each part.
+        The shares of all parts add up to f, and the gradient of a share, its first derivative alone, is that of f with
+        respect to its part. So training takes the memory of one part at a time: a pass without gradients for f, the
+        loss of each part with f as an input whose gradient adds up, and a pass that hands this gradient on to each.
+        The part must be what it was when it was added; after a `fade` it counts as one that was added since.
 
         Raises:
             TypeError, ValueError, RuntimeError: as `update`, and if there was no part.
@@ -111,20 +120,22 @@ class GatherState:
             ...     state.share(x, m).backward(f.grad)
         """
         known, like = self._known()
-        maximum, of_feats, of_ones = (sums.detach() for sums in known)
+        maximum, of_feats, of_ones = (sums.detach().clone() for sums in known)  # clones are no inference tensors
+        total = self._total(of_ones)
         part = self._sums_of(feats, logits)[0].relative_to(maximum)
-        regions = of_feats / of_ones.unsqueeze(1)
-        change = part.of_feats - part.of_ones.unsqueeze(1) * regions
-        here = (part.of_ones.unsqueeze(1) * regions).detach()
-        return ((change + here) / of_ones.unsqueeze(1)).to(like.dtype)
+        weighted = part.of_ones.unsqueeze(1) * (of_feats / total)
+        return ((part.of_feats - weighted + weighted.detach()) / total).to(like.dtype)
 
     def fade(self, factor: float) -> None:
         """Let the pixels so far weigh `factor` times what they did: a memory of a stream that forgets.
 
         Raises:
-            ValueError: `factor` is not positive and finite.
+            TypeError: `factor` is no number.
+            ValueError: it is not positive and finite.
             RuntimeError: there was no part.
         """
+        if not isinstance(factor, Real):
+            raise TypeError(f"factor must be a number, but is {type(factor).__name__}")
         if not 0 < factor < math.inf:
             raise ValueError(f"factor must be positive and finite, but is {factor}")
         sums, _ = self._known()
@@ -135,11 +146,18 @@ class GatherState:
         """The state of the pixels of all `states`, which stay as they are; scale and backend are those of the first.
 
         Raises:
-            ValueError: there is none, or their B, C, K, dtypes or devices differ.
+            TypeError: one is no GatherState, or the dtypes of their feats differ.
+            ValueError: there is none, or their B, C, K, devices or scales differ.
             RuntimeError: one of them has had no part.
         """
         if not states:
             raise ValueError("states must be one or more, but there is none")
+        for state in states:
+            if not isinstance(state, GatherState):
+                raise TypeError(f"states must be GatherStates, but one is {type(state).__name__}")
+        scales = {float(state.scale) for state in states if isinstance(state.scale, Real)}
+        if len(scales) > 1:
+            raise ValueError(f"states must have one scale, but have {sorted(scales)}")
         merged = GatherState(states[0].scale, backend=states[0].backend)
         for state in states:
             sums, like = state._known()
@@ -154,6 +172,10 @@ class GatherState:
             raise RuntimeError("a GatherState has no result before its first part: call update")
         return self._sums, self._like
 
+    def _total(self, of_ones: Tensor) -> Tensor:
+        """What sums `[B, C, K]` are divided by: 0 where all logits are -inf, but f of no pixels is 0."""
+        return of_ones.unsqueeze(1) if self._pixels else torch.ones_like(of_ones).unsqueeze(1)
+
     def _check_like(self, name: str, like: Tensor, shape: tuple[int, ...]) -> None:
         """Whether tensors are those of another part of the same pixels."""
         if self._sums is not None and self._like is not None:
@@ -166,24 +188,26 @@ class GatherState:
     def _sums_of(self, feats: Tensor, logits: Tensor) -> tuple[Sums, Tensor]:
         check_tensors(feats=feats, logits=logits)
         kind = feats.device.type
-        if torch.is_autocast_enabled(kind) and feats.is_floating_point() and feats.dtype != torch.float64:
+        autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        if autocast and feats.is_floating_point() and feats.dtype != torch.float64:
             feats = feats.to(torch.get_autocast_dtype(kind))
         check_shape("feats", feats, "[B, C, *S] with C >= 1", feats.dim() >= 3)
         check_shape("logits", logits, f"[B, K, *S] beside feats {tuple(feats.shape)}", logits.dim() >= 3)
+        check_dtype("logits", logits)
         like = feats.detach().new_empty(0)
         self._check_like("feats and logits", like, (*feats.shape[:2], logits.shape[1]))
         logits, scale = split_scale(self.scale, logits)
         regions, mass, _ = _Part.apply(feats, logits, scale, resolve_backend(feats.device, self.backend))  # type: ignore[no-untyped-call]
-        regions, mass = regions.double(), mass.double()
-        maximum = mass.detach().masked_fill(mass == -math.inf, 0)
-        weight = (mass - maximum).exp()
-        return Sums(maximum, regions * weight.unsqueeze(1), weight), like
+        maximum = mass.detach()
+        weight = (mass - maximum.masked_fill(maximum == -math.inf, 0)).exp()
+        return Sums(maximum, regions.double() * weight.unsqueeze(1), weight), like
 
 
 class _Part(torch.autograd.Function):
     """Regions `[B, C, K]` of a part, 0 where all logits are -inf, and the logarithms of the softmax's sums, `[B, K]`.
 
-    Both are in the statistics' dtype. What they save is what the op saves.
+    The latter are float64: float32 would leave a relative error of eps * |logarithm| in a part's weight. What they save
+    is what the op saves.
     """
 
     generate_vmap_rule = True
@@ -192,8 +216,8 @@ class _Part(torch.autograd.Function):
     def forward(feats: Tensor, logits: Tensor, scale: float, backend: Backend) -> tuple[Tensor, Tensor, Tensor]:
         _, stats = spatial_gather_op(feats, logits, scale, backend)
         maximum, total = stats[:, -2], stats[:, -1]
-        none = maximum == -math.inf
-        mass = (maximum + total.log()).masked_fill(none, -math.inf)
+        none = total == 0
+        mass = (maximum.double() + total.double().log()).masked_fill(none, -math.inf)
         regions = stats[:, :-2].masked_fill(none.unsqueeze(1), 0)
         rest = maximum.masked_fill(none, 0), total.masked_fill(none, 1)  # weights of exp(-inf) / 1
         return regions, mass, torch.cat((regions, *(row.unsqueeze(1) for row in rest)), dim=1)
@@ -209,6 +233,10 @@ class _Part(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None, mass_grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         feats, logits, stats = ctx.saved_tensors
         needs = ctx.needs_input_grad[:2]
+        if torch.is_grad_enabled():  # for a second derivative, which is NaN through softmaxes of -inf alone
+            flat = logits.flatten(2)
+            absent = (ctx.scale * flat.to(stats.dtype) == -math.inf).all(2, keepdim=True)
+            logits = flat.masked_fill(absent, 0).view(logits.shape)
         found: list[Tensor | None] = [None, None]
         if grad is not None:
             grad = grad.to(feats.dtype)
@@ -218,6 +246,6 @@ class _Part(torch.autograd.Function):
             scores = ctx.scale * logits.flatten(2).to(stats.dtype)
             none = scores.detach() == -math.inf
             weights = scores.softmax(2).masked_fill(none, 0)  # NaN where all are -inf
-            gradient = (ctx.scale * weights * mass_grad.unsqueeze(2)).view(logits.shape)
+            gradient = (ctx.scale * weights * mass_grad.unsqueeze(2).to(stats.dtype)).view(logits.shape)
             found[1] = (gradient if found[1] is None else found[1] + gradient).to(logits.dtype)
         return *found, None, None

@@ -364,7 +364,7 @@ def backward(
     scale: float,
 ) -> None:
     """Fill the gradients that are wanted, in their own strides."""
-    x, m = feats.flatten(2), logits.flatten(2)
+    x, m, stats = feats.flatten(2), logits.flatten(2), stats.contiguous()  # an image's are expanded by vmap
     batch, channels, pixels = x.shape
     regions = m.shape[1]
     dx = x if dfeats is None else dfeats.flatten(2)
