@@ -281,6 +281,16 @@ def test_kept_features(features: str, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_features_leave_their_folder_tile_by_tile(tmp_path: Path) -> None:
+    head, image, files = head_of(), torch.rand(3, 20, 20), []
+    options = SETTINGS | {"backbone": nn.Identity().eval(), "features": tmp_path, "flips": ["vertical"]}
+    segment_tiled(head, image, **options, progress=lambda *_: files.append(len(list(tmp_path.iterdir()))))
+    assert files == [*range(2, 33, 2), *range(30, -1, -2)]
+    with pytest.raises(MemoryError):
+        segment_tiled(Failing(head, 30).eval(), image, **options)
+    assert not list(tmp_path.iterdir())
+
+
 class Reader:
     """After rasterio's datasets."""
 
