@@ -6,7 +6,7 @@ import copy
 import errno
 import itertools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,13 +55,20 @@ class Net(nn.Module):
         return self.head(self.stem(image))
 
 
-def whole(model: nn.Module, image: Tensor, stride: int = 1, align_corners: bool = False) -> Tensor:
-    """Logits `[K, H, W]` of an image that is not divided."""
+def whole(
+    model: nn.Module, image: Tensor, stride: int = 1, align_corners: bool = False, flips: Sequence[str] = ()
+) -> Tensor:
+    """Logits `[K, H, W]` of an image that is not divided, the mean over the image and its `flips`."""
     height, width = image.shape[1:]
     padded = F.pad(image.unsqueeze(0), (0, -width % stride, 0, -height % stride), mode="replicate")
-    with torch.inference_mode():
-        out = model(padded)[-1]
-    return F.interpolate(out, padded.shape[2:], mode="bilinear", align_corners=align_corners)[0, :, :height, :width]
+    dims = {"horizontal": [3], "vertical": [2], "both": [2, 3]}
+    found = []
+    for mirrored in [[], *(dims[flip] for flip in flips)]:
+        with torch.inference_mode():
+            out = model(padded.flip(mirrored))[-1]
+        out = F.interpolate(out, padded.shape[2:], mode="bilinear", align_corners=align_corners)
+        found.append(out.flip(mirrored)[0, :, :height, :width])
+    return torch.stack(found).mean(0)
 
 
 def double(pixels: Tensor) -> Tensor:
@@ -145,9 +152,9 @@ def test_replaced_models(family: Any) -> None:
 class Chain(nn.Module):
     """Two gathers, of which the second takes what the first made of the pixels."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, pointwise: bool = True) -> None:
         super().__init__()
-        self.first, self.second = head_of(pointwise=True), head_of(pointwise=True)
+        self.first, self.second = head_of(pointwise=pointwise), head_of(pointwise=pointwise)
 
     def forward(self, feats: Tensor) -> Any:
         return self.second(self.first(feats)[-1][:, :3])
@@ -158,6 +165,59 @@ def test_gathers_that_depend_on_each_other() -> None:
     result = segment_tiled(net, image, **SETTINGS, prepare=double, result="logits")
     close(result.out, whole(net, image.double()))
     assert result.gathers == 2
+
+
+FLIPS = [["horizontal"], ["vertical"], ("both", "horizontal", "vertical")]
+
+
+@pytest.mark.parametrize("flips", FLIPS, ids="-".join)
+@pytest.mark.parametrize(
+    ("make", "size", "settings"),
+    [
+        (head_of, (19, 30), SETTINGS),
+        (lambda: Chain(pointwise=False), (19, 30), {"tile": 16, "margin": 6, "stride": 1}),
+        (lambda: Net().eval(), (33, 61), {"tile": (40, 48), "margin": 16, "stride": 8}),
+        (lambda: Net().eval(), (48, 64), {"tile": 40, "margin": 16, "stride": 8, "align_corners": True}),
+    ],
+    ids=["head", "chain", "net", "align_corners"],
+)
+def test_flips_are_exact(make: Any, size: tuple[int, int], settings: dict[str, Any], flips: Sequence[str]) -> None:
+    """Kernels of 3x3 that are not symmetric make something else of a mirrored image, regions included."""
+    net, image = make().double().eval(), torch.rand(3, *size)
+    rest = settings["stride"], settings.get("align_corners", False)
+    expected, plain = whole(net, image.double(), *rest, flips), whole(net, image.double(), *rest)
+    assert float((expected - plain).abs().max()) > 1e-2 * float(plain.abs().max())
+    result = segment_tiled(net, image, **settings, flips=flips, prepare=double, result="logits")
+    close(result.out, expected)
+    unflipped = segment_tiled(net, image, **settings, prepare=double, result="logits")
+    assert (result.tiles, result.gathers) == (unflipped.tiles, unflipped.gathers)
+    assert result.seam.pixels == unflipped.seam.pixels
+
+
+def test_the_seam_is_that_of_the_mean() -> None:
+    """Where tiles and mirrored tiles are off by opposite amounts, their mean has no seam."""
+    head, image = head_of(pointwise=True).double(), torch.rand(3, 24, 24)
+    calls = itertools.count()
+
+    def off_by_the_tile(pixels: Tensor) -> Any:
+        """Adds the tile's mean, which every second call subtracts: with one flip, that of the mirrored tile."""
+        off = pixels.mean() * (-1) ** next(calls)
+        return head(pixels)[-1] + off * torch.arange(4).view(4, 1, 1)
+
+    seam = segment_tiled(off_by_the_tile, image, **SETTINGS, prepare=double).seam
+    assert seam.largest > 1e-2
+    calls = itertools.count()
+    seam = segment_tiled(off_by_the_tile, image, **SETTINGS, prepare=double, flips=["horizontal"]).seam
+    assert seam.largest < 1e-12
+
+
+def test_a_model_may_change_its_input() -> None:
+    head, image = head_of(), torch.rand(3, 20, 20)
+    before = image.clone()
+    expected = segment_tiled(head, image * 2, **SETTINGS, flips=["both"], result="logits").out
+    found = segment_tiled(lambda x: head(x.mul_(2)), image, **SETTINGS, flips=["both"], result="logits").out
+    assert torch.equal(found, expected)
+    assert torch.equal(image, before)
 
 
 class InPlace(reference.OCRHead):
@@ -218,6 +278,16 @@ def test_kept_features(features: str, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
     with pytest.raises(MemoryError):
         segment_tiled(Failing(head, 3).eval(), image, **SETTINGS, backbone=backbone, features=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_features_leave_their_folder_tile_by_tile(tmp_path: Path) -> None:
+    head, image, files = head_of(), torch.rand(3, 20, 20), []
+    options = SETTINGS | {"backbone": nn.Identity().eval(), "features": tmp_path, "flips": ["vertical"]}
+    segment_tiled(head, image, **options, progress=lambda *_: files.append(len(list(tmp_path.iterdir()))))
+    assert files == [*range(2, 33, 2), *range(30, -1, -2)]
+    with pytest.raises(MemoryError):
+        segment_tiled(Failing(head, 30).eval(), image, **options)
     assert not list(tmp_path.iterdir())
 
 
@@ -296,6 +366,25 @@ def test_restart(call: int, features: str, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["classes.npy", "features"]
 
 
+@pytest.mark.parametrize("features", ["recompute", "keep", "folder"])
+@pytest.mark.parametrize("call", [2, 26, 51, 96])  # of 48 in each pass, three for each tile
+def test_restart_with_flips(call: int, features: str, tmp_path: Path) -> None:
+    numpy = pytest.importorskip("numpy")
+    head, image, flips = head_of(), torch.rand(3, 20, 20), ["both", "horizontal"]
+    (tmp_path / "features").mkdir()
+    options = SETTINGS | {"flips": flips, "result": "logits"}
+    expected = segment_tiled(head, image, **options).out
+    options |= {"backbone": nn.Identity().eval(), "out": tmp_path / "logits.npy"}
+    options["features"] = tmp_path / "features" if features == "folder" else features
+    model = Failing(head, call).eval()
+    with pytest.raises(MemoryError, match="no more"):
+        segment_tiled(model, image, **options)
+    done = segment_tiled(model, image, **options, restart=True)
+    assert model.left == -(96 - (call - 1) // 3 * 3)
+    assert torch.equal(torch.from_numpy(numpy.load(done.out)), expected)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["features", "logits.npy"]
+
+
 def test_a_run_that_was_stopped_from_outside(tmp_path: Path) -> None:
     """Where an exception is no error."""
     head, image, out = head_of(), torch.rand(3, 20, 20), tmp_path / "classes.npy"
@@ -325,6 +414,7 @@ def test_restart_compares_settings_and_weights(tmp_path: Path) -> None:
         (head, image, SETTINGS | {"margin": 1}, "margin 2, now 1"),
         (head, image, SETTINGS | {"tile": 10}, r"tile \(8, 8\), now \(10, 10\)"),
         (head, image, SETTINGS | {"result": "logits"}, "result classes, now logits"),
+        (head, image, SETTINGS | {"flips": ["vertical"]}, r"flips \(\), now \('vertical',\)"),
     ]
     for model, picture, settings, message in changed:
         with pytest.raises(ValueError, match=message):
@@ -383,12 +473,13 @@ class Drawn:
         return (rows[:, None] * columns).sin().expand(3, -1, -1)
 
 
-def test_memory_does_not_grow_with_the_image(tmp_path: Path) -> None:
-    head = head_of()
+@pytest.mark.parametrize("flips", [[], ["horizontal", "both"]])
+def test_memory_does_not_grow_with_the_image(flips: list[Any], tmp_path: Path) -> None:
+    head, options = head_of(), {"tile": 16, "margin": 2, "stride": 1, "flips": flips}
     largest = []
     for size in ((16, 16), (32, 96)):
         with Largest() as mode:
-            segment_tiled(head, Drawn(3, *size), tile=16, margin=2, stride=1, out=tmp_path / "classes.npy")
+            segment_tiled(head, Drawn(3, *size), **options, out=tmp_path / "classes.npy")
         largest.append(mode.elements)
     assert largest[0] == largest[1]
 
@@ -428,6 +519,9 @@ def argument_errors() -> list[Any]:
         ("no stride", {"stride": 0}, ValueError, "stride must be at least 1, but is 0"),
         ("wrong stride", {"model": Net().eval(), "margin": 3}, ValueError, "give the model's stride as stride="),
         ("result", {"result": "labels"}, ValueError, "result must be 'classes' or 'logits', but is 'labels'"),
+        ("a flip", {"flips": "both"}, TypeError, "flips must be a sequence of .*, but is 'both'"),
+        ("flips", {"flips": ["left"]}, ValueError, r"flips must be a sequence of .*, but is \['left'\]"),
+        ("flips twice", {"flips": ("both", "both")}, ValueError, "flips must be a sequence of .*, each at most once"),
         ("features", {"features": "keep"}, ValueError, "with a backbone alone"),
         ("folder", {"features": "nowhere", "backbone": nn.ReLU().eval()}, ValueError, "a folder that exists"),
         ("gather", {"backbone": head_of()}, ValueError, "backbone must have no gather"),

@@ -15,7 +15,10 @@ from ocr_kernels.tiled.tiles import Tile
 
 
 class Features:
-    """`where` is "recompute", "keep" or a folder that exists, in which a run has files of its `name`."""
+    """`where` is "recompute", "keep" or a folder that exists, in which a run has files of its `name`.
+
+    An `index` is that of a tile and a flip.
+    """
 
     def __init__(self, backbone: Callable[[Tensor], Any] | None, where: str | Path, name: str) -> None:
         self.backbone = backbone
@@ -24,7 +27,7 @@ class Features:
         self.kept: dict[int, Any] = {}
 
     def of(self, tile: Tile, index: int, read: Callable[[], Tensor], is_first_pass: bool) -> Any:
-        """What the model takes of a tile, which `read` reads."""
+        """What the model takes of a tile, mirrored or not, which `read` reads."""
         if self.backbone is None:
             return read()
         file = self._file(index)
@@ -43,16 +46,13 @@ class Features:
             save(found, file)
         return found
 
-    def forget(self, index: int) -> None:
+    def forget(self, indices: range) -> None:
         """After the last pass."""
-        self.kept.pop(index, None)
-        file = self._file(index)
-        if file is not None:
-            file.unlink(missing_ok=True)
-
-    def clear(self, tiles: int) -> None:
-        for index in range(tiles):
-            self.forget(index)
+        for index in indices:
+            self.kept.pop(index, None)
+            file = self._file(index)
+            if file is not None:
+                file.unlink(missing_ok=True)
 
     def _file(self, index: int) -> Path | None:
         return self.where / f"{self.name}_{index}.pt" if isinstance(self.where, Path) else None

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import sys
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +24,8 @@ from ocr_kernels.tiled.resize import resize
 from ocr_kernels.tiled.seam import Seam, SeamMeter, seen
 from ocr_kernels.tiled.sources import Source
 from ocr_kernels.tiled.tiles import Grid, Tile
+
+FLIPS: dict[str, tuple[int, ...]] = {"horizontal": (-1,), "vertical": (-2,), "both": (-2, -1)}
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class TiledResult:
     """The tensor or the array that was written, or the path of the file."""
     tiles: int
     gathers: int
-    """How many the model has; the tiles were run once for each, and once more."""
+    """How many the model has; the tiles, and all flips of them, were run once for each, and once more."""
     seconds: float
     peak_bytes: int | None
     """The most memory that the process has had: on a GPU that of PyTorch's tensors, else resident; None if unknown."""
@@ -60,6 +63,7 @@ def segment_tiled(
     prepare: Callable[[Any], Tensor] | None = None,
     output: int | str | Callable[[Any], Tensor] = -1,
     align_corners: bool = False,
+    flips: Sequence[Literal["horizontal", "vertical", "both"]] = (),
     result: Literal["classes", "logits"] = "classes",
     out: Any = None,
     restart: bool = False,
@@ -91,6 +95,9 @@ def segment_tiled(
         output: which of the model's outputs are the logits, an index or a key, or a function that finds them;
             a tensor is taken as it is. `[1, K, h, w]` of a lower resolution are interpolated bilinearly.
         align_corners: of this interpolation.
+        flips: test-time augmentation. The result is the mean of the logits of the image and of the image mirrored:
+            `"horizontal"` exchanges left and right, `"vertical"` top and bottom, `"both"` does both. A mirrored image
+            has regions of its own. For the mean of probabilities let `output` return them.
         result: `"classes"` `[H, W]`, uint8, or int16 for more than 255; or `"logits"` `[K, H, W]`, at least float32.
         out: where to: None for a new tensor, on the device of the logits; an array or a tensor of that shape; or
             a path that ends with .npy, where the file appears when it is complete.
@@ -122,6 +129,7 @@ def segment_tiled(
         _check_model("backbone", backbone)
     if result not in ("classes", "logits"):
         raise ValueError(f"result must be 'classes' or 'logits', but is {result!r}")
+    _check_flips(flips)
     source = Source(image, prepare)
     size = source.shape[1:]
     sizes = (tile, tile) if isinstance(tile, int) else tuple(tile)
@@ -144,6 +152,7 @@ def segment_tiled(
         "stride": stride,
         "output": output if isinstance(output, (int, str)) else "a function",
         "align_corners": align_corners,
+        "flips": tuple(flips),
         "result": result,
         "weights": checksum(model, backbone) if is_path else "",
     }
@@ -159,28 +168,30 @@ def segment_tiled(
         features=Features(backbone, folder or str(features), name[:16]),
         select=output if callable(output) else lambda found: found if isinstance(found, Tensor) else found[output],
         align_corners=align_corners,
+        flips=[(), *(FLIPS[flip] for flip in flips)],
         classes=result == "classes",
         writer=writer,
         journal=journal,
         progress=progress or _bar,
     )
     if before is not None:
-        run.regions, run.state, run.done = before
+        run.regions, run.states, run.done = before
+    every = range(len(grid.tiles) * len(run.flips))
     with torch.inference_mode(), torch.compiler.set_stance("force_eager"):  # compiled code refuses dispatch modes
         try:
             while not run.one_pass():
                 pass
         except BaseException:
             if journal is None:  # nothing can go on with them
-                run.features.clear(len(grid.tiles))
+                run.features.forget(every)
             raise
-    run.features.clear(len(grid.tiles))
+    run.features.forget(every)
     if journal is not None:
         journal.remove()
     return TiledResult(
         writer.finish(),
         len(grid.tiles),
-        len(run.regions),
+        len(run.regions[0]),
         time.perf_counter() - started,
         _peak_bytes(run.device),
         run.meter.result(),
@@ -195,14 +206,16 @@ class _Run:
     features: Features
     select: Callable[[Any], Any]
     align_corners: bool
+    flips: list[tuple[int, ...]]
+    """Dimensions that are turned round: none first, which is the image itself."""
     classes: bool
     writer: Output
     journal: Journal | None
     progress: Callable[[int, int], object]
-    regions: list[Tensor] = field(default_factory=list)
-    """Of the gathers that have seen all tiles."""
-    state: GatherState | None = None
-    """Of the next one; None in the last pass."""
+    regions: list[list[Tensor]] = field(init=False)
+    """Of each flip, those of the gathers that have seen all tiles."""
+    states: list[GatherState | None] = field(init=False)
+    """Of each flip, that of the next gather; None in the last pass."""
     done: int = 0
     """Tiles of this pass."""
     meter: SeamMeter = field(default_factory=SeamMeter)
@@ -210,6 +223,8 @@ class _Run:
     """Of the model's first parameter, or None."""
 
     def __post_init__(self) -> None:
+        self.regions = [[] for _ in self.flips]
+        self.states = [None for _ in self.flips]
         parts = [part for part in (self.model, self.features.backbone) if isinstance(part, nn.Module)]
         self.device = next((tensor.device for part in parts for tensor in part.parameters()), None)
 
@@ -218,36 +233,51 @@ class _Run:
 
         Whether that was written.
         """
-        tiles, before = self.grid.tiles, len(self.regions) * len(self.grid.tiles)
+        tiles, gathers = self.grid.tiles, len(self.regions[0])
+        before = gathers * len(tiles)
         for index in range(self.done, len(tiles)):
             try:
-                logits = self.forward(tiles[index], index)
+                logits = self.mean(tiles[index], index)
                 if logits is not None:
                     self.write(tiles[index], logits, is_first=index == 0)
             except Exception as error:
-                note = f"at tile {index + 1} of {len(tiles)} ({tiles[index]}) in pass {len(self.regions) + 1}"
+                note = f"at tile {index + 1} of {len(tiles)} ({tiles[index]}) in pass {gathers + 1}"
                 if self.journal is not None:
                     note += "; restart=True goes on from there"
                 getattr(error, "add_note", str)(note)  # Python 3.11
                 raise
             self.done = index + 1
             if self.journal is not None:
-                self.journal.save(self.regions, self.state, self.done)
+                self.journal.save(self.regions, self.states, self.done)
             if logits is not None:
-                self.features.forget(index)
-            self.progress(before + self.done, before + len(tiles) * (1 if self.state is None else 2))
-        if self.state is None:
-            return True
-        self.regions = [*self.regions, self.state.result()]
-        self.state, self.done = None, 0
+                self.features.forget(range(index * len(self.flips), (index + 1) * len(self.flips)))
+            self.progress(before + self.done, before + len(tiles) * (2 if self.states[0] else 1))
+        for flip, state in enumerate(self.states):
+            if state is None:
+                return True
+            self.regions[flip].append(state.result())
+        self.states, self.done = [None for _ in self.flips], 0
         return False
 
-    def forward(self, tile: Tile, index: int) -> Tensor | None:
-        """The logits that the model makes of a tile; None where it stopped at the gather that is being added up."""
-        inputs = self.features.of(tile, index, lambda: self.source.read(tile, self.device), not self.regions)
-        known = len(self.regions)
+    def mean(self, tile: Tile, index: int) -> Tensor | None:
+        """The mean over all flips of the logits `[K, h, w]` of a tile; None where they are still being gathered."""
+        read = functools.cache(lambda: self.source.read(tile, self.device))
+        total = None
+        for flip, dims in enumerate(self.flips):
+            logits = self.forward(self.grid.mirrored(tile, dims), index, flip, read)
+            if logits is not None:
+                total = logits.flip(dims) if total is None else total.add_(logits.flip(dims))
+        return None if total is None else total / len(self.flips)
+
+    def forward(self, tile: Tile, index: int, flip: int, read: Callable[[], Tensor]) -> Tensor | None:
+        """The logits that the model makes of a tile of the mirrored image, whose pixels `read` reads as they were."""
+        regions = self.regions[flip]
+        inputs = self.features.of(
+            tile, index * len(self.flips) + flip, lambda: read().flip(self.flips[flip]), not regions
+        )
+        known = len(regions)
         found, again = None, False
-        with Gathers(tile, self.regions, self.state) as mode:
+        with Gathers(tile, regions, self.states[flip]) as mode:
             try:
                 found = self.model(*inputs) if isinstance(inputs, tuple) else self.model(inputs)
             except Reached:
@@ -257,28 +287,27 @@ class _Run:
                 "model must call ocr_kernels.spatial_gather, but does not: use ocr_kernels.modules, "
                 "or call ocr_kernels.replace_ocr_modules(model) first"
             )
-        if mode.calls < known or (index > 0 and again != (self.state is not None)):
+        is_first = index == flip == 0
+        if mode.calls < known or (not is_first and again != (self.states[0] is not None)):
             raise RuntimeError(f"the model gathers {mode.calls} times here, and another number of times on other tiles")
-        self.state = mode.state
+        self.states[flip] = mode.state
         if again:
             return None
         logits = self.select(found)
         if not isinstance(logits, Tensor):
             raise TypeError(f"output must choose a tensor, but chooses {type(logits).__name__}")
-        return logits
-
-    def write(self, tile: Tile, logits: Tensor, is_first: bool) -> None:
-        """The core of a tile's logits, or its classes."""
-        height, width = self.source.shape[1:]
-        spans = tile.rows, tile.columns
         is_image = logits.dim() == 4 and logits.shape[0] == 1
-        if not is_image or not all(span.stride_of(size) for span, size in zip(spans, logits.shape[2:], strict=True)):
+        if not is_image or not all(span.stride_of(size) for span, size in zip(tile, logits.shape[2:], strict=True)):
             raise ValueError(
                 f"output must choose logits [1, K, h, w] whose size divides that of a tile, {tile.rows.size} x "
                 f"{tile.columns.size}, and of its core, but chooses {tuple(logits.shape)}"
             )
+        return logits[0] if logits.element_size() > 2 else logits[0].float()
+
+    def write(self, tile: Tile, logits: Tensor, is_first: bool) -> None:
+        """The core of a tile's logits, or its classes."""
+        height, width = self.source.shape[1:]
         seen_rows, seen_columns = seen(tile.rows, height), seen(tile.columns, width)
-        logits = logits[0] if logits.element_size() > 2 else logits[0].float()
         logits = resize(logits, 1, tile.rows, seen_rows, self.grid.height, self.align_corners)
         logits = resize(logits, 2, tile.columns, seen_columns, self.grid.width, self.align_corners)
         rows = slice(tile.rows.core_start, min(tile.rows.core_stop, height))
@@ -304,6 +333,14 @@ def _check_model(name: str, model: object) -> None:
         training = next((path for path, module in model.named_modules() if module.training), None)
         if training is not None:
             raise ValueError(f"{name} must be in eval mode, but {training or 'it'} is in training: call {name}.eval()")
+
+
+def _check_flips(flips: object) -> None:
+    expected = "flips must be a sequence of 'horizontal', 'vertical' and 'both', each at most once"
+    if isinstance(flips, str) or not isinstance(flips, Sequence):
+        raise TypeError(f"{expected}, but is {flips!r}")
+    if any(flips.count(flip) > 1 or flip not in tuple(FLIPS) for flip in flips):
+        raise ValueError(f"{expected}, but is {flips!r}")
 
 
 def _peak_bytes(device: torch.device | None) -> int | None:

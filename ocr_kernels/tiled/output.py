@@ -84,7 +84,7 @@ class Journal:
         self.path: Path = path.with_name(f"{path.name}.journal")
         self.settings = settings
 
-    def load(self) -> tuple[list[Tensor], GatherState | None, int] | None:
+    def load(self) -> tuple[list[list[Tensor]], list[GatherState | None], int] | None:
         """What was saved last; None if nothing was.
 
         Raises:
@@ -98,10 +98,10 @@ class Journal:
         changed = [f"{name} {before.get(name)}, now {now[name]}" for name in now if before.get(name) != now[name]]
         if changed:
             raise ValueError(f"restart must have the settings of the run that was stopped; it had {'; '.join(changed)}")
-        return saved["regions"], saved["state"], saved["done"]
+        return saved["regions"], saved["states"], saved["done"]
 
-    def save(self, regions: list[Tensor], state: GatherState | None, done: int) -> None:
-        save({"settings": self.settings, "regions": regions, "state": state, "done": done}, self.path)
+    def save(self, regions: list[list[Tensor]], states: list[GatherState | None], done: int) -> None:
+        save({"settings": self.settings, "regions": regions, "states": states, "done": done}, self.path)
 
     def remove(self) -> None:
         self.path.unlink(missing_ok=True)

@@ -22,6 +22,10 @@ class Span(NamedTuple):
     def core(self) -> slice:
         return slice(self.core_start, self.core_stop)
 
+    def mirrored(self, size: int) -> Span:
+        """Where these pixels are in an axis of `size` that is turned round."""
+        return Span(size - self.stop, size - self.start, size - self.core_stop, size - self.core_start)
+
     def stride_of(self, size: int) -> int:
         """Pixels of the image to one of a map with `size` in this span; 0 where they do not divide it and its core."""
         stride, rest = divmod(self.size, size)
@@ -69,6 +73,13 @@ class Grid:
         self.rows: list[Span] = _spans(self.height, tile[0], margin)
         self.columns: list[Span] = _spans(self.width, tile[1], margin)
         self.tiles: list[Tile] = [Tile(*spans) for spans in itertools.product(self.rows, self.columns)]
+
+    def mirrored(self, tile: Tile, dims: tuple[int, ...]) -> Tile:
+        """Where a tile is in an image of which rows (-2), columns (-1), both or neither are turned round."""
+        rows, columns = tile
+        return Tile(
+            rows.mirrored(self.height) if -2 in dims else rows, columns.mirrored(self.width) if -1 in dims else columns
+        )
 
 
 def _spans(size: int, tile: int, margin: int) -> list[Span]:
