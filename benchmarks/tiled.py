@@ -33,7 +33,7 @@ from ocr_kernels.modules import OCRHead
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "tiled" / "amd-epyc.json"
 PICTURE = ROOT / "docs" / "images" / "tiled.png"
-SIDES = (1024, 2048, 4096, 8192, 16384)
+SIDES = (1024, 2048, 4096, 10240)
 WHOLE = 4096
 """The longest side that is tried in one piece."""
 
