@@ -61,5 +61,6 @@ def test_notebook(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_every_example_is_run() -> None:
     here = {"onnx_runtime.py", "aot_inductor.py", "test_parity.py", "hrnet_training.py", "quickstart.ipynb"}
+    here |= {"sharded_head.py"}  # in test_sharded.py
     in_integration = {"mmseg_ocrnet.py", "lightning_training.py"}
     assert {path.name for path in EXAMPLES.iterdir() if path.suffix in (".py", ".ipynb")} == here | in_integration
