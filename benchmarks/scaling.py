@@ -9,17 +9,21 @@ take is their sheet's. No run of several machines was measured.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
+import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
-from ocr_kernels.bench.cases import CASES, SUBJECTS, Case
+from ocr_kernels import modules
+from ocr_kernels.bench.cases import CASES, SUBJECTS, Block, Case
 from ocr_kernels.bench.report import Grid
 
 ROOT = Path(__file__).parent.parent
@@ -45,7 +49,6 @@ class Machine:
     seconds: float  # of one pixel of the maps, of a training step in one process
     bytes: float  # of one pixel: the peak beside the inputs, and these
     memory: float  # bytes of one process's device
-    itemsize: int
     node: int  # processes
     inside: Link
     between: Link
@@ -58,7 +61,7 @@ def measured(file: Path = MEASURED) -> Machine:
     (ours,) = line["ours"]
     ethernet = Link(1.25e9, 50e-6)  # 10 Gbit/s
     per_pixel = line["times"][ours]["median"] / CASE.pixels, line["peak_bytes"][ours] / CASE.pixels + _inputs(CASE, 4)
-    return Machine("EPYC, 2 cores, float32, 10 Gbit/s", *per_pixel, 16e9, 4, 1, ethernet, ethernet)
+    return Machine("EPYC, 2 cores, float32, 10 Gbit/s", *per_pixel, 16e9, 1, ethernet, ethernet)
 
 
 def assumed(share: float = 0.6) -> Machine:
@@ -67,29 +70,31 @@ def assumed(share: float = 0.6) -> Machine:
     floor = sum(max(2 * work.numbers / 3.0e12, 2 * work.multiply_adds / 7.0e14) for work in works)  # of a second
     per_pixel = floor / share / CASE.pixels, measured().bytes / 2
     name = f"H100, bfloat16, {share:.0%} of the floor assumed"
-    return Machine(name, *per_pixel, 80e9, 2, 8, Link(450e9, 5e-6), Link(50e9, 10e-6))
+    return Machine(name, *per_pixel, 80e9, 8, Link(450e9, 5e-6), Link(50e9, 10e-6))
 
 
 def _inputs(case: Case, itemsize: int) -> int:
     return (case.channels + case.regions) * itemsize
 
 
-def sent(case: Case, itemsize: int) -> dict[str, int]:
-    """Bytes that each process hands to the others in a step, whatever the number of pixels."""
+class Collective(NamedTuple):
+    """What each process hands to the others at once, whatever the number of pixels; it is added up, or gathered."""
+
+    elements: int
+    itemsize: int
+    gathers: bool = False
+
+
+@functools.cache
+def collectives(case: Case) -> list[Collective]:
+    """Of a step: the gather's sums, forward and backward; the norms' statistics, which are gathered, for the same bits
+    always; the gradients of the parameters."""
     b, c, d, k = case.batch, case.channels, case.key_channels, case.regions
-    sums = 8 * b * (c + 1) * k  # float64
-    norms = 4 * (2 * (d + d + c + c) + 4)  # of phi's two layers, of rho and of g: moments and the number of pixels
-    weights = c * d + d * d + (c * d + d * d) + c * d + d * c + 2 * c * c  # phi, psi, delta, rho, g
-    return {
-        "gather": 8 * b * k + 2 * sums,
-        "attention": 2 * b * d * k * itemsize,
-        "norms": 2 * norms,
-        "weights": weights * itemsize,
-    }
-
-
-MESSAGES = {"gather": 3, "attention": 2, "norms": 8, "weights": 1}
-"""Of each kind, one after the other. All are added up but the norms', which are gathered, for the same bits always."""
+    sums = [Collective(b * k, 8), *[Collective(b * (c + 1) * k, 8)] * 2]
+    norms = [Collective(rows * channels, 4, gathers=True) for channels in (d, d, c, c) for rows in (3, 2)]
+    with torch.device("meta"):
+        block = Block(modules, case)
+    return [*sums, *norms, Collective(sum(parameter.numel() for parameter in block.parameters()), 4)]
 
 
 def reduction(size: float, processes: int, link: Link) -> float:
@@ -108,13 +113,12 @@ def communication(machine: Machine, processes: int, case: Case = CASE) -> float:
     """Seconds of a step: within nodes, and between as many processes of each as share a node's links."""
     inside, nodes = min(processes, machine.node), math.ceil(processes / machine.node)
     total = 0.0
-    for kind, size in sent(case, machine.itemsize).items():
-        part = size / MESSAGES[kind]
-        if kind == "norms":
-            seconds = gathering(part, nodes, machine.between) + gathering(nodes * part, inside, machine.inside)
+    for elements, itemsize, gathers in collectives(case):
+        size = elements * itemsize
+        if gathers:
+            total += gathering(size, nodes, machine.between) + gathering(nodes * size, inside, machine.inside)
         else:
-            seconds = reduction(part, inside, machine.inside) + reduction(part / inside, nodes, machine.between)
-        total += MESSAGES[kind] * seconds
+            total += reduction(size, inside, machine.inside) + reduction(size / inside, nodes, machine.between)
     return total
 
 

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from sharded_worker import Traffic
+from torch import distributed
 
 pytest.importorskip("matplotlib", reason="draws")
 
 from benchmarks import scaling
-from ocr_kernels import modules
-from ocr_kernels.bench.cases import CASES
+from ocr_kernels import GatherState, modules
+from ocr_kernels.bench.cases import Case
+from ocr_kernels.block import Layer, Norm, ocr_block
 
 
 @pytest.fixture(params=["measured", "assumed"])
@@ -38,14 +43,36 @@ def test_no_step_is_faster_than_its_share(machine: scaling.Machine, megapixels: 
         assert found.communication == scaling.step(machine, processes, 2 * megapixels).communication
 
 
-def test_what_is_sent() -> None:
-    case = CASES["cityscapes-training"]
-    b, c, d, k = 2, 512, 256, 19
-    sizes = scaling.sent(case, 2)
-    assert sizes["gather"] == 8 * (b * k + 2 * b * (c + 1) * k)
-    assert sizes["attention"] == 2 * (b * d * k + b * d * k)
-    module = modules.SpatialOCR(c, d, c)
-    assert sizes["weights"] == 2 * sum(weight.numel() for weight in module.parameters() if weight.dim() == 4)
+@pytest.fixture
+def group() -> Iterator[distributed.ProcessGroup]:
+    """Of this process alone."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield distributed.group.WORLD
+    distributed.destroy_process_group()
+
+
+def test_collectives_are_those_that_run(group: distributed.ProcessGroup) -> None:
+    """Those of the gather and of the norms; the last one is of the parameters' gradients."""
+    case = Case("small", 2, 16, 8, 3, 6, 5)
+    b, c, d, k = case.batch, case.channels, case.key_channels, case.regions
+    shapes = [(b, c, 6, 5), (b, k, 6, 5), (b, d, k), (d, c), (d, d), (c, d), (c, 2 * c)]
+    x, logits, regions, pixel_in, pixel_out, up, fusing = (torch.randn(shape, requires_grad=True) for shape in shapes)
+    norm = Norm(group=group)
+    with Traffic() as traffic:
+        state = GatherState()
+        state.update(x, logits)
+        state.all_reduce().result().sum().backward()
+    first, second, *others = (Layer(weight, norm=norm) for weight in (pixel_in, pixel_out, up, fusing))
+    with torch.profiler.profile(record_shapes=True) as profile:
+        ocr_block(x, regions, regions, [first, second], *others).sum().backward()
+    gathered = [
+        math.prod(event.input_shapes[1]) for event in profile.events() if event.name == "c10d::_allgather_base_"
+    ]
+    *of_pixels, parameters = scaling.collectives(case)
+    reduces, gathers = ([each for each in of_pixels if each.gathers == kind] for kind in (False, True))
+    assert [(elements, size) for _, elements, size in traffic.calls] == [each[:2] for each in reduces]
+    assert sorted(gathered) == sorted(each.elements for each in gathers)
+    assert parameters.elements == sum(weight.numel() for weight in modules.SpatialOCR(c, d, c).parameters())
 
 
 @pytest.mark.parametrize("size", [1, 1e3, 1e9])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ocr_kernels.attention.registration import pixel_region_attention_op
-from ocr_kernels.core.arguments import check_tensors, split_scale
+from ocr_kernels.core.arguments import check_tensors, is_dtensor, split_scale
 from ocr_kernels.core.backends import Backend, resolve_backend
 from ocr_kernels.core.registration import exportable
 
@@ -29,6 +29,8 @@ def pixel_region_attention(
         float64, float32, bfloat16 and float16 are accepted; sums and softmax statistics are float32, or
         float64 for float64.
 
+    DTensors may be sharded over images, or the query over pixels beside a replicated key and value.
+
     Under autocast all three tensors are cast to the autocast dtype. Forward and backward are bitwise
     reproducible. Saved for backward: the inputs alone.
 
@@ -45,6 +47,10 @@ def pixel_region_attention(
     check_tensors(query=query, key=key, value=value)
     if scale is not None:
         query, scale = split_scale(scale, query)
+    if is_dtensor(query):
+        from ocr_kernels import sharding
+
+        sharding.check_dtensors(query=query, key=key, value=value)
     op = exportable(pixel_region_attention_op)
     out: Tensor = op(query, key, value, scale, resolve_backend(query.device, backend))
     return out

@@ -16,7 +16,14 @@ from torch.autograd import forward_ad
 from ocr_kernels.block import reference
 from ocr_kernels.block.layers import Layer, Norm
 from ocr_kernels.block.registration import implemented, ocr_block_inference_op, ocr_block_op
-from ocr_kernels.core.arguments import check_device, check_dtype, check_same_dtype, check_shape, check_tensors
+from ocr_kernels.core.arguments import (
+    check_device,
+    check_dtype,
+    check_same_dtype,
+    check_shape,
+    check_tensors,
+    is_dtensor,
+)
 from ocr_kernels.core.backends import Backend, left_to_compiler, resolve_backend
 from ocr_kernels.core.layout import in_format, pixels, statistics_dtype
 
@@ -69,6 +76,8 @@ def ocr_block(
         z, `[B, O, *S]`, or logits, `[B, L, *S]`, in the dtype and the memory format (contiguous or channels last) of
         `feats`; or classes, int64 `[B, *S]`. Sums and statistics are float32, or float64 for float64.
 
+    DTensors may be sharded over images, or feats over pixels; the statistics of a batch are those of all processes.
+
     Under autocast feats, key and the matrices that pixels meet are cast to the autocast dtype. Forward and backward are
     bitwise reproducible.
 
@@ -87,12 +96,17 @@ def ocr_block(
         torch.Size([2, 48, 32, 32])
     """
     layers = _named(pixel, up, fusing)
+    if is_dtensor(feats):
+        from ocr_kernels import sharding
+
+        sharding.check_dtensors(feats=feats, key=key, value=value)
+        layers = sharding.with_groups(layers, feats)
     sizes = _check(feats, key, value, layers, scale, mask)
     if output is None:
         output = "features" if classifier is None else "logits"
     _check_output(output, classifier, sizes, feats)
     takes_statistics = [
-        name for name, layer in layers.items() if layer and layer.norm is not None and _is_batch(layer.norm)
+        name for name, layer in layers.items() if layer and layer.norm is not None and layer.norm.is_batch
     ]
     scale = key.shape[1] ** -0.5 if scale is None else float(scale)
     made_of = [feats, key, value, *_tensors(layers.values(), classifier if output != "features" else None)]
@@ -239,10 +253,6 @@ def _named(pixel: Sequence[Layer], up: Layer | None, fusing: Layer) -> dict[str,
     second = pixel[1] if len(pixel) == 2 else None
     up = Layer(None, slope=1.0) if up is None else up
     return {"pixel[0]": pixel[0], "pixel[1]": second, "up": up, "fusing": fusing}
-
-
-def _is_batch(norm: Norm) -> bool:
-    return norm.training or norm.running_mean is None
 
 
 def _gain_and_shift(layer: Layer, contexts: int, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -29,6 +29,11 @@ class Norm(NamedTuple):
     eps: float = 1e-5
     group: distributed.ProcessGroup | None = None  # the processes whose batches are one, as SyncBatchNorm has it
 
+    @property
+    def is_batch(self) -> bool:
+        """Whether statistics are those of the batch."""
+        return self.training or self.running_mean is None
+
     @classmethod
     def of(cls, norm: nn.Module) -> Norm:
         """A BatchNorm as it is at a call. In training it counts its batches, as before it calls `batch_norm` itself."""

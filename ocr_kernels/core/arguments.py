@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from numbers import Real
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ocr_kernels.core.layout import DTYPES
 
@@ -14,6 +15,14 @@ def check_tensors(**arguments: object) -> None:
     for name, argument in arguments.items():
         if not isinstance(argument, Tensor):
             raise TypeError(f"{name} must be a tensor, but is {type(argument).__name__}")
+
+
+def is_dtensor(tensor: Tensor) -> bool:
+    """Whether it is a DTensor, without importing what makes them."""
+    if type(tensor) in (Tensor, nn.Parameter):
+        return False
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
 
 
 def split_scale(scale: object, scores: Tensor) -> tuple[Tensor, float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ocr_kernels.core.arguments import check_tensors, split_scale
+from ocr_kernels.core.arguments import check_tensors, is_dtensor, split_scale
 from ocr_kernels.core.backends import Backend, resolve_backend
 from ocr_kernels.core.registration import exportable
 from ocr_kernels.gather.registration import spatial_gather_op
@@ -28,6 +28,8 @@ def spatial_gather(
         f, `[B, C, K]`, contiguous, in the dtype of `feats`. float64, float32, bfloat16 and float16 are
         accepted; sums and softmax statistics are float32, or float64 if an input is.
 
+    DTensors may be sharded over images and pixels: of pixels each process sums its own, and the sums are reduced.
+
     Under autocast `feats` is cast to the autocast dtype and `logits` are taken as they are. Forward and
     backward are bitwise reproducible. Saved for backward: the inputs, and for each region two numbers and the result
     before it is rounded to `feats.dtype`.
@@ -44,5 +46,9 @@ def spatial_gather(
     """
     check_tensors(feats=feats, logits=logits)
     logits, factor = split_scale(scale, logits)
+    if is_dtensor(feats):
+        from ocr_kernels import sharding
+
+        return sharding.gather(feats, logits, factor, resolve_backend(feats.device, backend))
     out: Tensor = exportable(spatial_gather_op)(feats, logits, factor, resolve_backend(feats.device, backend))[0]
     return out

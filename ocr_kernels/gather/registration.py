@@ -17,7 +17,7 @@ from ocr_kernels.core.registration import batch_back, batch_first, differentiate
 from ocr_kernels.gather import reference
 
 
-def _check(feats: Tensor, logits: Tensor) -> None:
+def check_feats_and_logits(feats: Tensor, logits: Tensor) -> None:
     check_dtype("feats", feats)
     check_dtype("logits", logits)
     check_shape("feats", feats, "[B, C, *S] with C >= 1", feats.dim() >= 3 and feats.shape[1] >= 1)
@@ -43,7 +43,7 @@ def _allocate(feats: Tensor, logits: Tensor, scale: float, backend: Backend) -> 
     Its rows are the result before it was rounded to the feats' dtype, the softmax's maxima and its sums: in the
     statistics' dtype, since the logits' gradient is the difference of products that are almost equal.
     """
-    _check(feats, logits)
+    check_feats_and_logits(feats, logits)
     out = feats.new_empty((feats.shape[0], feats.shape[1], logits.shape[1]))
     return out, feats.new_empty(_stats_shape(feats, logits), dtype=statistics_dtype(feats, logits))
 
@@ -68,7 +68,7 @@ def _allocate_gradients(
     backend: Backend,
 ) -> tuple[Tensor, Tensor]:
     """Gradients in their inputs' memory formats; those not needed have no elements."""
-    _check(feats, logits)
+    check_feats_and_logits(feats, logits)
     expected = (feats.shape[0], feats.shape[1], logits.shape[1])
     check_shape("grad", grad, f"[B, C, K] {expected}", tuple(grad.shape) == expected)
     check_same_dtype("grad", grad, "feats", feats)
@@ -101,7 +101,7 @@ def _backward(
 
 
 def _define(feats: Tensor, logits: Tensor, scale: float, backend: Backend) -> tuple[Tensor, Tensor]:
-    _check(feats, logits)
+    check_feats_and_logits(feats, logits)
     return reference.gather_and_statistics(feats, logits, scale)
 
 

@@ -7,8 +7,9 @@ from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
+from ocr_kernels.core import collectives
 from ocr_kernels.core.arguments import (
     check_device,
     check_dtype,
@@ -31,6 +32,10 @@ class Sums(NamedTuple):
     def relative_to(self, maximum: Tensor) -> Sums:
         factor = (self.maximum - maximum).exp().masked_fill(self.maximum == -math.inf, 0)  # NaN where both are
         return Sums(maximum, self.of_feats * factor.unsqueeze(1), self.of_ones * factor)
+
+    def rows(self) -> Tensor:
+        """Both sums, `[B, C + 1, K]`."""
+        return torch.cat((self.of_feats, self.of_ones.unsqueeze(1)), 1)
 
     def plus(self, other: Sums) -> Sums:
         maximum = torch.maximum(self.maximum, other.maximum)
@@ -167,6 +172,41 @@ class GatherState:
             merged._pixels += state._pixels
         return merged
 
+    def all_reduce(self, group: distributed.ProcessGroup | None = None) -> GatherState:
+        """The state of the pixels of all processes of `group`, which all call it; this one stays as it is.
+
+        Each process has pixels of the same images, some perhaps none: those call `update` with `[B, C, 0]`. B K maxima
+        and B (C + 1) K sums are reduced, all float64, however many pixels there are, and in the backward pass the
+        gradients of the sums.
+
+        Where no process has pixels, f is NaN.
+
+        Each process has the loss of its own pixels, and the gradients are those of the sum of these losses.
+
+        Args:
+            group: the processes; `None` for all.
+
+        Raises:
+            RuntimeError: there was no part. The other processes then wait until the group's timeout.
+
+        Examples:
+            >>> store = torch.distributed.HashStore()
+            >>> torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+            >>> state = GatherState()
+            >>> state.update(torch.randn(1, 8, 4, 6), torch.randn(1, 3, 4, 6))  # the rows of this process
+            >>> state.all_reduce().result().shape
+            torch.Size([1, 8, 3])
+            >>> torch.distributed.destroy_process_group()
+        """
+        sums, like = self._known()
+        everywhere = GatherState(self.scale, backend=self.backend)
+        maximum = collectives.maximum(sums.maximum, group)
+        rows = collectives.total(sums.relative_to(maximum).rows(), group)
+        everywhere._sums = Sums(maximum, rows[:, :-1], rows[:, -1])
+        everywhere._like = like
+        everywhere._pixels = max(self._pixels, 1)  # somewhere there are some
+        return everywhere
+
     def _known(self) -> tuple[Sums, Tensor]:
         if self._sums is None or self._like is None:
             raise RuntimeError("a GatherState has no result before its first part: call update")
@@ -187,20 +227,31 @@ class GatherState:
 
     def _sums_of(self, feats: Tensor, logits: Tensor) -> tuple[Sums, Tensor]:
         check_tensors(feats=feats, logits=logits)
-        kind = feats.device.type
-        autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-        if autocast and feats.is_floating_point() and feats.dtype != torch.float64:
-            feats = feats.to(torch.get_autocast_dtype(kind))
+        feats = autocast(feats)
         check_shape("feats", feats, "[B, C, *S] with C >= 1", feats.dim() >= 3)
         check_shape("logits", logits, f"[B, K, *S] beside feats {tuple(feats.shape)}", logits.dim() >= 3)
         check_dtype("logits", logits)
         like = feats.detach().new_empty(0)
         self._check_like("feats and logits", like, (*feats.shape[:2], logits.shape[1]))
         logits, scale = split_scale(self.scale, logits)
-        regions, mass, _ = _Part.apply(feats, logits, scale, resolve_backend(feats.device, self.backend))  # type: ignore[no-untyped-call]
-        maximum = mass.detach()
-        weight = (mass - maximum.masked_fill(maximum == -math.inf, 0)).exp()
-        return Sums(maximum, regions.double() * weight.unsqueeze(1), weight), like
+        return sums_of(feats, logits, scale, resolve_backend(feats.device, self.backend)), like
+
+
+def autocast(feats: Tensor) -> Tensor:
+    """As the op casts them."""
+    kind = feats.device.type
+    casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    if casts and feats.is_floating_point() and feats.dtype != torch.float64:
+        return feats.to(torch.get_autocast_dtype(kind))
+    return feats
+
+
+def sums_of(feats: Tensor, logits: Tensor, scale: float, backend: Backend) -> Sums:
+    """The sums of one part."""
+    regions, mass, _ = _Part.apply(feats, logits, scale, backend)  # type: ignore[no-untyped-call]
+    maximum = mass.detach()
+    weight = (mass - maximum.masked_fill(maximum == -math.inf, 0)).exp()
+    return Sums(maximum, regions.double() * weight.unsqueeze(1), weight)
 
 
 class _Part(torch.autograd.Function):
