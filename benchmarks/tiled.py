@@ -108,6 +108,7 @@ def figure(data: dict[str, Any]) -> Figure:
         peaks = [row["peak_bytes"] / 2**30 for row in rows]
         ax.plot([row["side"] ** 2 / 1e6 for row in rows], peaks, "o-", color=colour, label=label)
     ax.set(xscale="log", ylim=(0, None), xlabel="megapixels of the picture", ylabel="GiB, peak of the process")
+    ax.xaxis.set_major_formatter("{x:g}")
     ax.grid(alpha=0.3)
     ax.spines[["top", "right"]].set_visible(False)
     ax.legend(frameon=False)
