@@ -184,4 +184,4 @@ def test_each_op_is_the_same_files(op: str) -> None:
         kernels |= {"state.py"}
     elif op == "block":
         kernels |= {"layers.py", "norms.py", "passes.py", "triton_inference.py"}
-    assert files == {"__init__.py", "functional.py", "registration.py", "reference.py"} | kernels
+    assert files == {"__init__.py", "functional.py", "registration.py", "reference.py", "sharding.py"} | kernels

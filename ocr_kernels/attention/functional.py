@@ -48,9 +48,9 @@ def pixel_region_attention(
     if scale is not None:
         query, scale = split_scale(scale, query)
     if is_dtensor(query):
-        from ocr_kernels import sharding
+        from ocr_kernels.attention.sharding import check_dtensors
 
-        sharding.check_dtensors(query=query, key=key, value=value)
+        check_dtensors(query=query, key=key, value=value)
     op = exportable(pixel_region_attention_op)
     out: Tensor = op(query, key, value, scale, resolve_backend(query.device, backend))
     return out

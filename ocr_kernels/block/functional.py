@@ -97,10 +97,10 @@ def ocr_block(
     """
     layers = _named(pixel, up, fusing)
     if is_dtensor(feats):
-        from ocr_kernels import sharding
+        from ocr_kernels.block.sharding import check_dtensors, with_groups
 
-        sharding.check_dtensors(feats=feats, key=key, value=value)
-        layers = sharding.with_groups(layers, feats)
+        check_dtensors(feats=feats, key=key, value=value)
+        layers = with_groups(layers, feats)
     sizes = _check(feats, key, value, layers, scale, mask)
     if output is None:
         output = "features" if classifier is None else "logits"

@@ -47,8 +47,8 @@ def spatial_gather(
     check_tensors(feats=feats, logits=logits)
     logits, factor = split_scale(scale, logits)
     if is_dtensor(feats):
-        from ocr_kernels import sharding
+        from ocr_kernels.gather.sharding import gather
 
-        return sharding.gather(feats, logits, factor, resolve_backend(feats.device, backend))
+        return gather(feats, logits, factor, resolve_backend(feats.device, backend))
     out: Tensor = exportable(spatial_gather_op)(feats, logits, factor, resolve_backend(feats.device, backend))[0]
     return out
