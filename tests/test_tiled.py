@@ -209,7 +209,8 @@ def test_flips_are_exact(make: Any, size: tuple[int, int], settings: dict[str, A
 @pytest.mark.parametrize(
     ("make", "size", "settings", "scales"),
     [
-        (lambda: head_of(pointwise=True), (19, 30), {"tile": 7, "margin": 0, "stride": 1}, (0.5, 1.0, 1.5)),
+        (lambda: head_of(pointwise=True), (19, 30), {"tile": 7, "margin": 0, "stride": 1}, (0.5, 1.0, 3)),
+        (lambda: head_of(pointwise=True), (16, 24), {"tile": 4, "margin": 0, "stride": 4}, (0.5, 1.5, 3)),
         (head_of, (19, 30), SETTINGS, (0.5, 1.0, 1.5)),
         (head_of, (20, 9), SETTINGS, (3, 0.35)),
         (lambda: Chain(pointwise=False), (19, 30), {"tile": 16, "margin": 6, "stride": 1}, (0.5, 1.5)),
@@ -218,7 +219,7 @@ def test_flips_are_exact(make: Any, size: tuple[int, int], settings: dict[str, A
         (Net, (48, 64), {"tile": 40, "margin": 16, "stride": 8, "align_corners": True}, (1.5, 0.5)),
         (Net, (96, 64), {"tile": 40, "margin": 16, "stride": 8}, (0.25, 2.5)),
     ],
-    ids=["pointwise", "head", "far", "chain", "net", "continued", "align_corners", "cores of no pixel"],
+    ids=["no margin", "stride", "head", "far", "chain", "net", "continued", "align_corners", "cores of no pixel"],
 )
 def test_scales_are_exact(
     make: Any, size: tuple[int, int], settings: dict[str, Any], scales: Sequence[float], flips: Sequence[str]
