@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import errno
 import itertools
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -56,18 +57,28 @@ class Net(nn.Module):
 
 
 def whole(
-    model: nn.Module, image: Tensor, stride: int = 1, align_corners: bool = False, flips: Sequence[str] = ()
+    model: nn.Module,
+    image: Tensor,
+    stride: int = 1,
+    align_corners: bool = False,
+    flips: Sequence[str] = (),
+    scales: Sequence[float] = (1.0,),
 ) -> Tensor:
-    """Logits `[K, H, W]` of an image that is not divided, the mean over the image and its `flips`."""
+    """Logits `[K, H, W]` of an image that is not divided, the mean over its `scales`, each with its `flips`."""
     height, width = image.shape[1:]
-    padded = F.pad(image.unsqueeze(0), (0, -width % stride, 0, -height % stride), mode="replicate")
     dims = {"horizontal": [3], "vertical": [2], "both": [2, 3]}
     found = []
-    for mirrored in [[], *(dims[flip] for flip in flips)]:
-        with torch.inference_mode():
-            out = model(padded.flip(mirrored))[-1]
-        out = F.interpolate(out, padded.shape[2:], mode="bilinear", align_corners=align_corners)
-        found.append(out.flip(mirrored)[0, :, :height, :width])
+    for scale in scales:
+        size = round(scale * height), round(scale * width)
+        resized = F.interpolate(image.unsqueeze(0), size, mode="bilinear")
+        padded = F.pad(resized, (0, -size[1] % stride, 0, -size[0] % stride), mode="replicate")
+        back = [divmod(padded.shape[i + 2] * image.shape[i + 1], size[i]) for i in range(2)]
+        assert all(rest == 0 for _, rest in back)  # the size of what is continued, in pixels of the image
+        for mirrored in [[], *(dims[flip] for flip in flips)]:
+            with torch.inference_mode():
+                out = model(padded.flip(mirrored))[-1].flip(mirrored)
+            out = F.interpolate(out, [length for length, _ in back], mode="bilinear", align_corners=align_corners)
+            found.append(out[0, :, :height, :width])
     return torch.stack(found).mean(0)
 
 
@@ -192,6 +203,48 @@ def test_flips_are_exact(make: Any, size: tuple[int, int], settings: dict[str, A
     unflipped = segment_tiled(net, image, **settings, prepare=double, result="logits")
     assert (result.tiles, result.gathers) == (unflipped.tiles, unflipped.gathers)
     assert result.seam.pixels == unflipped.seam.pixels
+
+
+@pytest.mark.parametrize("flips", [[], ["horizontal", "both"]], ids=["", "flips"])
+@pytest.mark.parametrize(
+    ("make", "size", "settings", "scales"),
+    [
+        (lambda: head_of(pointwise=True), (19, 30), {"tile": 7, "margin": 0, "stride": 1}, (0.5, 1.0, 3)),
+        (lambda: head_of(pointwise=True), (16, 24), {"tile": 4, "margin": 0, "stride": 4}, (0.5, 1.5, 3)),
+        (head_of, (19, 30), SETTINGS, (0.5, 1.0, 1.5)),
+        (head_of, (20, 9), SETTINGS, (3, 0.35)),
+        (lambda: Chain(pointwise=False), (19, 30), {"tile": 16, "margin": 6, "stride": 1}, (0.5, 1.5)),
+        (Net, (48, 64), {"tile": 40, "margin": 16, "stride": 8}, (0.5, 1.0, 1.5)),
+        (Net, (44, 60), {"tile": (40, 48), "margin": 16, "stride": 8}, (0.5, 1.0, 1.5)),
+        (Net, (48, 64), {"tile": 40, "margin": 16, "stride": 8, "align_corners": True}, (1.5, 0.5)),
+        (Net, (96, 64), {"tile": 40, "margin": 16, "stride": 8}, (0.25, 2.5)),
+    ],
+    ids=["no margin", "stride", "head", "far", "chain", "net", "continued", "align_corners", "cores of no pixel"],
+)
+def test_scales_are_exact(
+    make: Any, size: tuple[int, int], settings: dict[str, Any], scales: Sequence[float], flips: Sequence[str]
+) -> None:
+    """Of sizes that are no multiples of the stride, too, and with what `prepare` makes of the pixels."""
+    net, image = make().double().eval(), torch.rand(3, *size)
+    rest = settings["stride"], settings.get("align_corners", False), flips
+    expected, plain = (whole(net, image.double().square(), *rest, some) for some in (scales, (1.0,)))
+    assert float((expected - plain).abs().max()) > 1e-2 * float(plain.abs().max())
+    options = settings | {"flips": flips, "prepare": lambda pixels: double(pixels).square()}
+    result = segment_tiled(net, image, **options, scales=scales, result="logits")
+    close(result.out, expected)
+    alone = segment_tiled(net, image, **options)
+    assert (result.tiles, result.gathers) == (alone.tiles, alone.gathers)
+
+
+def test_the_seam_with_scales() -> None:
+    head, image = head_of().double(), torch.rand(3, 24, 24)
+    options = {"tile": 12, "stride": 1, "scales": (0.5, 1.5), "prepare": double}
+    short, enough = (segment_tiled(head, image, margin=margin, **options).seam for margin in (0, 4))
+    assert short is None
+    assert enough.pixels
+    assert enough.largest < 1e-11
+    blurred = nn.Sequential(nn.AvgPool2d(9, 1, 4), head).eval()
+    assert segment_tiled(blurred, image, margin=4, **options).seam.largest > 1e-2
 
 
 def test_the_seam_is_that_of_the_mean() -> None:
@@ -385,6 +438,25 @@ def test_restart_with_flips(call: int, features: str, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["features", "logits.npy"]
 
 
+@pytest.mark.parametrize("features", ["recompute", "keep", "folder"])
+@pytest.mark.parametrize("call", [3, 65, 128])  # of 64 in each pass, four for each tile
+def test_restart_with_scales(call: int, features: str, tmp_path: Path) -> None:
+    numpy = pytest.importorskip("numpy")
+    head, image = head_of(), torch.rand(3, 20, 20)
+    (tmp_path / "features").mkdir()
+    options = SETTINGS | {"scales": (0.5, 1.5), "flips": ["both"], "result": "logits"}
+    expected = segment_tiled(head, image, **options).out
+    options |= {"backbone": nn.Identity().eval(), "out": tmp_path / "logits.npy"}
+    options["features"] = tmp_path / "features" if features == "folder" else features
+    model = Failing(head, call).eval()
+    with pytest.raises(MemoryError, match="no more"):
+        segment_tiled(model, image, **options)
+    done = segment_tiled(model, image, **options, restart=True)
+    assert model.left == -(128 - (call - 1) // 4 * 4)
+    assert torch.equal(torch.from_numpy(numpy.load(done.out)), expected)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["features", "logits.npy"]
+
+
 def test_a_run_that_was_stopped_from_outside(tmp_path: Path) -> None:
     """Where an exception is no error."""
     head, image, out = head_of(), torch.rand(3, 20, 20), tmp_path / "classes.npy"
@@ -414,6 +486,7 @@ def test_restart_compares_settings_and_weights(tmp_path: Path) -> None:
         (head, image, SETTINGS | {"margin": 1}, "margin 2, now 1"),
         (head, image, SETTINGS | {"tile": 10}, r"tile \(8, 8\), now \(10, 10\)"),
         (head, image, SETTINGS | {"result": "logits"}, "result classes, now logits"),
+        (head, image, SETTINGS | {"scales": (1, 2)}, r"scales \(1.0,\), now \(1.0, 2.0\)"),
         (head, image, SETTINGS | {"flips": ["vertical"]}, r"flips \(\), now \('vertical',\)"),
     ]
     for model, picture, settings, message in changed:
@@ -473,15 +546,15 @@ class Drawn:
         return (rows[:, None] * columns).sin().expand(3, -1, -1)
 
 
-@pytest.mark.parametrize("flips", [[], ["horizontal", "both"]])
-def test_memory_does_not_grow_with_the_image(flips: list[Any], tmp_path: Path) -> None:
-    head, options = head_of(), {"tile": 16, "margin": 2, "stride": 1, "flips": flips}
+@pytest.mark.parametrize("augmentation", [{}, {"flips": ["horizontal", "both"]}, {"scales": [0.5, 1, 1.5]}])
+def test_memory_does_not_grow_with_the_image(augmentation: dict[str, Any], tmp_path: Path) -> None:
+    head, options = head_of(), {"tile": 16, "margin": 2, "stride": 1, **augmentation}
     largest = []
     for size in ((16, 16), (32, 96)):
         with Largest() as mode:
             segment_tiled(head, Drawn(3, *size), **options, out=tmp_path / "classes.npy")
         largest.append(mode.elements)
-    assert largest[0] == largest[1]
+    assert largest[0] >= largest[1]
 
 
 @pytest.mark.parametrize(("height", "width", "tile", "margin", "stride"), [(100, 37, 24, 4, 4), (5, 90, 32, 8, 8)])
@@ -495,6 +568,23 @@ def test_cores_cover_the_image_once(height: int, width: int, tile: int, margin: 
             assert not any(edge % stride for edge in span)
             assert span.start == 0 or span.core_start - span.start >= margin
             assert span.stop == size or span.stop - span.core_stop >= margin
+    assert (count == 1).all()
+
+
+@pytest.mark.parametrize("size", [(41, 16), (250, 93), (9, 110)])
+@pytest.mark.parametrize("align_corners", [False, True])
+def test_cores_cover_a_resized_image_once(size: tuple[int, int], align_corners: bool) -> None:
+    image = Grid((100, 37), (24, 24), 4, 4)
+    grid = image.resized(size, align_corners)
+    assert (grid.height, grid.width) == tuple(-(-length // 4) * 4 for length in size)
+    assert len(grid.tiles) == len(image.tiles)
+    count = torch.zeros(grid.height, grid.width)
+    for rows, columns in grid.tiles:
+        count[rows.core, columns.core] += 1
+        for span, length in ((rows, grid.height), (columns, grid.width)):
+            assert not any(edge % 4 for edge in span)
+            assert span.start == 0 or span.core_start - span.start >= 4
+            assert span.stop == length or span.stop - span.core_stop >= 4
     assert (count == 1).all()
 
 
@@ -519,6 +609,13 @@ def argument_errors() -> list[Any]:
         ("no stride", {"stride": 0}, ValueError, "stride must be at least 1, but is 0"),
         ("wrong stride", {"model": Net().eval(), "margin": 3}, ValueError, "give the model's stride as stride="),
         ("result", {"result": "labels"}, ValueError, "result must be 'classes' or 'logits', but is 'labels'"),
+        ("a scale", {"scales": 0.5}, TypeError, "scales must be a sequence of positive, finite numbers, but is 0.5"),
+        ("no number", {"scales": ["1"]}, TypeError, r"scales must be a sequence of .* numbers, but is \['1'\]"),
+        ("no scales", {"scales": ()}, ValueError, r"scales must be a sequence of .* numbers, but is \(\)"),
+        ("scale 0", {"scales": (1, 0)}, ValueError, r"scales must be .* positive, finite numbers, but is \(1, 0\)"),
+        ("infinite", {"scales": [math.inf]}, ValueError, r"scales must be .* finite numbers, but is \[inf\]"),
+        ("not a number", {"scales": [math.nan]}, ValueError, r"scales must be .* finite numbers, but is \[nan\]"),
+        ("small scale", {"scales": [0.02]}, ValueError, r"at least the stride 1, but 0.02 makes \(0, 0\)"),
         ("a flip", {"flips": "both"}, TypeError, "flips must be a sequence of .*, but is 'both'"),
         ("flips", {"flips": ["left"]}, ValueError, r"flips must be a sequence of .*, but is \['left'\]"),
         ("flips twice", {"flips": ("both", "both")}, ValueError, "flips must be a sequence of .*, each at most once"),

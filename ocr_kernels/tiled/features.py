@@ -17,7 +17,7 @@ from ocr_kernels.tiled.tiles import Tile
 class Features:
     """`where` is "recompute", "keep" or a folder that exists, in which a run has files of its `name`.
 
-    An `index` is that of a tile and a flip.
+    An `index` is that of a tile, a scale and a flip.
     """
 
     def __init__(self, backbone: Callable[[Tensor], Any] | None, where: str | Path, name: str) -> None:

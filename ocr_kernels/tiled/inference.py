@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import math
 import os
 import sys
 import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +22,7 @@ from ocr_kernels.gather.state import GatherState
 from ocr_kernels.tiled.features import Features
 from ocr_kernels.tiled.gathers import Gathers, Reached
 from ocr_kernels.tiled.output import File, Journal, Output, checksum
-from ocr_kernels.tiled.resize import resize
+from ocr_kernels.tiled.resize import places, resize
 from ocr_kernels.tiled.seam import Seam, SeamMeter, seen
 from ocr_kernels.tiled.sources import Source
 from ocr_kernels.tiled.tiles import Grid, Tile
@@ -43,7 +45,7 @@ class TiledResult:
     """The tensor or the array that was written, or the path of the file."""
     tiles: int
     gathers: int
-    """How many the model has; the tiles, and all flips of them, were run once for each, and once more."""
+    """How many the model has; the tiles, at all scales with all flips, were run once for each, and once more."""
     seconds: float
     peak_bytes: int | None
     """The most memory that the process has had: on a GPU that of PyTorch's tensors, else resident; None if unknown."""
@@ -63,6 +65,7 @@ def segment_tiled(
     prepare: Callable[[Any], Tensor] | None = None,
     output: int | str | Callable[[Any], Tensor] = -1,
     align_corners: bool = False,
+    scales: Sequence[float] = (1.0,),
     flips: Sequence[Literal["horizontal", "vertical", "both"]] = (),
     result: Literal["classes", "logits"] = "classes",
     out: Any = None,
@@ -83,7 +86,7 @@ def segment_tiled(
             gather's pixels must lie as the image's do, `[1, C, h, w]` or row by row `[1, C, N]`.
         image: `[C, H, W]`: a tensor, or an array in memory or in a file that has a shape and slices; or a reader like
             rasterio's datasets. One tile at a time is read.
-        tile: height and width of what the model sees at once.
+        tile: height and width of what the model sees at once; other `scales` see other sizes.
         margin: how far a tile reaches beyond its core, the pixels that are taken from it; not beyond the image.
         stride: sizes of tiles, cores and margins are multiples of it. The image is continued to such a multiple at its
             lower and right edges by repeating the last row and column, which count in the regions.
@@ -95,9 +98,12 @@ def segment_tiled(
         output: which of the model's outputs are the logits, an index or a key, or a function that finds them;
             a tensor is taken as it is. `[1, K, h, w]` of a lower resolution are interpolated bilinearly.
         align_corners: of this interpolation.
-        flips: test-time augmentation. The result is the mean of the logits of the image and of the image mirrored:
-            `"horizontal"` exchanges left and right, `"vertical"` top and bottom, `"both"` does both. A mirrored image
-            has regions of its own. For the mean of probabilities let `output` return them.
+        scales: test-time augmentation. The result is the mean of the logits of the image resized to `round(scale * H)`
+            x `round(scale * W)` pixels, each brought to `H` x `W`; a resized image has regions of its own. What
+            `prepare` returns is resized as by `F.interpolate` with `mode="bilinear"`, window by window: what of it is
+            under a tile's core, and `margin` pixels around. Without 1.0 the image itself has no part in the mean.
+        flips: the same with the image mirrored, at each scale: `"horizontal"` exchanges left and right, `"vertical"`
+            top and bottom, `"both"` does both. For the mean of probabilities let `output` return them.
         result: `"classes"` `[H, W]`, uint8, or int16 for more than 255; or `"logits"` `[K, H, W]`, at least float32.
         out: where to: None for a new tensor, on the device of the logits; an array or a tensor of that shape; or
             a path that ends with .npy, where the file appears when it is complete.
@@ -109,9 +115,10 @@ def segment_tiled(
     The same call gives the same bits, in several parts with `restart` too.
 
     Raises:
-        TypeError: `model`, `image` or what `prepare` returned is of another type.
-        ValueError: the model is in training or calls no gather; shapes, sizes or names are not as above; or
-            `restart` finds a run with other settings or weights.
+        TypeError: `model`, `image`, `scales`, `flips` or what `prepare` returned is of another type.
+        ValueError: the model is in training or calls no gather; shapes, sizes or names are not as above; a scale is
+            not positive and finite, or makes an image smaller than `stride`; or `restart` finds a run with other
+            settings or weights.
         OSError: a file cannot be read or written. What is done is kept for `restart`.
 
     Examples:
@@ -129,11 +136,16 @@ def segment_tiled(
         _check_model("backbone", backbone)
     if result not in ("classes", "logits"):
         raise ValueError(f"result must be 'classes' or 'logits', but is {result!r}")
+    _check_scales(scales)
     _check_flips(flips)
     source = Source(image, prepare)
     size = source.shape[1:]
     sizes = (tile, tile) if isinstance(tile, int) else tuple(tile)
     grid = Grid(size, sizes, margin, stride)
+    resized = [tuple(round(scale * length) for length in size) for scale in scales]
+    for scale, lengths in zip(scales, resized, strict=True):
+        if lengths != size and min(lengths) < stride:
+            raise ValueError(f"scales must make images of at least the stride {stride}, but {scale} makes {lengths}")
     is_path = isinstance(out, (str, os.PathLike))
     writer = File(Path(out)) if is_path else Output(out)
     if restart and not is_path:
@@ -152,6 +164,7 @@ def segment_tiled(
         "stride": stride,
         "output": output if isinstance(output, (int, str)) else "a function",
         "align_corners": align_corners,
+        "scales": tuple(map(float, scales)),
         "flips": tuple(flips),
         "result": result,
         "weights": checksum(model, backbone) if is_path else "",
@@ -165,6 +178,7 @@ def segment_tiled(
         model=model,
         source=source,
         grid=grid,
+        grids=[grid.resized(lengths, align_corners) for lengths in resized],
         features=Features(backbone, folder or str(features), name[:16]),
         select=output if callable(output) else lambda found: found if isinstance(found, Tensor) else found[output],
         align_corners=align_corners,
@@ -176,7 +190,7 @@ def segment_tiled(
     )
     if before is not None:
         run.regions, run.states, run.done = before
-    every = range(len(grid.tiles) * len(run.flips))
+    every = range(len(grid.tiles) * len(run.states))
     with torch.inference_mode(), torch.compiler.set_stance("force_eager"):  # compiled code refuses dispatch modes
         try:
             while not run.one_pass():
@@ -203,6 +217,8 @@ class _Run:
     model: Callable[..., Any]
     source: Source
     grid: Grid
+    grids: list[Grid]
+    """Of each scale, with the same number of tiles."""
     features: Features
     select: Callable[[Any], Any]
     align_corners: bool
@@ -213,9 +229,9 @@ class _Run:
     journal: Journal | None
     progress: Callable[[int, int], object]
     regions: list[list[Tensor]] = field(init=False)
-    """Of each flip, those of the gathers that have seen all tiles."""
+    """Of each flip at each scale, those of the gathers that have seen all tiles."""
     states: list[GatherState | None] = field(init=False)
-    """Of each flip, that of the next gather; None in the last pass."""
+    """Of each flip at each scale, that of the next gather; None in the last pass."""
     done: int = 0
     """Tiles of this pass."""
     meter: SeamMeter = field(default_factory=SeamMeter)
@@ -223,8 +239,8 @@ class _Run:
     """Of the model's first parameter, or None."""
 
     def __post_init__(self) -> None:
-        self.regions = [[] for _ in self.flips]
-        self.states = [None for _ in self.flips]
+        self.states = [None] * (len(self.grids) * len(self.flips))
+        self.regions = [[] for _ in self.states]
         parts = [part for part in (self.model, self.features.backbone) if isinstance(part, nn.Module)]
         self.device = next((tensor.device for part in parts for tensor in part.parameters()), None)
 
@@ -250,34 +266,52 @@ class _Run:
             if self.journal is not None:
                 self.journal.save(self.regions, self.states, self.done)
             if logits is not None:
-                self.features.forget(range(index * len(self.flips), (index + 1) * len(self.flips)))
+                self.features.forget(range(index * len(self.states), (index + 1) * len(self.states)))
             self.progress(before + self.done, before + len(tiles) * (2 if self.states[0] else 1))
-        for flip, state in enumerate(self.states):
+        for regions, state in zip(self.regions, self.states, strict=True):
             if state is None:
                 return True
-            self.regions[flip].append(state.result())
-        self.states, self.done = [None for _ in self.flips], 0
+            regions.append(state.result())
+        self.states, self.done = [None] * len(self.states), 0
         return False
 
     def mean(self, tile: Tile, index: int) -> Tensor | None:
-        """The mean over all flips of the logits `[K, h, w]` of a tile; None where they are still being gathered."""
-        read = functools.cache(lambda: self.source.read(tile, self.device))
+        """The mean over all scales of the logits `[K, h, w]` of the pixels that are seen; None before the last pass."""
+        total = None
+        for scale, grid in enumerate(self.grids):
+            logits = self.mean_of_flips(index, scale)
+            if logits is None:
+                continue
+            axes = zip(tile, grid.tiles[index], self.grid.image, grid.image, (grid.height, grid.width), strict=True)
+            for dim, (span, window, size, resized, continued) in enumerate(axes, start=1):
+                stride = window.stride_of(logits.shape[dim])
+                steps = (size, resized), (continued, continued // stride)
+                at = places(seen(span, size), *steps, align_corners=self.align_corners)
+                logits = resize(logits, dim, at - window.start // stride)
+            total = logits if total is None else total.add_(logits)
+        return None if total is None else total / len(self.grids)
+
+    def mean_of_flips(self, index: int, scale: int) -> Tensor | None:
+        """The mean over all flips of the logits `[K, h, w]` of a tile at a scale; None before the last pass."""
+        grid = self.grids[scale]
+        tile = grid.tiles[index]
+        read = functools.cache(lambda: self.source.read(tile, grid.image, self.device))
         total = None
         for flip, dims in enumerate(self.flips):
-            logits = self.forward(self.grid.mirrored(tile, dims), index, flip, read)
+            variant = scale * len(self.flips) + flip
+            logits = self.forward(grid.mirrored(tile, dims), index, variant, read)
             if logits is not None:
                 total = logits.flip(dims) if total is None else total.add_(logits.flip(dims))
         return None if total is None else total / len(self.flips)
 
-    def forward(self, tile: Tile, index: int, flip: int, read: Callable[[], Tensor]) -> Tensor | None:
-        """The logits that the model makes of a tile of the mirrored image, whose pixels `read` reads as they were."""
-        regions = self.regions[flip]
-        inputs = self.features.of(
-            tile, index * len(self.flips) + flip, lambda: read().flip(self.flips[flip]), not regions
-        )
+    def forward(self, tile: Tile, index: int, variant: int, read: Callable[[], Tensor]) -> Tensor | None:
+        """The logits that the model makes of a mirrored tile, whose pixels `read` reads as they were."""
+        regions, dims = self.regions[variant], self.flips[variant % len(self.flips)]
+        number = index * len(self.states) + variant
+        inputs = self.features.of(tile, number, lambda: read().flip(dims), not regions)
         known = len(regions)
         found, again = None, False
-        with Gathers(tile, regions, self.states[flip]) as mode:
+        with Gathers(tile, regions, self.states[variant]) as mode:
             try:
                 found = self.model(*inputs) if isinstance(inputs, tuple) else self.model(inputs)
             except Reached:
@@ -287,10 +321,10 @@ class _Run:
                 "model must call ocr_kernels.spatial_gather, but does not: use ocr_kernels.modules, "
                 "or call ocr_kernels.replace_ocr_modules(model) first"
             )
-        is_first = index == flip == 0
+        is_first = index == variant == 0
         if mode.calls < known or (not is_first and again != (self.states[0] is not None)):
             raise RuntimeError(f"the model gathers {mode.calls} times here, and another number of times on other tiles")
-        self.states[flip] = mode.state
+        self.states[variant] = mode.state
         if again:
             return None
         logits = self.select(found)
@@ -305,14 +339,11 @@ class _Run:
         return logits[0] if logits.element_size() > 2 else logits[0].float()
 
     def write(self, tile: Tile, logits: Tensor, is_first: bool) -> None:
-        """The core of a tile's logits, or its classes."""
-        height, width = self.source.shape[1:]
-        seen_rows, seen_columns = seen(tile.rows, height), seen(tile.columns, width)
-        logits = resize(logits, 1, tile.rows, seen_rows, self.grid.height, self.align_corners)
-        logits = resize(logits, 2, tile.columns, seen_columns, self.grid.width, self.align_corners)
+        """The core's part of the logits of the pixels that are seen, or its classes."""
+        height, width = self.grid.image
         rows = slice(tile.rows.core_start, min(tile.rows.core_stop, height))
         columns = slice(tile.columns.core_start, min(tile.columns.core_stop, width))
-        inner_rows, inner_columns = _within(rows, seen_rows), _within(columns, seen_columns)
+        inner_rows, inner_columns = _within(rows, seen(tile.rows, height)), _within(columns, seen(tile.columns, width))
         self.meter.add(tile, logits, inner_rows, inner_columns)
         values = logits[:, inner_rows, inner_columns]
         if self.classes:
@@ -333,6 +364,14 @@ def _check_model(name: str, model: object) -> None:
         training = next((path for path, module in model.named_modules() if module.training), None)
         if training is not None:
             raise ValueError(f"{name} must be in eval mode, but {training or 'it'} is in training: call {name}.eval()")
+
+
+def _check_scales(scales: object) -> None:
+    expected = "scales must be a sequence of positive, finite numbers"
+    if isinstance(scales, str) or not isinstance(scales, Sequence) or not all(isinstance(s, Real) for s in scales):
+        raise TypeError(f"{expected}, but is {scales!r}")
+    if not scales or not all(0 < scale < math.inf for scale in scales):
+        raise ValueError(f"{expected}, but is {scales!r}")
 
 
 def _check_flips(flips: object) -> None:

@@ -1,25 +1,34 @@
-"""Logits of a tile brought to the size of the image, with the same weights as if the image were whole."""
+"""Bilinear interpolation of a part of an image, with the same weights as if the image were whole."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from ocr_kernels.tiled.tiles import Span
 
+def places(wanted: slice, *steps: tuple[int, int], align_corners: bool = False) -> Tensor:
+    """Where `F.interpolate` finds the pixels `wanted` of an axis, for each step from its size to the one it came from.
 
-def resize(x: Tensor, dim: int, span: Span, wanted: slice, size: int, align_corners: bool) -> Tensor:
-    """Bilinear interpolation along one dimension, of which `x` has a tile's `span`: the pixels `wanted` of an image.
-
-    `size` is that of the image. `x` must have a stride that divides the span.
+    float64, not beyond the first and the last pixel of the last size.
     """
-    stride = span.stride_of(x.shape[dim])
-    if stride == 1:
-        return x.narrow(dim, wanted.start - span.start, wanted.stop - wanted.start)
-    pixels = torch.arange(wanted.start, wanted.stop, dtype=torch.float64)
-    at = pixels * ((size // stride - 1) / (size - 1)) if align_corners else (pixels + 0.5) / stride - 0.5
-    at = (at - span.start // stride).clamp(0, x.shape[dim] - 1)
+    at = torch.arange(wanted.start, wanted.stop, dtype=torch.float64)
+    for size, source in steps:
+        at = at * ((source - 1) / max(size - 1, 1)) if align_corners else (at + 0.5) / (size / source) - 0.5
+    return at.clamp(0, steps[-1][1] - 1)
+
+
+def needed(at: Tensor) -> slice:
+    """The pixels between which places are."""
+    return slice(int(at[0].floor()), int(at[-1].ceil()) + 1)
+
+
+def resize(x: Tensor, dim: int, at: Tensor) -> Tensor:
+    """`x` at places along one dimension; beyond its pixels, the first and the last."""
+    at = at.clamp(0, x.shape[dim] - 1)
     low = at.floor()
+    first = int(low[0])
+    if torch.equal(at, torch.arange(first, first + len(at), dtype=at.dtype)):
+        return x.narrow(dim, first, len(at))
     high = (low + 1).clamp(max=x.shape[dim] - 1)
     weight = (at - low).to(x).view(-1, *[1] * (x.dim() - dim - 1))
     picked = (x.index_select(dim, index.long().to(x.device)) for index in (low, high))

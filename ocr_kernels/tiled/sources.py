@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ocr_kernels.tiled.resize import needed, places, resize
 from ocr_kernels.tiled.tiles import Tile
 
 
@@ -40,11 +41,16 @@ class Source:
             raise ValueError(f"image must have shape [C, H, W], but has {shape}")
         self.shape: tuple[int, ...] = tuple(map(int, shape))
 
-    def read(self, tile: Tile, device: torch.device | None) -> Tensor:
-        """A tile as the model takes it, `[1, C, h, w]`; beyond the image its last rows and columns are repeated."""
-        _, height, width = self.shape
-        top, bottom = tile.rows.start, min(tile.rows.stop, height)
-        left, right = tile.columns.start, min(tile.columns.stop, width)
+    def read(self, tile: Tile, size: tuple[int, ...], device: torch.device | None) -> Tensor:
+        """A tile of the image resized to `size`, as the model takes it, `[1, C, h, w]`.
+
+        Beyond the resized image its last rows and columns are repeated.
+        """
+        at = [
+            places(slice(span.start, min(span.stop, length)), (length, source))
+            for span, length, source in zip(tile, size, self.shape[1:], strict=True)
+        ]
+        (top, bottom), (left, right) = ((part.start, part.stop) for part in map(needed, at))
         if self.has_windows:
             pixels = self.image.read(window=((top, bottom), (left, right)))
         else:
@@ -57,8 +63,9 @@ class Source:
         if found.dim() != 4 or found.shape[0] != 1 or tuple(found.shape[2:]) != (bottom - top, right - left):
             expected = f"[1, C, {bottom - top}, {right - left}]"
             raise ValueError(f"prepare must return a tensor {expected}, but returned {tuple(found.shape)}")
-        beyond = (0, tile.columns.stop - right, 0, tile.rows.stop - bottom)
         found = found if device is None else found.to(device)
+        found = resize(resize(found, 2, at[0] - top), 3, at[1] - left)
+        beyond = (0, tile.columns.size - found.shape[3], 0, tile.rows.size - found.shape[2])
         return F.pad(found, beyond, mode="replicate") if any(beyond) else found
 
 

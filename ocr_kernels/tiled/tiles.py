@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from typing import NamedTuple
+
+from ocr_kernels.tiled.resize import needed, places
 
 
 class Span(NamedTuple):
@@ -68,11 +71,39 @@ class Grid:
                     f"tile must be a multiple of the stride {stride} and larger than two margins of {margin}, "
                     f"but is {size}"
                 )
-        self.height: int = -(-image[0] // stride) * stride
-        self.width: int = -(-image[1] // stride) * stride
-        self.rows: list[Span] = _spans(self.height, tile[0], margin)
-        self.columns: list[Span] = _spans(self.width, tile[1], margin)
-        self.tiles: list[Tile] = [Tile(*spans) for spans in itertools.product(self.rows, self.columns)]
+        self.image = image
+        self.margin = margin
+        self.stride = stride
+        self._divide(*(_spans(_continued(size, stride), side, margin) for size, side in zip(image, tile, strict=True)))
+
+    def _divide(self, rows: list[Span], columns: list[Span]) -> None:
+        self.height: int = rows[-1].stop
+        self.width: int = columns[-1].stop
+        self.spans: tuple[list[Span], ...] = rows, columns
+        self.tiles: list[Tile] = [Tile(*spans) for spans in itertools.product(rows, columns)]
+
+    def resized(self, image: tuple[int, ...], align_corners: bool) -> Grid:
+        """A tile of the image resized to `image` for each of these: what the core needs, and the margin around it.
+
+        Cores cover the resized image once, as these do the image; small ones may be empty.
+        """
+        if image == self.image:
+            return self
+        grid = copy.copy(self)
+        grid.image = image
+        axes = zip(self.spans, self.image, image, strict=True)
+        rows, columns = ([self._resized(span, old, new, align_corners) for span in spans] for spans, old, new in axes)
+        grid._divide(rows, columns)
+        return grid
+
+    def _resized(self, span: Span, size: int, resized: int, align_corners: bool) -> Span:
+        stride, end = self.stride, _continued(resized, self.stride)
+        core = slice(span.core_start, min(span.core_stop, size))
+        pixels = needed(places(core, (size, resized), align_corners=align_corners))
+        first, last = (edge * resized // (size * stride) * stride if edge < size else end for edge in span[2:])
+        start = min(first, pixels.start // stride * stride) - self.margin
+        stop = max(last, _continued(pixels.stop, stride)) + self.margin
+        return Span(max(start, 0), min(stop, end), first, last)
 
     def mirrored(self, tile: Tile, dims: tuple[int, ...]) -> Tile:
         """Where a tile is in an image of which rows (-2), columns (-1), both or neither are turned round."""
@@ -80,6 +111,10 @@ class Grid:
         return Tile(
             rows.mirrored(self.height) if -2 in dims else rows, columns.mirrored(self.width) if -1 in dims else columns
         )
+
+
+def _continued(size: int, stride: int) -> int:
+    return -(-size // stride) * stride
 
 
 def _spans(size: int, tile: int, margin: int) -> list[Span]:
