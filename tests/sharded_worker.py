@@ -39,7 +39,9 @@ class Traffic(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.name().lower()
-        if name.startswith(("c10d::", "_c10d_functional::")) and ("reduce" in name or "gather" in name):
+        if name.startswith(("c10d::", "_c10d_functional::", "ocr_kernels::all_reduce")) and (
+            "reduce" in name or "gather" in name
+        ):
             tensors = args[0] if isinstance(args[0], (list, tuple)) else [args[0]]
             elements = sum(tensor.numel() for tensor in tensors)
             self.calls.append((name.split("::")[1].split(".")[0].replace("_", ""), elements, tensors[0].itemsize))

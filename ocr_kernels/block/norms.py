@@ -7,12 +7,13 @@ in the dtype of statistics.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, distributed
 
 from ocr_kernels.block.passes import Passes
+from ocr_kernels.core.collectives import process_group
 
 
 class Layer(NamedTuple):
@@ -192,15 +193,9 @@ class Gradients:
         return self.norm.vectors(None, *self.affine())
 
 
-def _processes(name: str) -> distributed.ProcessGroup:
-    find: Any = distributed.distributed_c10d
-    group: distributed.ProcessGroup = find._resolve_process_group(name)
-    return group
-
-
 def _gathered(tensor: Tensor, group: str) -> Tensor:
     """`[processes, *shape]`, in the order of their ranks: sums of them are the same everywhere."""
-    processes = _processes(group)
+    processes = process_group(group)
     parts = tensor.new_empty((processes.size() * len(tensor), *tensor.shape[1:]))
     distributed.all_gather_into_tensor(parts, tensor.contiguous(), group=processes)
     return parts.view(-1, *tensor.shape)

@@ -240,7 +240,9 @@ class GatherState:
 def autocast(feats: Tensor) -> Tensor:
     """As the op casts them."""
     kind = feats.device.type
-    casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    # of other devices, as "meta", it raises; PyTorch 2.11 does not compile the question
+    available = torch.compiler.is_compiling() or torch.amp.is_autocast_available(kind)
+    casts = available and torch.is_autocast_enabled(kind)
     if casts and feats.is_floating_point() and feats.dtype != torch.float64:
         return feats.to(torch.get_autocast_dtype(kind))
     return feats
