@@ -7,9 +7,10 @@ from torch import Tensor
 
 
 def places(wanted: slice, *steps: tuple[int, int], align_corners: bool = False) -> Tensor:
-    """Where `F.interpolate` finds the pixels `wanted` of an axis, for each step from its size to the one it came from.
+    """Where the pixels `wanted` of a resized axis are in its source, as `F.interpolate` has it, in float64.
 
-    float64, not beyond the first and the last pixel of the last size.
+    A step is the size of an axis and that of its source, which is the axis of the next step. Places are not beyond the
+    first and the last pixel of the last source.
     """
     at = torch.arange(wanted.start, wanted.stop, dtype=torch.float64)
     for size, source in steps:
@@ -18,7 +19,7 @@ def places(wanted: slice, *steps: tuple[int, int], align_corners: bool = False) 
 
 
 def needed(at: Tensor) -> slice:
-    """The pixels between which places are."""
+    """The source's pixels that are interpolated at places."""
     return slice(int(at[0].floor()), int(at[-1].ceil()) + 1)
 
 
