@@ -140,7 +140,7 @@ def segment_tiled(
     _check_flips(flips)
     source = Source(image, prepare)
     size = source.shape[1:]
-    sizes = (tile, tile) if isinstance(tile, int) else tuple(tile)
+    sizes = tuple(tile) if isinstance(tile, (tuple, list)) else (tile, tile)
     grid = Grid(size, sizes, margin, stride)
     resized = [tuple(round(scale * length) for length in size) for scale in scales]
     for scale, lengths in zip(scales, resized, strict=True):
@@ -180,7 +180,7 @@ def segment_tiled(
         grid=grid,
         grids=[grid.resized(lengths, align_corners) for lengths in resized],
         features=Features(backbone, folder or str(features), name[:16]),
-        select=output if callable(output) else lambda found: found if isinstance(found, Tensor) else found[output],
+        select=output if callable(output) else functools.partial(_chosen, output=output),
         align_corners=align_corners,
         flips=[(), *(FLIPS[flip] for flip in flips)],
         classes=result == "classes",
@@ -351,6 +351,15 @@ class _Run:
         if is_first:
             self.writer.open((*values.shape[:-2], height, width), values.dtype, values.device)
         self.writer.write(rows, columns, values)
+
+
+def _chosen(found: Any, output: int | str) -> Any:
+    if isinstance(found, Tensor):
+        return found
+    try:
+        return found[output]
+    except (LookupError, TypeError):
+        raise ValueError(f"output must be an index or a key of what the model returns, but is {output!r}") from None
 
 
 def _within(part: slice, whole: slice) -> slice:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from numbers import Integral
 from typing import NamedTuple
 
 from ocr_kernels.tiled.resize import needed, places
@@ -59,6 +60,8 @@ class Grid:
     """
 
     def __init__(self, image: tuple[int, ...], tile: tuple[int, ...], margin: int, stride: int) -> None:
+        if not all(isinstance(size, Integral) for size in (*tile, margin, stride)):
+            raise TypeError(f"tile, margin and stride must be whole numbers, but are {tile}, {margin!r} and {stride!r}")
         if stride < 1:
             raise ValueError(f"stride must be at least 1, but is {stride}")
         if margin < 0 or margin % stride:
