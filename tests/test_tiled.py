@@ -420,31 +420,18 @@ def test_restart(call: int, features: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("features", ["recompute", "keep", "folder"])
-@pytest.mark.parametrize("call", [2, 26, 51, 96])  # of 48 in each pass, three for each tile
-def test_restart_with_flips(call: int, features: str, tmp_path: Path) -> None:
-    numpy = pytest.importorskip("numpy")
-    head, image, flips = head_of(), torch.rand(3, 20, 20), ["both", "horizontal"]
-    (tmp_path / "features").mkdir()
-    options = SETTINGS | {"flips": flips, "result": "logits"}
-    expected = segment_tiled(head, image, **options).out
-    options |= {"backbone": nn.Identity().eval(), "out": tmp_path / "logits.npy"}
-    options["features"] = tmp_path / "features" if features == "folder" else features
-    model = Failing(head, call).eval()
-    with pytest.raises(MemoryError, match="no more"):
-        segment_tiled(model, image, **options)
-    done = segment_tiled(model, image, **options, restart=True)
-    assert model.left == -(96 - (call - 1) // 3 * 3)
-    assert torch.equal(torch.from_numpy(numpy.load(done.out)), expected)
-    assert sorted(path.name for path in tmp_path.rglob("*")) == ["features", "logits.npy"]
-
-
-@pytest.mark.parametrize("features", ["recompute", "keep", "folder"])
-@pytest.mark.parametrize("call", [3, 65, 128])  # of 64 in each pass, four for each tile
-def test_restart_with_scales(call: int, features: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("variants", "count", "call"),
+    [({"flips": ["both", "horizontal"]}, 3, call) for call in (2, 26, 51, 96)]
+    + [({"scales": (0.5, 1.5), "flips": ["both"]}, 4, call) for call in (3, 65, 128)],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
+)
+def test_restart_with_variants(variants: dict[str, Any], count: int, call: int, features: str, tmp_path: Path) -> None:
+    """Of 16 tiles in each of two passes, each with so many variants."""
     numpy = pytest.importorskip("numpy")
     head, image = head_of(), torch.rand(3, 20, 20)
     (tmp_path / "features").mkdir()
-    options = SETTINGS | {"scales": (0.5, 1.5), "flips": ["both"], "result": "logits"}
+    options = SETTINGS | variants | {"result": "logits"}
     expected = segment_tiled(head, image, **options).out
     options |= {"backbone": nn.Identity().eval(), "out": tmp_path / "logits.npy"}
     options["features"] = tmp_path / "features" if features == "folder" else features
@@ -452,7 +439,7 @@ def test_restart_with_scales(call: int, features: str, tmp_path: Path) -> None:
     with pytest.raises(MemoryError, match="no more"):
         segment_tiled(model, image, **options)
     done = segment_tiled(model, image, **options, restart=True)
-    assert model.left == -(128 - (call - 1) // 4 * 4)
+    assert model.left == -(32 * count - (call - 1) // count * count)
     assert torch.equal(torch.from_numpy(numpy.load(done.out)), expected)
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["features", "logits.npy"]
 
@@ -562,7 +549,7 @@ def test_cores_cover_the_image_once(height: int, width: int, tile: int, margin: 
     grid = Grid((height, width), (tile, tile), margin, stride)
     count = torch.zeros(grid.height, grid.width)
     for rows, columns in grid.tiles:
-        count[rows.core, columns.core] += 1
+        count[rows.core_start : rows.core_stop, columns.core_start : columns.core_stop] += 1
         for span, size in ((rows, grid.height), (columns, grid.width)):
             assert span.size == min(tile, size)
             assert not any(edge % stride for edge in span)
@@ -580,7 +567,7 @@ def test_cores_cover_a_resized_image_once(size: tuple[int, int], align_corners: 
     assert len(grid.tiles) == len(image.tiles)
     count = torch.zeros(grid.height, grid.width)
     for rows, columns in grid.tiles:
-        count[rows.core, columns.core] += 1
+        count[rows.core_start : rows.core_stop, columns.core_start : columns.core_stop] += 1
         for span, length in ((rows, grid.height), (columns, grid.width)):
             assert not any(edge % 4 for edge in span)
             assert span.start == 0 or span.core_start - span.start >= 4

@@ -123,14 +123,15 @@ def _register(
     return op, underived(op, lambda: define(f"{name}_underived"))
 
 
-def _autocast_rule(op: Op, leading: int, device_type: str) -> Op:
-    def cast(tensor: Tensor) -> Tensor:
-        # float64 stays, as in PyTorch's own autocast
-        eligible = tensor.device.type == device_type and tensor.is_floating_point() and tensor.dtype != torch.float64
-        return tensor.to(torch.get_autocast_dtype(device_type)) if eligible else tensor
+def autocast(tensor: Tensor, device_type: str) -> Tensor:
+    """In the autocast dtype of a type of device; float64 stays, as in PyTorch's own autocast."""
+    eligible = tensor.device.type == device_type and tensor.is_floating_point() and tensor.dtype != torch.float64
+    return tensor.to(torch.get_autocast_dtype(device_type)) if eligible else tensor
 
+
+def _autocast_rule(op: Op, leading: int, device_type: str) -> Op:
     def rule(*args: Any) -> Any:
-        tensors = [cast(tensor) for tensor in args[:leading]]
+        tensors = [autocast(tensor, device_type) for tensor in args[:leading]]
         torch.set_autocast_enabled(device_type, False)  # in a tenth of the time of `torch.autocast`
         try:
             return op(*tensors, *args[leading:])

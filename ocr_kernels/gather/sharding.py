@@ -14,7 +14,7 @@ from ocr_kernels.core.backends import Backend
 from ocr_kernels.core.layout import pixels
 from ocr_kernels.core.sharding import Rule, check_dtensors, divides, needed, register, spatial
 from ocr_kernels.gather.registration import check_feats_and_logits, spatial_gather_backward_op, spatial_gather_op
-from ocr_kernels.gather.state import autocast, sums_of
+from ocr_kernels.gather.state import as_the_op_casts, sums_of
 
 
 def _gather(*_: Any) -> Iterator[Rule]:
@@ -43,7 +43,7 @@ def gather(feats: Tensor, logits: Tensor, scale: float, backend: Backend) -> Ten
     if not pixels(feats.shape) or not any(of_pixels):
         out: Tensor = spatial_gather_op(x, m, scale, backend)[0]
         return out
-    local = autocast(x.to_local())
+    local = as_the_op_casts(x.to_local())
     sums = sums_of(local, m.to_local(), scale, backend)
 
     def everywhere(part: Tensor, reduction: str) -> DTensor:

@@ -19,6 +19,7 @@ from ocr_kernels.core.arguments import (
     split_scale,
 )
 from ocr_kernels.core.backends import Backend, resolve_backend
+from ocr_kernels.core.registration import autocast
 from ocr_kernels.gather.registration import spatial_gather_backward_op, spatial_gather_op
 
 
@@ -227,7 +228,7 @@ class GatherState:
 
     def _sums_of(self, feats: Tensor, logits: Tensor) -> tuple[Sums, Tensor]:
         check_tensors(feats=feats, logits=logits)
-        feats = autocast(feats)
+        feats = as_the_op_casts(feats)
         check_shape("feats", feats, "[B, C, *S] with C >= 1", feats.dim() >= 3)
         check_shape("logits", logits, f"[B, K, *S] beside feats {tuple(feats.shape)}", logits.dim() >= 3)
         check_dtype("logits", logits)
@@ -237,22 +238,19 @@ class GatherState:
         return sums_of(feats, logits, scale, resolve_backend(feats.device, self.backend)), like
 
 
-def autocast(feats: Tensor) -> Tensor:
-    """As the op casts them."""
+def as_the_op_casts(feats: Tensor) -> Tensor:
+    """In the autocast dtype, where there is one."""
     kind = feats.device.type
     # of other devices, as "meta", it raises; PyTorch 2.11 does not compile the question
     available = torch.compiler.is_compiling() or torch.amp.is_autocast_available(kind)
-    casts = available and torch.is_autocast_enabled(kind)
-    if casts and feats.is_floating_point() and feats.dtype != torch.float64:
-        return feats.to(torch.get_autocast_dtype(kind))
-    return feats
+    return autocast(feats, kind) if available and torch.is_autocast_enabled(kind) else feats
 
 
 def sums_of(feats: Tensor, logits: Tensor, scale: float, backend: Backend) -> Sums:
     """The sums of one part."""
-    regions, mass, _ = _Part.apply(feats, logits, scale, backend)  # type: ignore[no-untyped-call]
-    maximum = mass.detach()
-    weight = (mass - maximum.masked_fill(maximum == -math.inf, 0)).exp()
+    regions, lse, _ = _Part.apply(feats, logits, scale, backend)  # type: ignore[no-untyped-call]
+    maximum = lse.detach()
+    weight = (lse - maximum.masked_fill(maximum == -math.inf, 0)).exp()
     return Sums(maximum, regions.double() * weight.unsqueeze(1), weight)
 
 
@@ -270,10 +268,10 @@ class _Part(torch.autograd.Function):
         _, stats = spatial_gather_op(feats, logits, scale, backend)
         maximum, total = stats[:, -2], stats[:, -1]
         none = total == 0
-        mass = (maximum.double() + total.double().log()).masked_fill(none, -math.inf)
+        lse = (maximum.double() + total.double().log()).masked_fill(none, -math.inf)
         regions = stats[:, :-2].masked_fill(none.unsqueeze(1), 0)
         rest = maximum.masked_fill(none, 0), total.masked_fill(none, 1)  # weights of exp(-inf) / 1
-        return regions, mass, torch.cat((regions, *(row.unsqueeze(1) for row in rest)), dim=1)
+        return regions, lse, torch.cat((regions, *(row.unsqueeze(1) for row in rest)), dim=1)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -283,7 +281,7 @@ class _Part(torch.autograd.Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, mass_grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, lse_grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         feats, logits, stats = ctx.saved_tensors
         needs = ctx.needs_input_grad[:2]
         if torch.is_grad_enabled():  # for a second derivative, which is NaN through softmaxes of -inf alone
@@ -295,10 +293,10 @@ class _Part(torch.autograd.Function):
             grad = grad.to(feats.dtype)
             both = spatial_gather_backward_op(grad, feats, logits, stats, ctx.scale, *needs, ctx.backend)
             found = [gradient if need else None for gradient, need in zip(both, needs, strict=True)]
-        if mass_grad is not None and needs[1]:
+        if lse_grad is not None and needs[1]:
             scores = ctx.scale * logits.flatten(2).to(stats.dtype)
             none = scores.detach() == -math.inf
             weights = scores.softmax(2).masked_fill(none, 0)  # NaN where all are -inf
-            gradient = (ctx.scale * weights * mass_grad.unsqueeze(2).to(stats.dtype)).view(logits.shape)
+            gradient = (ctx.scale * weights * lse_grad.unsqueeze(2).to(stats.dtype)).view(logits.shape)
             found[1] = (gradient if found[1] is None else found[1] + gradient).to(logits.dtype)
         return *found, None, None

@@ -115,7 +115,7 @@ def segment_tiled(
     The same call gives the same bits, in several parts with `restart` too.
 
     Raises:
-        TypeError: `model`, `image`, `scales`, `flips` or what `prepare` returned is of another type.
+        TypeError: `model`, `image`, a size, `scales`, `flips` or what `prepare` returned is of another type.
         ValueError: the model is in training or calls no gather; shapes, sizes or names are not as above; a scale is
             not positive and finite, or makes an image smaller than `stride`; or `restart` finds a run with other
             settings or weights.

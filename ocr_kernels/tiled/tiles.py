@@ -22,10 +22,6 @@ class Span(NamedTuple):
     def size(self) -> int:
         return self.stop - self.start
 
-    @property
-    def core(self) -> slice:
-        return slice(self.core_start, self.core_stop)
-
     def mirrored(self, size: int) -> Span:
         """Where these pixels are in an axis of `size` that is turned round."""
         return Span(size - self.stop, size - self.start, size - self.core_stop, size - self.core_start)
@@ -56,6 +52,7 @@ class Grid:
     than a tile is one tile.
 
     Raises:
+        TypeError: a size is no whole number.
         ValueError: `tile` or `margin` is no multiple of `stride`, or no core is left between two margins.
     """
 
