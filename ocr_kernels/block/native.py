@@ -18,10 +18,11 @@ _ops: Any = libraries.ops()
 
 @functools.cache
 def onednn_linear() -> Any:
-    """oneDNN's product x w' in float32, of contiguous x and w; None where PyTorch's own is as fast.
+    """oneDNN's activation(x w' + bias), of contiguous x and w; None where PyTorch's own products are as fast.
 
-    That is MKL's, which takes a tenth to a third longer with AVX-512 on AMD's processors. The op is what Inductor makes
-    of linear layers; nothing public calls it. What is not contiguous would take it a thousand times as long.
+    In float32 those are MKL's, which takes a tenth to a third longer with AVX-512 on AMD's processors. The op is what
+    Inductor makes of linear layers; nothing public calls it. What is not contiguous would take it a thousand times as
+    long.
     """
     if not torch.backends.mkldnn.is_available() or torch.backends.cpu.get_cpu_capability() != "AVX512":
         return None
@@ -59,14 +60,15 @@ class Compiled(Passes):
         return super().outer(left, right) if linear is None else linear(self._rows(left), self._rows(right))
 
     def layer(self, weight: Tensor, bias: Tensor, tile: Tensor, slope: float, out: Tensor) -> Tensor:
-        linear = self._linear(tile)
-        if linear is None:
+        if self.is_small:
             return super().layer(weight, bias, tile, slope, out)
-        if self.is_channels_last:
+        if self.is_channels_last and tile.dtype in (torch.float32, torch.bfloat16) and (linear := onednn_linear()):
             made = linear(self._rows(tile), weight.contiguous(), bias, "none" if slope else "relu").t()
-            return activate_(made, slope) if slope else made
-        ones = torch.ones_like(bias)
-        return self.activate(self.product("", weight, tile), torch.stack((ones, bias, ones)), slope, out)
+            return out.copy_(activate_(made, slope) if slope else made)
+        has_memory = self._linear(tile) is None
+        made = self.multiply(weight, tile, out) if has_memory else self.product("", weight, tile)
+        ones = torch.ones_like(bias, dtype=self.exact)
+        return self.activate(made, torch.stack((ones, bias.to(self.exact), ones)), slope, out)
 
     def _linear(self, tile: Tensor) -> Any:
         return None if self.is_small or tile.dtype != torch.float32 else onednn_linear()

@@ -129,7 +129,8 @@ def forward(
 
     y = contexts_of(contexts.to(exact), weights, tiles)
     up = y.norm(layers[2])
-    normalised = [each.to(dtype) for each in y.normalised(up)]
+    matrices, offsets = y.normalised(up)
+    normalised = matrices.to(dtype), offsets
     moments = Moments(layers[3])
     for image, part in tiles:
         both, _ = _joined(normalised, up, image, part, x, weights, settings, tiles)
@@ -153,8 +154,8 @@ def _joined(
     sizes = [contexts, channels] if settings.context_first else [channels, contexts]
     inside, pixels = both.split(sizes)[:: 1 if settings.context_first else -1]
     pixels.copy_(x[image][:, part])
-    torch.addmm(offset, matrix, weights[image][:, part].to(matrix.dtype), out=inside)
-    return both, activate_(inside, up.layer.slope)
+    w = weights[image][:, part].to(matrix.dtype)
+    return both, tiles.layer(matrix, offset[:, 0], w, up.layer.slope, inside)
 
 
 def backward(
@@ -179,7 +180,8 @@ def backward(
     need_feats = needs[0]
     need_phi = any((*needs[:4], *needs[6:10]))
     y = contexts_of(contexts.to(exact), weights, tiles)
-    dx = empty_maps(x, channels if need_feats else 0)
+    dfeats = empty_in_format(feats, channels if need_feats else 0)
+    dx = dfeats.flatten(2)
 
     dlast, slope = Gradients(last), last.layer.slope
     of_images = last.of_images(mask, len(x), last.mean)
@@ -191,7 +193,8 @@ def backward(
     on_context, on_pixels = (half.t().contiguous() for half in halves[:: 1 if settings.context_first else -1])
     dfusing = torch.zeros_like(fusing, dtype=exact)
     dweights = empty_maps(x, key.shape[2], dtype)
-    normalised = [each.to(dtype) for each in y.normalised(up)]
+    matrices, offsets = y.normalised(up)
+    normalised = matrices.to(dtype), offsets
     on_weights = normalised[0].mT.contiguous()  # [B, K, Y]
     outer = torch.zeros_like(y.centred)  # sum_i dy_i (w_i - mean)', [B, Y, K]
     total = torch.zeros_like(y.means)  # sum_i dy_i
@@ -249,7 +252,7 @@ def backward(
         if need_feats:
             tiles.multiply(turned, d, dx[image][:, part], accumulate=True)
     sums = [each.flatten() for layer in (*dphi, dup, dlast) for each in (layer.gain, layer.shift)]
-    return dx.unflatten(2, feats.shape[2:]), dkey, dpixel_in, dpixel_out, dfusing, dcontexts, *sums
+    return dfeats, dkey, dpixel_in, dpixel_out, dfusing, dcontexts, *sums
 
 
 # Inference: statistics are known, and norms folded into the layers
@@ -272,10 +275,12 @@ def infer(
     z_i = rho(G_y y_i + G_x x_i + g)  (Eq. 6)
     """
     x, dtype = maps_of(feats), product_dtype(feats)
-    layers, (up_bias, on_context, on_pixels, bias, *classifier) = split_weights([each.to(dtype) for each in weights])
+    weights = [each.to(dtype) if each.dim() == 2 else each for each in weights]
+    layers, (up_bias, on_context, on_pixels, bias, *classifier) = split_weights(weights)
     keys = (scale * key.to(statistics_dtype(key))).to(dtype).mT.contiguous()  # [B, K, D]
     contexts = contexts.to(dtype)  # [B, Y, K]
     fusing = torch.cat((on_context, on_pixels), 1)
+    last = [(fusing, bias, slopes[3]), *((*each, 1.0) for each in zip(classifier[::2], classifier[1::2], strict=True))]
     result = (out[:, None] if output == "classes" else out).flatten(2)
     tiles = kind(x)
     for image, part in tiles:
@@ -287,11 +292,14 @@ def infer(
             query = tiles.layer(weight, layer_bias, query, slope, made)  # [D, T]
         scores = tiles.product("scores", keys[image], query)  # [K, T]
         attention = tiles.softmax(scores, scores)
-        activate_(torch.addmm(up_bias[:, None], contexts[image], attention, out=context), slopes[2])  # y, [Y, T]
-        z = tiles.layer(fusing, bias, both, slopes[3], tiles.empty("z", len(bias), part, dtype))  # [O, T]
-        for weight, layer_bias in zip(classifier[::2], classifier[1::2], strict=True):
-            z = tiles.layer(weight, layer_bias, z, 1.0, tiles.empty("logits", len(weight), part, dtype))
-        result[image][:, part] = z.argmax(0) if output == "classes" else z
+        tiles.layer(contexts[image], up_bias, attention, slopes[2], context)  # y, [Y, T]
+        place, z = result[image][:, part], both
+        for i, (weight, layer_bias, slope) in enumerate(last):
+            is_done = i == len(last) - 1 and place.dtype == dtype
+            made = place if is_done else tiles.empty(f"z {i}", len(weight), part, dtype)
+            z = tiles.layer(weight, layer_bias, z, slope, made)
+        if z is not place:
+            place.copy_(z.argmax(0) if output == "classes" else z)
 
 
 def query_of(feats: Tensor, weights: Sequence[Tensor], slopes: Sequence[float]) -> Tensor:

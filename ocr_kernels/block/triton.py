@@ -608,7 +608,8 @@ def backward(
     *maps, statistics = saved
     hidden_in, hidden_out, weights, fused = (each.flatten(2) for each in maps)
     need_feats, need_phi = needs[0], any((*needs[:4], *needs[6:10]))
-    dx = empty_maps(x, x.shape[1] if need_feats else 0)
+    dfeats = empty_in_format(feats, x.shape[1] if need_feats else 0)
+    dx = dfeats.flatten(2)
     with torch.cuda.device_of(feats):
         first, second, up, last = (_known(*each) for each in split_statistics(layers, statistics))
         dlast, d = _gradients(last, grad.flatten(2), fused, mask)
@@ -649,4 +650,4 @@ def backward(
             if need_feats:
                 _times(pixel_in.t(), d, dx, add=True)
     sums = [each.flatten() for layer in (*dphi, dup, dlast) for each in (layer.gain, layer.shift)]
-    return dx.unflatten(2, feats.shape[2:]), dkey, dpixel_in, dpixel_out, dfusing, dcontexts, *sums
+    return dfeats, dkey, dpixel_in, dpixel_out, dfusing, dcontexts, *sums
