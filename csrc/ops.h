@@ -2,8 +2,8 @@
 // This is PyTorch's stable ABI: one binary serves every PyTorch since 2.11 and, having nothing of Python in it, every
 // Python and none.
 //
-// A Device is made of a call's first tensor. It says which tensors it `holds`, their place's `name` in messages, and
-// runs the kernels of an op on its arguments (`run`).
+// A Device is made of a call's first tensor. It says which tensors it `holds`, their place's `name` in messages, is
+// told of fresh results (`prepare`) and runs the kernels of an op on its arguments (`run`).
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -122,6 +122,8 @@ class Call {
       for (Argument& output : outputs_) torch::stable::zero_(output);
       return;
     }
+    for (const Argument& output : outputs_)
+      Device::prepare(output.mutable_data_ptr(), output.numel() * int64_t(output.element_size()));
     run(arguments);
   }
 

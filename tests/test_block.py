@@ -88,6 +88,19 @@ def test_gradients(backend: str, training: bool, layout: Any) -> None:
     assert torch.autograd.gradcheck(function, (feats, *rest), fast_mode=backend != "reference")
 
 
+def test_gradients_are_added_up_in_place(backend: str) -> None:
+    """Those of feats that several layers read: autograd adds to what nothing else holds, a view's base neither."""
+    feats, *rest = (tensor.detach() for tensor in tensors())
+    feats.requires_grad_()
+    both = block(feats, *rest).sum() + block(feats, *rest).sum()
+    with torch.profiler.profile(record_shapes=True) as profile:
+        torch.autograd.grad(both, feats)
+    shape = list(feats.shape)
+    added = [e.key for e in profile.key_averages(group_by_input_shape=True) if e.input_shapes[:2] == [shape, shape]]
+    assert "aten::add_" in added
+    assert "aten::add" not in added
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_second_derivatives(backend: str, training: bool) -> None:
     function = functools.partial(block, training=training, slope=1.0)

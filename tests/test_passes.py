@@ -121,15 +121,19 @@ class TestEachPass:
 @pytest.mark.parametrize("small", [0, 2**40])
 @pytest.mark.parametrize("pixels", [1, 33, 300])
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_products(monkeypatch: pytest.MonkeyPatch, small: int, pixels: int, channels_last: bool) -> None:
+@pytest.mark.parametrize("gap", [0, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_products(
+    monkeypatch: pytest.MonkeyPatch, small: int, pixels: int, channels_last: bool, gap: int, dtype: torch.dtype
+) -> None:
     """By oneDNN where that is faster, which it is not for few numbers."""
     from ocr_kernels.block import native
 
     monkeypatch.setattr(native, "SMALL", small)
-    case = Case({**PLAIN, "channels": 17, "pixels": pixels, "channels_last": channels_last})
-    matrix, bias = case.vectors(17), case.vectors(1)[0]
+    case = Case({**PLAIN, "channels": 17, "pixels": pixels, "channels_last": channels_last, "gap": gap, "dtype": dtype})
+    matrix, bias = case.vectors(17).to(dtype), case.vectors(1)[0]
     case.check("product", "name", matrix, case.tile())
-    case.check("multiply", matrix, case.tile(), out=torch.float32)
+    case.check("multiply", matrix, case.tile(), out=dtype)
     case.check("outer", case.tile(), case.tile())
     for slope in (0.0, 0.1, 1.0):
         case.check("layer", matrix, bias, case.tile(), slope, case.tile(empty=True))

@@ -17,6 +17,7 @@ namespace {
 class Gpu {
  public:
   static constexpr const char* name = "the GPU of the first tensor";
+  static void prepare(void*, int64_t) {}
 
   explicit Gpu(const Argument& first) : first_(first), index_(index_of(first)), current_(index_) {
     // this library has a CUDA runtime of its own, which is told as well

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from ocr_kernels.core.activations import activate_
 from ocr_kernels.core.layout import is_channels_last, statistics_dtype
-from ocr_kernels.core.pages import in_large_pages
 
 aten: Any = torch.ops.aten
 
@@ -31,8 +30,8 @@ def empty_maps(like: Tensor, channels: int, dtype: torch.dtype | None = None, *s
     """`[B, channels, N]` in the memory format of `like`, `[B, C, N]`; `sizes` are another B and N."""
     batch, pixels = sizes or like.shape[::2]
     if not like.is_contiguous():
-        return in_large_pages(like.new_empty((batch, pixels, channels), dtype=dtype)).transpose(1, 2)
-    return in_large_pages(like.new_empty((batch, channels, pixels), dtype=dtype))
+        return like.new_empty((batch, pixels, channels), dtype=dtype).transpose(1, 2)
+    return like.new_empty((batch, channels, pixels), dtype=dtype)
 
 
 def activation_backward_(grad: Tensor, activated: Tensor, slope: float) -> Tensor:
@@ -84,7 +83,7 @@ class Passes:
         return left @ right.t()
 
     def layer(self, weight: Tensor, bias: Tensor, tile: Tensor, slope: float, out: Tensor) -> Tensor:
-        """activation(W tile + bias), in `out`, which a map's part may be; the bias may be in the dtype of statistics."""
+        """out = activation(W tile + bias); `out` may be part of a map, and the bias in the dtype of statistics."""
         return activate_(torch.addmm(bias[:, None].to(out.dtype), weight, tile, out=out), slope)
 
     def activate(self, h: Tensor, vectors: Tensor, slope: float, out: Tensor) -> Tensor:

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ocr_kernels.core.pages import in_large_pages
-
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -25,12 +23,12 @@ def empty_in_format(like: Tensor, channels: int) -> Tensor:
     """
     batch, _, *spatial = like.shape
     if not is_channels_last(like):
-        return in_large_pages(like.new_empty((batch, channels, *spatial)))
+        return like.new_empty((batch, channels, *spatial))
     strides, step = [], channels
     for size in reversed(spatial):
         strides.append(step)
         step = step * size
-    return in_large_pages(like.new_empty_strided((batch, channels, *spatial), (step, 1, *reversed(strides))))
+    return like.new_empty_strided((batch, channels, *spatial), (step, 1, *reversed(strides)))
 
 
 def in_format(out: Tensor, like: Tensor) -> Tensor:
