@@ -444,15 +444,17 @@ def _draw_mask(photo: Tensor, labels: Tensor, mask: Tensor) -> Figure:
     from matplotlib.patches import Patch
 
     title = "Labels of k-means, and what the swapped network learnt of them"
-    caption = "A colour is a region, in both."
-    figure = new_figure(12, 6 * photo.shape[1] / photo.shape[2] + 1.25, title, caption)
+    figure = new_figure(12, 6 * photo.shape[1] / photo.shape[2] + 1.25, title, caption="")
     grey = 0.25 + 0.75 * photo.mean(0).unsqueeze(2)
     large = labels.repeat_interleave(STRIDE, 0).repeat_interleave(STRIDE, 1)
     left, right = figure.subplots(1, 2)
     show(left, 0.4 * grey + 0.6 * colours(REGIONS)[large], "labels")
     show(right, 0.4 * grey + 0.6 * colours(REGIONS)[mask], "mask, over the photo")
     handles = [Patch(color=colour, label=f"region {k}") for k, colour in enumerate(COLOURS, 1)]
-    figure.legend(handles=handles, loc="outside lower center", ncols=REGIONS, frameon=False)
+    caption = "A colour is a region, in both."
+    figure.legend(
+        handles=handles, loc="outside lower center", ncols=REGIONS, frameon=False, title=caption, title_fontsize=9
+    )
     return figure
 
 

@@ -65,8 +65,8 @@ class Compiled(Passes):
         if self.is_channels_last and tile.dtype in (torch.float32, torch.bfloat16) and (linear := onednn_linear()):
             made = linear(self._rows(tile), weight.contiguous(), bias, "none" if slope else "relu").t()
             return out.copy_(activate_(made, slope) if slope else made)
-        has_memory = self._linear(tile) is None
-        made = self.multiply(weight, tile, out) if has_memory else self.product("", weight, tile)
+        is_new = self._linear(tile) is not None  # memory that oneDNN's product brings
+        made = self.product("", weight, tile) if is_new else self.multiply(weight, tile, out)
         ones = torch.ones_like(bias, dtype=self.exact)
         return self.activate(made, torch.stack((ones, bias.to(self.exact), ones)), slope, out)
 
