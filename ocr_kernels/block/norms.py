@@ -229,9 +229,10 @@ class Contexts:
             moments.add(len(means) * self.pixels, mean, squares)
         return moments.norm()
 
-    def normalised(self, norm: Norm) -> tuple[Tensor, Tensor]:
-        """A `[B, Y, K]` and b `[B, Y, 1]`: what rho's activation is taken of is A w + b."""
-        return norm.factor * self.centred, norm.factor * (self.means - norm.mean) + norm.layer.shift[:, None]
+    def normalised(self, norm: Norm, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """A `[B, Y, K]` in a dtype, and b `[B, Y, 1]`: what rho's activation is taken of is A w + b."""
+        offset = norm.factor * (self.means - norm.mean) + norm.layer.shift[:, None]
+        return (norm.factor * self.centred).to(dtype), offset
 
     def gradient_sums(self, norm: Norm, outer: Tensor, total: Tensor) -> Tensor:
         """Of dy after the activation's backward pass, and of that times u w - mean, image by image `[B, 2, Y]`.

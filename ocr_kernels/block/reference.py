@@ -129,8 +129,7 @@ def forward(
 
     y = contexts_of(contexts.to(exact), weights, tiles)
     up = y.norm(layers[2])
-    matrices, offsets = y.normalised(up)
-    normalised = matrices.to(dtype), offsets
+    normalised = y.normalised(up, dtype)
     moments = Moments(layers[3])
     for image, part in tiles:
         both, _ = _joined(normalised, up, image, part, x, weights, settings, tiles)
@@ -193,8 +192,7 @@ def backward(
     on_context, on_pixels = (half.t().contiguous() for half in halves[:: 1 if settings.context_first else -1])
     dfusing = torch.zeros_like(fusing, dtype=exact)
     dweights = empty_maps(x, key.shape[2], dtype)
-    matrices, offsets = y.normalised(up)
-    normalised = matrices.to(dtype), offsets
+    normalised = y.normalised(up, dtype)
     on_weights = normalised[0].mT.contiguous()  # [B, K, Y]
     outer = torch.zeros_like(y.centred)  # sum_i dy_i (w_i - mean)', [B, Y, K]
     total = torch.zeros_like(y.means)  # sum_i dy_i
@@ -280,7 +278,8 @@ def infer(
     keys = (scale * key.to(statistics_dtype(key))).to(dtype).mT.contiguous()  # [B, K, D]
     contexts = contexts.to(dtype)  # [B, Y, K]
     fusing = torch.cat((on_context, on_pixels), 1)
-    last = [(fusing, bias, slopes[3]), *((*each, 1.0) for each in zip(classifier[::2], classifier[1::2], strict=True))]
+    to_result = [(fusing, bias, slopes[3])]
+    to_result += [(*each, 1.0) for each in zip(classifier[::2], classifier[1::2], strict=True)]
     result = (out[:, None] if output == "classes" else out).flatten(2)
     tiles = kind(x)
     for image, part in tiles:
@@ -294,8 +293,8 @@ def infer(
         attention = tiles.softmax(scores, scores)
         tiles.layer(contexts[image], up_bias, attention, slopes[2], context)  # y, [Y, T]
         place, z = result[image][:, part], both
-        for i, (weight, layer_bias, slope) in enumerate(last):
-            is_done = i == len(last) - 1 and place.dtype == dtype
+        for i, (weight, layer_bias, slope) in enumerate(to_result):
+            is_done = i == len(to_result) - 1 and place.dtype == dtype
             made = place if is_done else tiles.empty(f"z {i}", len(weight), part, dtype)
             z = tiles.layer(weight, layer_bias, z, slope, made)
         if z is not place:

@@ -578,7 +578,7 @@ def forward(
         both = empty_maps(x, fusing.shape[1])
         inside, outside = _halves(both, len(up.factor), settings)
         outside.copy_(x)
-        _contexts(y.normalised(up), up, weights, inside)
+        _contexts(y.normalised(up, exact), up, weights, inside)
         fused = _times(fusing, both)
         last = _norm(layers[3], fused)
         z = empty_in_format(feats, len(fusing))
@@ -615,7 +615,7 @@ def backward(
         dlast, d = _gradients(last, grad.flatten(2), fused, mask)
         on_context, on_pixels = _halves(fusing, len(up.factor), settings)
         y = _contexts_of(contexts.to(exact), weights)
-        normalised = y.normalised(up)
+        normalised = y.normalised(up, exact)
         inside = _contexts(normalised, up, weights, empty_maps(x, len(up.factor)))
         dfusing = fusing.new_empty(fusing.shape, dtype=exact)
         if needs[4]:
