@@ -394,9 +394,9 @@ def inputs(dtype: torch.dtype = torch.float32, layout: Any = "contiguous", size:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("training", [True, False])
 def test_half_precision_is_no_worse_than_eager(backend: str, training: bool, dtype: torch.dtype) -> None:
-    """Of one gradient the luck of single activations decides; of a hundred, the arithmetic."""
+    """Of three modules the luck of single activations decides, up to 1.4 in the median of their gradients; not of nine."""
     ratios: list[float] = []
-    for _ in range(5 if backend == "reference" else 3):
+    for _ in range(9):
         plain, ours = (module.train(training) for module in pair(dtype, dropout=0.0))
         args, grad = inputs(dtype, size=(32, 24)), torch.randn(B, 12, 32, 24, dtype=dtype)
         exact = gradients(copy.deepcopy(plain).double(), [arg.double() for arg in args], grad.double())
