@@ -136,7 +136,8 @@ def test_products(
     case.check("multiply", matrix, case.tile(), out=dtype)
     case.check("outer", case.tile(), case.tile())
     for slope in (0.0, 0.1, 1.0):
-        case.check("layer", matrix, bias, case.tile(), slope, case.tile(empty=True))
+        case.check("layer", "name", matrix, bias, case.tile(), slope)
+        case.check("layer_into", case.tile(empty=True), matrix, bias, case.tile(), slope)
 
 
 def test_in_place() -> None:

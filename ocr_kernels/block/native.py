@@ -59,16 +59,28 @@ class Compiled(Passes):
         linear = None if self.is_channels_last else self._linear(left)
         return super().outer(left, right) if linear is None else linear(self._rows(left), self._rows(right))
 
-    def layer(self, weight: Tensor, bias: Tensor, tile: Tensor, slope: float, out: Tensor) -> Tensor:
+    def layer(self, name: str, weight: Tensor, bias: Tensor, tile: Tensor, slope: float) -> Tensor:
+        made = self._linear_layer(weight, bias, tile, slope)
+        return super().layer(name, weight, bias, tile, slope) if made is None else made
+
+    def layer_into(self, out: Tensor, weight: Tensor, bias: Tensor, tile: Tensor, slope: float) -> Tensor:
         if self.is_small:
-            return super().layer(weight, bias, tile, slope, out)
-        if self.is_channels_last and tile.dtype in (torch.float32, torch.bfloat16) and (linear := onednn_linear()):
-            made = linear(self._rows(tile), weight.contiguous(), bias, "none" if slope else "relu").t()
-            return out.copy_(activate_(made, slope) if slope else made)
+            return super().layer_into(out, weight, bias, tile, slope)
+        made = self._linear_layer(weight, bias, tile, slope)
+        if made is not None:
+            return out.copy_(made)
         is_new = self._linear(tile) is not None  # memory that oneDNN's product brings
         made = self.product("", weight, tile) if is_new else self.multiply(weight, tile, out)
         ones = torch.ones_like(bias, dtype=self.exact)
         return self.activate(made, torch.stack((ones, bias.to(self.exact), ones)), slope, out)
+
+    def _linear_layer(self, weight: Tensor, bias: Tensor, tile: Tensor, slope: float) -> Tensor | None:
+        """In memory that oneDNN's product brings, where that takes bias and activation too."""
+        linear = onednn_linear() if self.is_channels_last and not self.is_small else None
+        if linear is None or tile.dtype not in (torch.float32, torch.bfloat16):
+            return None
+        made = linear(self._rows(tile), weight.contiguous(), bias, "none" if slope else "relu").t()
+        return activate_(made, slope) if slope else made
 
     def _linear(self, tile: Tensor) -> Any:
         return None if self.is_small or tile.dtype != torch.float32 else onednn_linear()

@@ -82,8 +82,12 @@ class Passes:
         """left @ right', the sum over pixels of their outer products."""
         return left @ right.t()
 
-    def layer(self, weight: Tensor, bias: Tensor, tile: Tensor, slope: float, out: Tensor) -> Tensor:
-        """out = activation(W tile + bias); `out` may be part of a map, and the bias in the dtype of statistics."""
+    def layer(self, name: str, weight: Tensor, bias: Tensor, tile: Tensor, slope: float) -> Tensor:
+        """activation(W tile + bias), in memory that may be that of other tiles of that name."""
+        return self.layer_into(self.empty(name, len(weight), slice(0, tile.shape[1]), tile.dtype), weight, bias, tile, slope)
+
+    def layer_into(self, out: Tensor, weight: Tensor, bias: Tensor, tile: Tensor, slope: float) -> Tensor:
+        """The same in `out`, which may be part of a map; the bias may be in the dtype of statistics."""
         return activate_(torch.addmm(bias[:, None].to(out.dtype), weight, tile, out=out), slope)
 
     def activate(self, h: Tensor, vectors: Tensor, slope: float, out: Tensor) -> Tensor:

@@ -154,7 +154,7 @@ def _joined(
     inside, pixels = both.split(sizes)[:: 1 if settings.context_first else -1]
     pixels.copy_(x[image][:, part])
     w = weights[image][:, part].to(matrix.dtype)
-    return both, tiles.layer(matrix, offset[:, 0], w, up.layer.slope, inside)
+    return both, tiles.layer_into(inside, matrix, offset[:, 0], w, up.layer.slope)
 
 
 def backward(
@@ -282,21 +282,23 @@ def infer(
     to_result += [(*each, 1.0) for each in zip(classifier[::2], classifier[1::2], strict=True)]
     result = (out[:, None] if output == "classes" else out).flatten(2)
     tiles = kind(x)
+    is_read_in_place = tiles.is_channels_last and x.dtype == dtype  # its rows are whole there, and parts in `both`
     for image, part in tiles:
         both = tiles.empty("both", fusing.shape[1], part, dtype)
         context, pixels = both.split((on_context.shape[1], on_pixels.shape[1]))
-        query = pixels.copy_(x[image][:, part])  # [C, T]
+        pixels.copy_(x[image][:, part])
+        query = x[image][:, part] if is_read_in_place else pixels  # [C, T]
         for i, ((weight, layer_bias), slope) in enumerate(zip(layers, slopes, strict=False)):
-            made = tiles.empty(f"query {i}", len(weight), part, dtype)
-            query = tiles.layer(weight, layer_bias, query, slope, made)  # [D, T]
+            query = tiles.layer(f"query {i}", weight, layer_bias, query, slope)  # [D, T]
         scores = tiles.product("scores", keys[image], query)  # [K, T]
         attention = tiles.softmax(scores, scores)
-        tiles.layer(contexts[image], up_bias, attention, slopes[2], context)  # y, [Y, T]
+        tiles.layer_into(context, contexts[image], up_bias, attention, slopes[2])  # y, [Y, T]
         place, z = result[image][:, part], both
         for i, (weight, layer_bias, slope) in enumerate(to_result):
-            is_done = i == len(to_result) - 1 and place.dtype == dtype
-            made = place if is_done else tiles.empty(f"z {i}", len(weight), part, dtype)
-            z = tiles.layer(weight, layer_bias, z, slope, made)
+            if i == len(to_result) - 1 and place.dtype == dtype:
+                z = tiles.layer_into(place, weight, layer_bias, z, slope)
+            else:
+                z = tiles.layer(f"z {i}", weight, layer_bias, z, slope)
         if z is not place:
             place.copy_(z.argmax(0) if output == "classes" else z)
 
