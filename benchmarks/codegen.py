@@ -203,6 +203,7 @@ def shapes(quick: bool) -> list[Shape]:
     """Every case in every dtype and format; or a case for each row of the tile tables, and what else matters."""
     cityscapes, coco = CASES["cityscapes-inference"], CASES["coco-stuff"]
     even = replace(coco, height=128, width=256)  # pixels that divide by 16, so that loads take several at once
+    narrow = [replace(cityscapes, key_channels=32), replace(CASES["regions-64"], key_channels=128)]
     rows = [cityscapes, CASES["regions-64"], CASES["regions-128"], even, CASES["long-tail"]]
     rarer = [
         *(Shape(case, torch.float64) for case in (even, CASES["long-tail"])),
@@ -210,11 +211,11 @@ def shapes(quick: bool) -> list[Shape]:
     ]
     if not quick:
         dtypes = torch.bfloat16, torch.float16, torch.float32
-        every = list(itertools.product([*CASES.values(), even], dtypes, FORMATS))
+        every = list(itertools.product([*CASES.values(), even, *narrow], dtypes, FORMATS))
         blocks = [kind(*shape) for kind in (BlockShape, TrainingShape) for shape in every]
         return [*(Shape(*shape) for shape in every), *rarer, *blocks]
     return [
-        *(Shape(case, dtype) for dtype in (torch.bfloat16, torch.float32) for case in rows),
+        *(Shape(case, dtype) for dtype in (torch.bfloat16, torch.float32) for case in (*rows, *narrow)),
         Shape(even, torch.float16),
         *(Shape(case, torch.bfloat16, torch.channels_last) for case in (cityscapes, coco)),
         *(Shape(case, torch.bfloat16) for case in (CASES["lip"], CASES["pascal-context"], coco)),

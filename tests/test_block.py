@@ -394,7 +394,7 @@ def inputs(dtype: torch.dtype = torch.float32, layout: Any = "contiguous", size:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("training", [True, False])
 def test_half_precision_is_no_worse_than_eager(backend: str, training: bool, dtype: torch.dtype) -> None:
-    """Of three modules the luck of single activations decides, up to 1.4 in the median of their gradients; not of nine."""
+    """Of three modules the luck of single activations decides, whose medians are up to 1.4; of nine, the arithmetic."""
     ratios: list[float] = []
     for _ in range(9):
         plain, ours = (module.train(training) for module in pair(dtype, dropout=0.0))

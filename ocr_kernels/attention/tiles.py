@@ -5,26 +5,58 @@ from __future__ import annotations
 import functools
 from dataclasses import replace
 
-from ocr_kernels.core.tiles import ANY, Problem, Tile, TileRule, TileTable, has_wgmma, padded
+from ocr_kernels.core.tiles import (
+    ANY,
+    Problem,
+    Tile,
+    TileRule,
+    TileTable,
+    has_asynchronous_copies,
+    has_wgmma,
+    padded,
+)
 
-# All regions if they are up to 256, then pixels, then channels.
+
+def is_not_turing(problem: Problem) -> bool:
+    """Whether a multiprocessor has more than 64 KiB of shared memory, or AMD's registers."""
+    return has_asynchronous_copies(problem) or problem.device.capability is None
+
+
+def has_vectors(problem: Problem) -> bool:
+    """Whether one address serves for several elements."""
+    return problem.scattered < 2
+
+
+def has_wgmma_and_vectors(problem: Problem) -> bool:
+    return has_wgmma(problem) and has_vectors(problem)
+
+
+# All regions if they are up to 256, in two tiles, then pixels, then channels. More regions come in one tile at a time.
 FORWARD = TileTable(
     "attention.forward",
     {
         2: (
-            Tile(regions=256, channels=64, pixels=128, stages=3, when=has_wgmma),
-            Tile(regions=64, channels=64, pixels=128, stages=3),
-            Tile(regions=256, channels=32, pixels=64, stages=3),
+            Tile(regions=128, last_regions=32, channels=64, pixels=128, warps=4, stages=3, when=has_wgmma_and_vectors),
+            Tile(regions=128, last_regions=64, channels=64, pixels=128, stages=3, when=has_wgmma),
+            Tile(regions=128, last_regions=128, channels=32, pixels=128, stages=4, when=has_wgmma),
+            Tile(regions=64, last_regions=64, channels=32, pixels=128, warps=4, stages=3),
+            Tile(regions=128, last_regions=64, channels=32, pixels=64, warps=4, stages=3, shared=128),
+            Tile(regions=128, last_regions=128, channels=32, pixels=64, warps=4, stages=3),
             Tile(regions=128, up_to=ANY, channels=64, pixels=64, stages=3, shared=80),
             Tile(regions=128, up_to=ANY, channels=64, pixels=64),
         ),
         4: (
-            Tile(regions=64, channels=32, pixels=32, stages=2),
-            Tile(regions=128, channels=32, pixels=32, stages=2),
-            Tile(regions=256, channels=32, pixels=16, stages=2, shared=96),
+            Tile(regions=32, last_regions=32, channels=16, pixels=128, warps=4, stages=2, when=is_not_turing),
+            Tile(regions=128, last_regions=32, channels=16, pixels=64, warps=4, stages=2, when=is_not_turing),
+            Tile(regions=128, last_regions=64, channels=16, pixels=64, stages=2, when=is_not_turing),
+            Tile(regions=128, last_regions=128, channels=16, pixels=64, warps=4, stages=2, when=is_not_turing),
+            Tile(regions=64, last_regions=64, channels=32, pixels=32, stages=2),
             Tile(regions=64, up_to=ANY, channels=32, pixels=32, stages=2),
         ),
-        8: (Tile(regions=64, up_to=ANY, channels=16, pixels=16),),
+        8: (
+            Tile(regions=32, last_regions=32, channels=16, pixels=16),
+            Tile(regions=64, up_to=ANY, channels=16, pixels=16),
+        ),
     },
 )
 
@@ -33,41 +65,54 @@ MAPS = TileTable(
     "attention.maps",
     {
         2: (
-            Tile(regions=128, channels=64, pixels=64, stages=3),
-            Tile(regions=256, channels=64, pixels=64, stages=3, when=has_wgmma),
-            Tile(regions=256, channels=32, pixels=32, stages=3),
+            Tile(regions=128, last_regions=32, channels=64, pixels=128, stages=3, when=has_wgmma_and_vectors),
+            Tile(regions=128, last_regions=64, channels=64, pixels=128, stages=3, when=has_wgmma_and_vectors),
+            Tile(regions=128, last_regions=128, channels=64, pixels=64, stages=3, when=has_wgmma),
+            Tile(regions=32, last_regions=32, channels=32, pixels=128, warps=4, stages=3),
+            Tile(regions=64, last_regions=64, channels=32, pixels=64, warps=4, stages=3, when=has_vectors),
+            Tile(regions=128, last_regions=64, channels=32, pixels=32, warps=4, stages=3),
+            Tile(regions=128, last_regions=128, channels=32, pixels=32, warps=4, stages=3),
             Tile(regions=128, up_to=ANY, channels=32, pixels=64, stages=3, when=has_wgmma),
             Tile(regions=128, up_to=ANY, channels=64, pixels=16, stages=2),
         ),
         4: (
-            Tile(regions=128, channels=32, pixels=16, stages=2),
-            Tile(regions=256, channels=32, pixels=16, stages=2),
+            Tile(regions=64, last_regions=64, channels=16, pixels=64, warps=4, stages=2, when=is_not_turing),
+            Tile(regions=128, last_regions=32, channels=16, pixels=32, warps=4, stages=2, when=is_not_turing),
+            Tile(regions=128, last_regions=64, channels=16, pixels=32, warps=4, stages=2, when=is_not_turing),
+            Tile(regions=128, last_regions=128, channels=32, pixels=16, stages=2),
             Tile(regions=128, up_to=ANY, channels=16, pixels=16, stages=2),
         ),
         8: (
-            Tile(regions=256, channels=16, pixels=16),
+            Tile(regions=64, last_regions=64, channels=16, pixels=16),
             Tile(regions=128, up_to=ANY, channels=16, pixels=16),
         ),
     },
 )
 
-# Sums over pixels: all regions if they are up to 256, then as many channels as registers hold.
+# Sums over pixels: all regions if they are up to 256, in two tiles, then as many channels as registers hold.
 SUMS = TileTable(
     "attention.sums",
     {
         2: (
-            Tile(regions=128, channels=128, pixels=32, stages=3),
-            Tile(regions=256, channels=128, pixels=64, stages=3, when=has_wgmma),
-            Tile(regions=256, channels=128, pixels=32),
-            Tile(regions=128, up_to=ANY, channels=128, pixels=32, stages=3),
+            Tile(regions=64, last_regions=64, channels=128, pixels=32, stages=3),
+            Tile(regions=128, last_regions=32, channels=128, pixels=64, stages=3, when=has_wgmma_and_vectors),
+            Tile(regions=128, last_regions=64, channels=128, pixels=64, stages=3, when=has_wgmma_and_vectors),
+            Tile(regions=128, last_regions=128, channels=128, pixels=64, stages=3, when=has_wgmma_and_vectors),
+            Tile(regions=128, last_regions=64, channels=128, pixels=32, stages=3),
+            Tile(regions=128, last_regions=128, channels=64, pixels=32, stages=3),
+            Tile(regions=64, last_regions=64, up_to=ANY, channels=128, pixels=32, stages=3, resident=2),
         ),
         4: (
-            Tile(regions=256, channels=64, pixels=16, stages=2),
-            Tile(regions=128, up_to=ANY, channels=64, pixels=16, stages=2),
+            Tile(regions=64, last_regions=64, channels=64, pixels=16, stages=2, resident=2),
+            Tile(regions=128, last_regions=32, channels=64, pixels=32, stages=2),
+            Tile(regions=128, last_regions=64, channels=64, pixels=16, stages=2, resident=2),
+            Tile(regions=128, last_regions=128, channels=64, pixels=16, stages=2, when=is_not_turing),
+            Tile(regions=128, last_regions=128, channels=32, pixels=16, stages=2),
+            Tile(regions=64, last_regions=64, up_to=ANY, channels=64, pixels=16, stages=2, resident=2),
         ),
         8: (
-            Tile(regions=256, channels=32, pixels=16),
-            Tile(regions=128, up_to=ANY, channels=32, pixels=16),
+            Tile(regions=128, last_regions=128, channels=32, pixels=16, resident=2),
+            Tile(regions=64, last_regions=64, up_to=ANY, channels=32, pixels=16, resident=2),
         ),
     },
 )
@@ -79,43 +124,49 @@ def of_either(problem: Problem) -> Problem:
     return replace(problem, channels=max(problem.channels, problem.outputs))
 
 
-def has_asynchronous_copies(problem: Problem) -> bool:
-    """Whether loads can go past registers, into shared memory."""
-    capability = problem.device.capability
-    return capability is not None and capability >= (8, 0)
-
-
 # In one pass, where there are few regions: a program holds all channels, values and regions, and some pixels at a time.
 
 
-def _is_one_pass(problem: Problem) -> bool:
-    """Whether dkey and dvalue fit in a program's registers, and key and value in its shared memory."""
+def _bytes(problem: Problem) -> int:
+    """Of key and value in a program, whose sums dkey and dvalue are."""
     regions, channels, outputs = map(padded, (problem.regions, problem.channels, problem.outputs))
-    return regions <= 128 and (channels + outputs) * regions * problem.itemsize <= 32768
+    return (channels + outputs) * regions * problem.itemsize
 
 
 def _forward_in_one_pass(problem: Problem) -> Tile | None:
-    if problem.itemsize > 2 or not _is_one_pass(problem):
-        return None
     regions, channels, outputs = map(padded, (problem.regions, problem.channels, problem.outputs))
-    pixels = min(128, 8192 // max(channels, outputs, 2 * regions))
+    if problem.itemsize > 2 or regions > 128 or _bytes(problem) > 32768:
+        return None
+    pixels = min(128 if has_asynchronous_copies(problem) else 64, 8192 // max(channels, outputs, 2 * regions))
     if problem.scattered or not has_asynchronous_copies(problem):
         return Tile(regions, channels, outputs, pixels, stages=1)
     return Tile(regions, channels, outputs, pixels, warps=4, stages=3)
 
 
 def _backward_in_one_pass(problem: Problem) -> Tile | None:
-    if not _is_one_pass(problem):
-        return None
+    """Where sums of all pixels fit in a program's registers; addresses take some of them, too."""
     regions, channels, outputs = map(padded, (problem.regions, problem.channels, problem.outputs))
-    if problem.itemsize > 2 or not has_asynchronous_copies(problem):
+    is_float32, scattered, size = problem.itemsize > 2, problem.scattered, _bytes(problem)
+    if is_float32:
+        most = 32768 if regions == 16 and scattered < 2 and has_asynchronous_copies(problem) else 16384
+    else:
+        most = 65536 if has_wgmma_and_vectors(problem) else 32768
+    if regions > 128 or size > most:
+        return None
+    if is_float32 or not has_asynchronous_copies(problem):
         step, stages = 8192, 1
     elif has_wgmma(problem):
-        step, stages = 32768 if problem.scattered else 65536, 3
+        step, stages = 32768 if scattered else 65536, 3
     else:
-        step, stages = (32768, 1) if problem.scattered else (16384, 3)
-    pixels = max(16, min(64, 2048 // regions, step // (2 * max(channels, outputs) * problem.itemsize)))
-    return Tile(regions, channels, outputs, pixels, stages=stages)
+        step, stages = (32768, 1) if scattered else (16384, 3)
+    if scattered == 2 and not is_float32:
+        regions = max(32, regions)  # of 16 it spills
+    pixels = min(
+        64,
+        (1024 if is_float32 or scattered == 2 else 2048) // regions,
+        step // (2 * max(channels, outputs) * problem.itemsize),
+    )
+    return Tile(regions, channels, outputs, 16 if size > 32768 else max(16, pixels), stages=stages)
 
 
 FORWARD_IN_ONE_PASS = TileRule("attention.forward_in_one_pass", _forward_in_one_pass, ("pixels",))

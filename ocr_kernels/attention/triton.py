@@ -1,9 +1,10 @@
 """Pixel-region attention in Triton: forward, and backward in two forms.
 
 Every tensor is addressed as `[B, channels, N]` with its strides, so both memory formats are read in place.
-A program holds all K regions up to 256, so the softmax over regions stays inside it, and the query and the incoming
-gradient pass through memory once per kernel. More regions have kernels of their own. So have few regions, whose key and
-value stay in a program that goes over many pixels, while the loads of the next ones are under way.
+A program holds all K regions up to 256, in two tiles, so that little of them is padding: the softmax over regions stays
+inside it, and the query and the incoming gradient pass through memory once per kernel. More regions have kernels of
+their own. So have few regions, whose key and value stay in a program that goes over many pixels, while the loads of the
+next ones are under way.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from ocr_kernels.core.layout import statistics_dtype
 from ocr_kernels.core.tiles import Problem, Tile, has_wgmma
 from ocr_kernels.core.triton_device import (
     add_product,
+    exponential,
     finite,
     image_of,
     load_tile,
@@ -60,13 +62,25 @@ def channel_product(
 
 
 @triton.jit
-def region_scores(
-    query, key, k0, n0, K, factor,
-    NUMBERS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
+def channel_products(
+    pixels, regions, n0, NUMBERS: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """factor * q . k, a [BLOCK_N, BLOCK_K] tile, with -inf where there is no region."""
-    scores = channel_product(query, key, k0, n0, NUMBERS, BLOCK_C, BLOCK_K, BLOCK_N) * factor
-    return tl.where((k0 + tl.arange(0, BLOCK_K) < K)[None, :], scores, float("-inf"))
+    """The same of the first BLOCK_K regions, and of BLOCK_L after them."""
+    total = tl.zeros([BLOCK_N, BLOCK_K], NUMBERS.accumulator)
+    last_total = tl.zeros([BLOCK_N, BLOCK_L], NUMBERS.accumulator)
+    for c0 in range(0, pixels.height, BLOCK_C):
+        p = load_tile(transposed(pixels), n0, c0, BLOCK_N, BLOCK_C)
+        total = add_product(total, p, load_tile(regions, c0, 0, BLOCK_C, BLOCK_K), NUMBERS)
+        last_total = add_product(last_total, p, load_tile(regions, c0, BLOCK_K, BLOCK_C, BLOCK_L), NUMBERS)
+    return total, last_total
+
+
+@triton.jit
+def masked_scores(products, k0, K, factor):
+    """factor * q . k, with -inf where there is no region."""
+    regions = k0 + tl.arange(0, products.shape[1])
+    return tl.where((regions < K)[None, :], products * factor, float("-inf"))
 
 
 @triton.jit
@@ -87,7 +101,7 @@ def pixel_region_attention_forward_kernel(
     value, value_strides,  # [B, V, row_length]
     D, V, K, N, row_length, scale: tl.float64,
     NUMBERS: tl.constexpr, ALIGNMENT: tl.constexpr, INT64: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """A program owns a tile of pixels, all their regions and all their channels."""
     _, n0, image = tile_of_program(1, N, BLOCK_N)
@@ -97,12 +111,17 @@ def pixel_region_attention_forward_kernel(
     value = image_of(value, value_strides, image, V, row_length, 1, INT64)
     factor = tl.full((), scale, NUMBERS.accumulator)
 
-    scores = region_scores(query, key, 0, n0, K, factor, NUMBERS, BLOCK_C, BLOCK_K, BLOCK_N)
-    weights = narrow(tl.exp(scores - finite(tl.max(scores, 1))[:, None]) * NUMBERS.lift, NUMBERS.dot)
-    inverse = 1.0 / tl.sum(weights.to(NUMBERS.accumulator), 1)  # of what enters the product
+    scores, last_scores = channel_products(query, key, n0, NUMBERS, BLOCK_C, BLOCK_K, BLOCK_L, BLOCK_N)
+    scores, last_scores = masked_scores(scores, 0, K, factor), masked_scores(last_scores, BLOCK_K, K, factor)
+    maximum = finite(tl.maximum(tl.max(scores, 1), tl.max(last_scores, 1)))[:, None]
+    weights = narrow(exponential(scores - maximum) * NUMBERS.lift, NUMBERS.dot)
+    last_weights = narrow(exponential(last_scores - maximum) * NUMBERS.lift, NUMBERS.dot)
+    total = tl.sum(weights.to(NUMBERS.accumulator), 1)  # of what enters the product
+    inverse = (1.0 / (total + tl.sum(last_weights.to(NUMBERS.accumulator), 1)))[:, None]
     for v0 in range(0, V, BLOCK_C):
         context = product(weights, load_tile(transposed(value), 0, v0, BLOCK_K, BLOCK_C), NUMBERS)
-        store_tile(transposed(out), context * inverse[:, None], n0, v0)
+        last_value = load_tile(transposed(value), BLOCK_K, v0, BLOCK_L, BLOCK_C)
+        store_tile(transposed(out), add_product(context, last_weights, last_value, NUMBERS) * inverse, n0, v0)
 
 
 @triton.jit
@@ -128,11 +147,12 @@ def pixel_region_attention_forward_many_kernel(
     total = tl.zeros([BLOCK_N], NUMBERS.accumulator)
     context = tl.zeros([BLOCK_N, BLOCK_C], NUMBERS.accumulator)
     for k0 in range(0, K, BLOCK_K):
-        scores = region_scores(query, key, k0, n0, K, factor, NUMBERS, BLOCK_C, BLOCK_K, BLOCK_N)
+        scores = channel_product(query, key, k0, n0, NUMBERS, BLOCK_C, BLOCK_K, BLOCK_N)
+        scores = masked_scores(scores, k0, K, factor)
         new_maximum = tl.maximum(maximum, tl.max(scores, 1))
         shift = finite(new_maximum)
-        weights = narrow(tl.exp(scores - shift[:, None]) * NUMBERS.lift, NUMBERS.dot)
-        decay = tl.exp(maximum - shift)
+        weights = narrow(exponential(scores - shift[:, None]) * NUMBERS.lift, NUMBERS.dot)
+        decay = exponential(maximum - shift)
         total = total * decay + tl.sum(weights.to(NUMBERS.accumulator), 1)
         part = product(weights, load_tile(transposed(value), k0, v0, BLOCK_K, BLOCK_C), NUMBERS)
         context = context * decay[:, None] + part_of_sum(part, v0, V)
@@ -166,7 +186,7 @@ def pixel_region_attention_forward_few_kernel(
         q = load_tile(query, 0, n0, BLOCK_C, BLOCK_N)
         scores = product(tl.trans(key), q, NUMBERS) * factor
         scores = tl.where((tl.arange(0, BLOCK_K) < K)[:, None], scores, float("-inf"))
-        weights = narrow(tl.exp(scores - finite(tl.max(scores, 0))[None, :]) * NUMBERS.lift, NUMBERS.dot)
+        weights = narrow(exponential(scores - finite(tl.max(scores, 0))[None, :]) * NUMBERS.lift, NUMBERS.dot)
         inverse = 1.0 / tl.sum(weights.to(NUMBERS.accumulator), 0)  # of what enters the product
         store_tile(out, product(value, weights, NUMBERS) * inverse[None, :], 0, n0)
 
@@ -188,7 +208,7 @@ def forward(out: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: float
             return
         tile = tiles.FORWARD.choose(tiles.of_either(problem))
         kernel, programs = pixel_region_attention_forward_kernel, batch * cdiv(pixels, tile.pixels)
-        if tile.regions < regions:
+        if tile.all_regions < regions:
             kernel = pixel_region_attention_forward_many_kernel
             programs *= cdiv(value_channels, tile.channels)
         key, value = aligned_rows(key, value)
@@ -199,8 +219,14 @@ def forward(out: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: float
         )  # fmt: skip
 
 
+def _scattered(*pixel_tensors: Tensor) -> int:
+    """In channels last, where pixels have strides of their own, channels are what one address serves for."""
+    together = alignment(*(t for t in pixel_tensors if t.stride(1) != 1))
+    return 2 if together == 1 else int(together < 8)
+
+
 def _problem(query: Tensor, value: Tensor, *pixel_tensors: Tensor) -> Problem:
-    scattered = alignment(query, *pixel_tensors) < 8 and query.stride(1) != 1
+    scattered = _scattered(query, *pixel_tensors)
     _, outputs, regions = value.shape
     itemsize = numbers_of(query).itemsize
     return Problem(itemsize, device_facts(query.device), query.shape[1], regions, outputs, scattered)
@@ -242,7 +268,7 @@ def pixel_region_attention_backward_kernel(
         scores = product(tl.trans(key), q, NUMBERS) * factor
         scores = tl.where((tl.arange(0, BLOCK_K) < K)[:, None], scores, float("-inf"))
         scores = tl.where((n0 + tl.arange(0, BLOCK_N) < N)[None, :], scores, 0.0)  # 0 times an infinite key is NaN
-        weights = tl.exp(scores - tl.max(scores, 0)[None, :])
+        weights = exponential(scores - tl.max(scores, 0)[None, :])
         if NEED_QUERY or NEED_KEY:
             dweights = product(tl.trans(value), dy, NUMBERS)
             dweights -= of_highest(dweights, weights, 0)[None, :]
@@ -279,7 +305,7 @@ def pixel_region_attention_backward_maps_kernel(
     D, V, K, N, row_length, scale: tl.float64,
     NEED_SCORES: tl.constexpr, NEED_VALUE: tl.constexpr,
     NUMBERS: tl.constexpr, ALIGNMENT: tl.constexpr, MAP_ALIGNMENT: tl.constexpr, INT64: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """The two maps that the gradients are products of; a program owns a tile of pixels, all regions and channels."""
     _, n0, image = tile_of_program(1, N, BLOCK_N)
@@ -291,17 +317,25 @@ def pixel_region_attention_backward_maps_kernel(
     value = image_of(value, value_strides, image, V, row_length, 1, INT64)
     factor = tl.full((), scale, NUMBERS.accumulator)
 
-    scores = region_scores(query, key, 0, n0, K, factor, NUMBERS, BLOCK_C, BLOCK_K, BLOCK_N)
-    weights = tl.exp(scores - finite(tl.max(scores, 1))[:, None])
+    scores, last_scores = channel_products(query, key, n0, NUMBERS, BLOCK_C, BLOCK_K, BLOCK_L, BLOCK_N)
+    scores, last_scores = masked_scores(scores, 0, K, factor), masked_scores(last_scores, BLOCK_K, K, factor)
+    maximum = finite(tl.maximum(tl.max(scores, 1), tl.max(last_scores, 1)))[:, None]
+    weights, last_weights = exponential(scores - maximum), exponential(last_scores - maximum)
     if NEED_SCORES:
-        dweights = channel_product(grad, value, 0, n0, NUMBERS, BLOCK_C, BLOCK_K, BLOCK_N)
-        dweights -= of_highest(dweights, weights, 1)[:, None]
-    weights *= (1.0 / tl.sum(weights, 1))[:, None]
+        dweights, last_dweights = channel_products(grad, value, n0, NUMBERS, BLOCK_C, BLOCK_K, BLOCK_L, BLOCK_N)
+        highest = tl.maximum(of_highest(dweights, weights, 1), of_highest(last_dweights, last_weights, 1))[:, None]
+        dweights -= highest
+        last_dweights -= highest
+    inverse = (1.0 / (tl.sum(weights, 1) + tl.sum(last_weights, 1)))[:, None]
+    weights *= inverse
+    last_weights *= inverse
     if NEED_VALUE:
         store_tile(transposed(weights_map), weights * NUMBERS.lift, n0, 0)
+        store_tile(transposed(weights_map), last_weights * NUMBERS.lift, n0, BLOCK_K)
     if NEED_SCORES:
-        dscores = weights * (dweights - tl.sum(weights * dweights, 1)[:, None])
-        store_tile(transposed(dscores_map), dscores, n0, 0)
+        delta = (tl.sum(weights * dweights, 1) + tl.sum(last_weights * last_dweights, 1))[:, None]
+        store_tile(transposed(dscores_map), weights * (dweights - delta), n0, 0)
+        store_tile(transposed(dscores_map), last_weights * (last_dweights - delta), n0, BLOCK_K)
 
 
 @triton.jit
@@ -333,11 +367,12 @@ def pixel_region_attention_backward_many_maps_kernel(
     highest = tl.zeros([BLOCK_N], NUMBERS.accumulator)  # dw of the maximum
     delta = tl.zeros([BLOCK_N], NUMBERS.accumulator)  # sum over k of w * (dw - highest)
     for k0 in range(0, K, BLOCK_K):
-        scores = region_scores(query, key, k0, n0, K, factor, NUMBERS, BLOCK_C, BLOCK_K, BLOCK_N)
+        scores = channel_product(query, key, k0, n0, NUMBERS, BLOCK_C, BLOCK_K, BLOCK_N)
+        scores = masked_scores(scores, k0, K, factor)
         new_maximum = tl.maximum(maximum, tl.max(scores, 1))
         shift = finite(new_maximum)
-        decay = tl.exp(maximum - shift)
-        weights = tl.exp(scores - shift[:, None])
+        decay = exponential(maximum - shift)
+        weights = exponential(scores - shift[:, None])
         if NEED_SCORES:
             dweights = channel_product(grad, value, k0, n0, NUMBERS, BLOCK_C, BLOCK_K, BLOCK_N)
             new_highest = of_highest(dweights, weights, 1)
@@ -349,8 +384,9 @@ def pixel_region_attention_backward_many_maps_kernel(
         maximum = new_maximum
     delta /= total
     for k0 in range(0, K, BLOCK_K):
-        scores = region_scores(query, key, k0, n0, K, factor, NUMBERS, BLOCK_C, BLOCK_K, BLOCK_N)
-        weights = tl.exp(scores - finite(maximum)[:, None]) / total[:, None]
+        scores = channel_product(query, key, k0, n0, NUMBERS, BLOCK_C, BLOCK_K, BLOCK_N)
+        scores = masked_scores(scores, k0, K, factor)
+        weights = exponential(scores - finite(maximum)[:, None]) / total[:, None]
         if NEED_VALUE:
             store_tile(transposed(weights_map), weights * NUMBERS.lift, n0, k0)
         if NEED_SCORES:
@@ -366,20 +402,25 @@ def pixel_region_attention_backward_regions_kernel(
     region_map, map_strides,  # [B, K, N]: the scores' gradient or the weights
     C, K, N, row_length, split_length, splits, scale: tl.float64,
     NUMBERS: tl.constexpr, ALIGNMENT: tl.constexpr, MAP_ALIGNMENT: tl.constexpr, INT64: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """scale * sum over pixels of pixels[c, n] * region_map[k, n]: dkey or dvalue."""
-    c0, k0, program, start = split_of_program(C, K, splits, split_length, BLOCK_C, BLOCK_K)
+    c0, k0, program, start = split_of_program(C, K, splits, split_length, BLOCK_C, BLOCK_K + BLOCK_L)
     image = tl.cast(program // splits, tl.int64)
     pixels = image_of(pixels, pixels_strides, image, C, N, ALIGNMENT, INT64)
     region_map = image_of(region_map, map_strides, image, K, N, MAP_ALIGNMENT, INT64)
     total = tl.zeros([BLOCK_C, BLOCK_K], NUMBERS.accumulator)
+    last_total = tl.zeros([BLOCK_C, BLOCK_L], NUMBERS.accumulator)
     for n0 in range(start, min(start + split_length, pixels.width), BLOCK_N):
         p = load_tile(pixels, c0, n0, BLOCK_C, BLOCK_N)
         r = load_tile(region_map, k0, n0, BLOCK_K, BLOCK_N)
+        last = load_tile(region_map, k0 + BLOCK_K, n0, BLOCK_L, BLOCK_N)
         total = add_product(total, p, tl.trans(r), NUMBERS)
+        last_total = add_product(last_total, p, tl.trans(last), NUMBERS)
     partial = rows_of(partial + tl.cast(program, tl.int64) * C * row_length, C, row_length, row_length)
-    store_tile(partial, total * tl.full((), scale, NUMBERS.accumulator), c0, k0)
+    factor = tl.full((), scale, NUMBERS.accumulator)
+    store_tile(partial, total * factor, c0, k0)
+    store_tile(partial, last_total * factor, c0, k0 + BLOCK_K)
 
 
 def backward(
@@ -397,7 +438,7 @@ def backward(
     problem = _problem(q, value, dy, q if dq is None else dq)
     with torch.cuda.device_of(q):
         if tile := tiles.BACKWARD_IN_ONE_PASS.choose(problem):
-            pixels_first = problem.itemsize == 2 and has_wgmma(problem)
+            pixels_first = problem.itemsize == 2 and has_wgmma(problem) and tile.regions < 64
             _backward_in_one_pass(tile, pixels_first, dq, dkey, dvalue, dy, q, key, value, scale)
         else:
             _backward_in_maps(problem, dq, dkey, dvalue, dy, q, key, value, scale)
@@ -438,7 +479,7 @@ def _backward_in_maps(
     a_map = dscores if need_scores else weights
     numbers, tile = numbers_of(query), tiles.MAPS.choose(tiles.of_either(problem))
     kernel = pixel_region_attention_backward_maps_kernel
-    if tile.regions < regions:
+    if tile.all_regions < regions:
         kernel = pixel_region_attention_backward_many_maps_kernel
     key_rows, value_rows = aligned_rows(key, value)
     kernel[(batch * cdiv(pixels, tile.pixels),)](
@@ -462,9 +503,11 @@ def _sum_over_pixels(out: Tensor, pixels: Tensor, region_map: Tensor, scale: flo
     batch, channels, length = pixels.shape
     regions = region_map.shape[1]
     numbers, device = numbers_of(pixels), device_facts(pixels.device)
-    tile = tiles.SUMS.choose(Problem(numbers.itemsize, device, channels, regions))
-    programs = cdiv(channels, tile.channels) * cdiv(regions, tile.regions) * batch
-    split_length, splits = split(length, tile.pixels, programs, 2 * device.multiprocessors)
+    tile = tiles.SUMS.choose(
+        Problem(numbers.itemsize, device, channels, regions, scattered=_scattered(pixels, region_map))
+    )
+    programs = cdiv(channels, tile.channels) * cdiv(regions, tile.all_regions) * batch
+    split_length, splits = split(length, tile.pixels, programs, tile.resident * device.multiprocessors)
     shape = batch, splits, channels, round_up(regions)
     partial = pixels.new_empty(shape, dtype=statistics_dtype(pixels))
     pixel_region_attention_backward_regions_kernel[(programs * splits,)](

@@ -84,7 +84,9 @@ class Passes:
 
     def layer(self, name: str, weight: Tensor, bias: Tensor, tile: Tensor, slope: float) -> Tensor:
         """activation(W tile + bias), in memory that may be that of other tiles of that name."""
-        return self.layer_into(self.empty(name, len(weight), slice(0, tile.shape[1]), tile.dtype), weight, bias, tile, slope)
+        return self.layer_into(
+            self.empty(name, len(weight), slice(0, tile.shape[1]), tile.dtype), weight, bias, tile, slope
+        )
 
     def layer_into(self, out: Tensor, weight: Tensor, bias: Tensor, tile: Tensor, slope: float) -> Tensor:
         """The same in `out`, which may be part of a map; the bias may be in the dtype of statistics."""

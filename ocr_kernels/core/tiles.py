@@ -33,12 +33,12 @@ class Problem:
     channels: int
     regions: int = 0
     outputs: int = 0  # channels that are made from others, or those of an attention's values
-    scattered: bool = False  # whether tiles take more registers: of wider elements, or with an address for each
+    scattered: int = 0  # whether tiles take more registers: 1: of wider elements, or of few an address; 2: of one
 
     @property
     def key(self) -> tuple[int, ...]:
         """What it is on any device."""
-        return self.itemsize, self.channels, self.regions, self.outputs, int(self.scattered)
+        return self.itemsize, self.channels, self.regions, self.outputs, self.scattered
 
 
 def always(problem: Problem) -> bool:
@@ -51,8 +51,14 @@ def has_wgmma(problem: Problem) -> bool:
     return capability is not None and (9, 0) <= capability < (12, 0)
 
 
+def has_asynchronous_copies(problem: Problem) -> bool:
+    """Whether loads can go past registers, into shared memory."""
+    capability = problem.device.capability
+    return capability is not None and capability >= (8, 0)
+
+
 def is_scattered(problem: Problem) -> bool:
-    return problem.scattered
+    return problem.scattered > 0
 
 
 ANY = 1 << 62  # number of regions
@@ -84,9 +90,13 @@ class Tile:
 
     def cut_to(self, problem: Problem) -> Tile:
         """The tile, no larger than the problem."""
+        regions, last_regions = self.regions and padded(problem.regions, self.regions), self.last_regions
+        if last_regions and problem.regions <= self.regions:
+            regions = last_regions = max(16, regions // 2)
         return replace(
             self,
-            regions=self.regions and padded(problem.regions, self.regions),
+            regions=regions,
+            last_regions=last_regions,
             channels=self.channels and padded(problem.channels, self.channels),
             outputs=self.outputs and padded(problem.outputs, self.outputs),
         )

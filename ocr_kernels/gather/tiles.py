@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ocr_kernels.core.tiles import ANY, Tile, TileTable, has_wgmma, is_scattered
+from ocr_kernels.core.tiles import ANY, Tile, TileTable, has_asynchronous_copies, has_wgmma, is_scattered
 
 FEW = 64
 """Regions up to which their maxima are found on the way."""
@@ -18,7 +18,11 @@ FORWARD = TileTable(
             Tile(regions=32, channels=128, pixels=32, warps=4, stages=2, resident=2),
             Tile(regions=64, channels=128, pixels=64, stages=2),
         ),
-        4: (Tile(regions=64, channels=64, pixels=16, stages=2, resident=2),),
+        4: (
+            Tile(regions=64, channels=64, pixels=16, stages=2, resident=2, when=is_scattered),
+            Tile(regions=32, channels=128, pixels=16, warps=4, stages=2, resident=2),
+            Tile(regions=64, channels=64, pixels=16, stages=2, resident=2),
+        ),
         8: (Tile(regions=64, channels=32, pixels=16, resident=2),),
     },
 )
@@ -57,7 +61,7 @@ BACKWARD = TileTable(
     {
         2: (
             Tile(regions=64, channels=32, pixels=64, stages=3, when=is_scattered),
-            Tile(regions=32, channels=64, pixels=128, stages=3),
+            Tile(regions=32, channels=64, pixels=128, stages=3, when=has_asynchronous_copies),
             Tile(regions=64, channels=64, pixels=64, stages=3, when=has_wgmma),
             Tile(regions=64, channels=32, pixels=64, stages=3),
             Tile(regions=256, channels=64, pixels=64, stages=3, when=has_wgmma),
