@@ -18,7 +18,7 @@ from ocr_kernels.attention import tiles as attention
 from ocr_kernels.bench.cases import Case
 from ocr_kernels.block.triton_inference import PIXELS_AT_ONCE, pixels_at_once
 from ocr_kernels.core.backends import interpreting
-from ocr_kernels.core.tiles import Problem, TileTable
+from ocr_kernels.core.tiles import Problem, Tile, TileTable
 from ocr_kernels.core.triton_host import numbers_of, split
 from ocr_kernels.gather import tiles as gather
 
@@ -137,6 +137,17 @@ def test_tiles_for_any_problem(table: TileTable, all_regions: tuple[int, ...], i
             assert tile.channels <= 32
             assert tile.regions <= max(16, 2 * regions - 1)
             assert tile.shared * 1024 <= architecture.facts.shared_memory
+
+
+@pytest.mark.parametrize(
+    ("regions", "first", "last"),
+    [(1, 16, 16), (32, 16, 16), (33, 32, 32), (128, 64, 64), (129, 128, 32), (160, 128, 32)],
+)
+def test_two_tiles_of_regions(regions: int, first: int, last: int) -> None:
+    problem = Problem(2, ARCHITECTURES["sm_90"].facts, channels=20, regions=regions)
+    tile = Tile(regions=128, last_regions=32).cut_to(problem)
+    assert (tile.regions, tile.last_regions) == (first, last)
+    assert regions <= tile.all_regions
 
 
 @pytest.mark.parametrize("programs", [1, 3, 4, 131, 132, 133, 200, 1000])

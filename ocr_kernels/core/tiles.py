@@ -89,7 +89,7 @@ class Tile:
         return self.regions + self.last_regions
 
     def cut_to(self, problem: Problem) -> Tile:
-        """The tile, no larger than the problem."""
+        """The tile, no larger than the problem; two tiles of regions are halves of those that one would hold."""
         regions, last_regions = self.regions and padded(problem.regions, self.regions), self.last_regions
         if last_regions and problem.regions <= self.regions:
             regions = last_regions = max(16, regions // 2)
