@@ -220,7 +220,7 @@ def forward(out: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: float
 
 
 def _scattered(*pixel_tensors: Tensor) -> int:
-    """In channels last, where pixels have strides of their own, channels are what one address serves for."""
+    """As `Problem` has it. In channels last, channels lie together whatever the number of pixels."""
     together = alignment(*(t for t in pixel_tensors if t.stride(1) != 1))
     return 2 if together == 1 else int(together < 8)
 

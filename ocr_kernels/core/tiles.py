@@ -33,7 +33,7 @@ class Problem:
     channels: int
     regions: int = 0
     outputs: int = 0  # channels that are made from others, or those of an attention's values
-    scattered: int = 0  # whether tiles take more registers: 1: of wider elements, or of few an address; 2: of one
+    scattered: int = 0  # tiles take more registers: 1, for wider elements or an address for few; 2, for one each
 
     @property
     def key(self) -> tuple[int, ...]:
