@@ -177,6 +177,12 @@ def test_a_kernel_that_cannot_run_is_not_tuned_into_one_that_can(file: Path) -> 
     assert attention.FORWARD_IN_ONE_PASS.choose(many) is None
 
 
+def test_scattered_pixels_may_be_a_comparison(file: Path) -> None:
+    problem = replace(PROBLEM, scattered=True)
+    tuned.write(GPU, [row(problem=problem, pixels=16)], file)
+    assert gather.FORWARD.choose(problem).pixels == 16
+
+
 def test_rows_are_added_and_replaced(file: Path) -> None:
     tuned.write(GPU, [row(pixels=32)], file)
     tuned.write(GPU, [row(pixels=16), row("gather.backward", warps=4)], file)

@@ -38,7 +38,7 @@ class Problem:
     @property
     def key(self) -> tuple[int, ...]:
         """What it is on any device."""
-        return self.itemsize, self.channels, self.regions, self.outputs, self.scattered
+        return self.itemsize, self.channels, self.regions, self.outputs, int(self.scattered)
 
 
 def always(problem: Problem) -> bool:
