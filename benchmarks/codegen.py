@@ -34,6 +34,7 @@ import triton
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
@@ -149,7 +150,7 @@ class Shape:
 class BlockShape(Shape):
     """A case of inference by the block, from feats to class logits, with as many classes as regions."""
 
-    def launch(self) -> None:
+    def passes(self) -> dict[tuple[str, Pass], Callable[[], None]]:
         case = self.case
         batch, channels, key_channels, classes = case.batch, case.channels, case.key_channels, case.regions
         spatial = case.height, case.width
@@ -174,13 +175,17 @@ class BlockShape(Shape):
         feats = empty(batch, channels, *spatial, memory_format=self.memory_format)
         logits = empty(batch, classes, *spatial, memory_format=self.memory_format)
         key, contexts = empty(batch, key_channels, classes), empty(batch, channels, classes)
-        ocr_kernels.block.triton.infer(logits, feats, key, contexts, weights, 1.0, (0.0,) * 4, "logits")
+        infer = ocr_kernels.block.triton.infer
+        slopes = (0.0,) * 4
+        return {
+            ("inference", "forward"): lambda: infer(logits, feats, key, contexts, weights, 1.0, slopes, "logits"),
+        }
 
 
 class TrainingShape(Shape):
     """A case of training by the block, with BatchNorm's statistics and Dropout2d's mask."""
 
-    def launch(self) -> None:
+    def passes(self) -> dict[tuple[str, Pass], Callable[[], None]]:
         case = self.case
         batch, channels, depth, regions = case.batch, case.channels, case.key_channels, case.regions
         exact = torch.promote_types(self.dtype, torch.float32)
@@ -188,15 +193,22 @@ class TrainingShape(Shape):
         def empty(*shape: int, dtype: torch.dtype = self.dtype) -> Tensor:
             return torch.empty(shape, dtype=dtype, device="meta")
 
-        feats = empty(batch, channels, case.height, case.width).contiguous(memory_format=self.memory_format)
+        def pixels(channels: int) -> Tensor:
+            maps = empty(batch, channels, case.height, case.width)
+            return maps.contiguous(memory_format=self.memory_format)
+
+        feats, grad = pixels(channels), pixels(channels)
         matrices = [empty(depth, channels), empty(depth, depth), empty(channels, 2 * channels)]
         contexts = empty(batch, channels, regions, dtype=exact)
         vectors = [empty(n, dtype=exact) for n in (depth, depth, channels, channels) for _ in range(2)]
         tensors = feats, empty(batch, depth, regions), *matrices, contexts, vectors, empty(batch, channels, dtype=exact)
         settings = Settings(1.0, (0.0,) * 4, (1e-5,) * 4, ("",) * 4, True)
         kernels: Any = ocr_kernels.block.triton
-        z, *saved = kernels.forward(*tensors, settings)
-        kernels.backward(z, *tensors, saved, settings, (True,) * 14)
+        saved = *map(pixels, (depth, depth, regions, channels)), empty(4 * (depth + channels) + 4, dtype=exact)
+        return {
+            ("training", "forward"): lambda: kernels.forward(*tensors, settings),
+            ("training", "backward"): lambda: kernels.backward(grad, *tensors, saved, settings, (True,) * 14),
+        }
 
 
 def shapes(quick: bool) -> list[Shape]:
@@ -257,7 +269,8 @@ class Launch:
 
     @property
     def name(self) -> str:
-        return self.kernel.split(":")[1].removeprefix("spatial_").removeprefix("pixel_region_").removesuffix("_kernel")
+        name = self.kernel.split(":")[1].removesuffix("_kernel")
+        return name.removeprefix("spatial_").removeprefix("pixel_region_").removeprefix("ocr_")
 
     def __str__(self) -> str:
         named = [(name, self.constant(name)) for name, _ in self.signature]
@@ -304,6 +317,8 @@ class Call:
     programs: int
     numbers: dict[str, int]
     bytes: int  # of its different tensors
+    multiply_adds: int = 0  # of a product of PyTorch's
+    itemsize: int = 0  # of what it multiplies
 
 
 class Operations(TorchDispatchMode):
@@ -316,7 +331,11 @@ class Operations(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if not func.is_view and "empty" not in func.__name__:
-            self.recorded.append(Call(func.__name__, 1, {}, _bytes((args, kwargs, result))))
+            product: tuple[int, int] = 0, 0
+            if count := flop_registry.get(func.overloadpacket):
+                operands = [each for each in args if not isinstance(each, torch.dtype)]
+                product = count(*operands, out_val=result) // 2, operands[0].itemsize
+            self.recorded.append(Call(func.__name__, 1, {}, _bytes((args, kwargs, result)), *product))
         return result
 
 

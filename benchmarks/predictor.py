@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache, partial
+from itertools import chain
 from math import ceil
 from multiprocessing import get_context
 from typing import NamedTuple
@@ -24,8 +25,8 @@ import torch
 
 from benchmarks import codegen
 from benchmarks.assembly import LOADS, MEMORY, Loop, Op, read_code
-from benchmarks.codegen import ARCHITECTURES, Call, Launch, Resources, Shape
-from ocr_kernels.bench.cases import CASES, SUBJECTS
+from benchmarks.codegen import ARCHITECTURES, BlockShape, Call, Launch, Resources, Shape, TrainingShape
+from ocr_kernels.bench.cases import CASES, SUBJECTS, Case, Pass, Work, block_work
 from ocr_kernels.bench.tune import RULES, climb, described, taken
 from ocr_kernels.core.tiles import Problem, Tile, TileRule
 
@@ -39,6 +40,7 @@ class Device:
     bandwidth: float  # bytes a microsecond that copies reach
     cache_bandwidth: float  # of the second-level cache
     products: float  # 16-bit multiply-adds a microsecond, dense: 70 % of the sheet's
+    wide_products: float  # the same in float32, of PyTorch's products
     issued: float = 0.55  # instructions a cycle, of each of a multiprocessor's four schedulers
     special: float = 1 / 8  # of them exponentials and reciprocals
     shared_bytes: int = 128  # that shared memory moves in a cycle
@@ -47,14 +49,18 @@ class Device:
     cache_latency: float = 0.4
     launch: float = 2.5  # microseconds
 
+    def least(self, bytes: int, multiply_adds: int, itemsize: int) -> tuple[float, float]:
+        """Microseconds that moving these bytes takes, and computing these products."""
+        return bytes / self.bandwidth, multiply_adds / (self.products if itemsize == 2 else self.wide_products)
+
 
 DEVICES = {
-    "A100": Device("sm_80", 1410, 1.7e6, 4.0e6, 1.1e8, cache=20e6),
-    "H100": Device("sm_90", 1700, 3.0e6, 5.5e6, 3.5e8),
-    "H200": Device("sm_90", 1700, 4.3e6, 5.5e6, 3.5e8),
-    "B200": Device("sm_100", 1850, 7.0e6, 10.0e6, 7.9e8, cache=60e6),
+    "A100": Device("sm_80", 1410, 1.7e6, 4.0e6, 1.1e8, 6.8e6, cache=20e6),
+    "H100": Device("sm_90", 1700, 3.0e6, 5.5e6, 3.5e8, 2.3e7),
+    "H200": Device("sm_90", 1700, 4.3e6, 5.5e6, 3.5e8, 2.3e7),
+    "B200": Device("sm_100", 1850, 7.0e6, 10.0e6, 7.9e8, 2.8e7, cache=60e6),
     # 16 lanes take four cycles for the 64 of a wavefront
-    "MI300X": Device("gfx942", 2100, 4.0e6, 10.0e6, 4.6e8, issued=0.25, special=1 / 16),
+    "MI300X": Device("gfx942", 2100, 4.0e6, 10.0e6, 4.6e8, 5.7e7, issued=0.25, special=1 / 16),
 }
 
 # How often a kernel's loops run, in the order in which they begin: quotients of arguments, rounded up. Where there is
@@ -75,6 +81,19 @@ LOOPS = {
     "attention_backward_maps": ["D/BLOCK_C", "V/BLOCK_C"],
     "attention_backward_many_maps": ["K/BLOCK_K", "D/BLOCK_C", "V/BLOCK_C", "K/BLOCK_K", "D/BLOCK_C", "V/BLOCK_C"],
     "attention_backward_regions": ["split_length/BLOCK_N"],
+    "block_moments": ["split_length/BLOCK_N"],
+    "block_norm": ["parts/BLOCK_N"],
+    "block_apply": [],
+    "block_gradient_sums": ["split_length/BLOCK_N"],
+    "block_norm_gradient": ["parts/BLOCK_N"],
+    "block_gradient": [],
+    "block_region_weights": ["D/BLOCK_C"],
+    "block_contexts": ["K/BLOCK_K"],
+    "block_contexts_gradient": ["Y/BLOCK_C"],
+    "block_softmax_gradient": ["K/BLOCK_C"],
+    "block_weights": ["C/BLOCK_C", "D/BLOCK_O"],
+    "block_fuse": ["C/BLOCK_C", "Y/BLOCK_C"],
+    "block_linear": ["C/BLOCK_C"],
 }
 
 
@@ -187,10 +206,10 @@ HEADER = f"{'tiles':23}blk waves   % in/B  KB left load store cv ba   us floor  
 
 
 def estimate(call: Call, device: Device) -> Estimate:
-    """Compile a launch, and say what it takes; an operation of PyTorch's takes as long as its bytes."""
+    """Compile a launch, and say what it takes; an operation of PyTorch's takes as long as its bytes or products."""
     if isinstance(call.launch, str):
-        floor = call.bytes / device.bandwidth
-        return Estimate(call, floor + device.launch, floor, "PyTorch")
+        floor, products = device.least(call.bytes, call.multiply_adds, call.itemsize)
+        return Estimate(call, joined({"": floor, "products": products}) + device.launch, floor, "PyTorch")
     compiled = call.launch.compile(ARCHITECTURES[device.architecture].target)
     resources = codegen.measured(device.architecture, compiled)
     return estimate_of(call, device, resources, read_code(codegen.instructions(compiled)))
@@ -276,6 +295,20 @@ def faults(found: Estimate, device: Device) -> list[str]:
     return [problem for problem, present in problems.items() if present]
 
 
+def floor_of(device: Device, case: Case, op: str, direction: Pass, dtype: torch.dtype) -> float:
+    """Microseconds that its inputs and outputs take, each moved once, or its products."""
+    pixels = case.batch * case.pixels
+    (block,) = block_work(case)[1:]
+    works = {
+        "inference": [
+            Work(pixels * (case.channels + case.regions), block.multiply_adds + pixels * case.channels * case.regions)
+        ],
+        "training": [block if direction == "forward" else Work(3 * pixels * case.channels, 2 * block.multiply_adds)],
+    }
+    found = works.get(op) or SUBJECTS[op].work(case, direction)
+    return sum(max(device.least(work.numbers * dtype.itemsize, work.multiply_adds, dtype.itemsize)) for work in found)
+
+
 def search(device: Device, run: Callable[[], None], estimates: Callable[[list[Call]], Iterable[Estimate]]) -> None:
     """Print the tiles that are best by the model, each with the time of all that `run` launches."""
 
@@ -310,9 +343,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name in args.devices or DEVICES:
             device = DEVICES[name]
             for case in args.case:
-                shape = Shape(CASES[case], dtype)
-                print(f"{name}: {shape}\n{'':27}{HEADER}")
-                for (op, direction), run in shape.passes().items():
+                shapes = [kind(CASES[case], dtype) for kind in (Shape, BlockShape, TrainingShape)]
+                print(f"{name}: {shapes[0]}\n{'':27}{HEADER}")
+                for (op, direction), run in chain(*(shape.passes().items() for shape in shapes)):
                     if args.search:
                         print(f"{op} {direction}")
                         search(device, run, partial(pool.map, partial(estimate, device=device)))
@@ -322,7 +355,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     for one in estimates:
                         print(one, *(f"  ^ {fault}" for fault in faults(one, device)), sep="\n")
                     total = sum(one.time for one in estimates)
-                    floor = SUBJECTS[op].bytes(CASES[case], direction, dtype) / device.bandwidth
+                    floor = floor_of(device, CASES[case], op, direction, dtype)
                     print(f"{f'= {op} {direction}':87}{total:7.1f}{floor:6.1f}{100 * floor / total:4.0f}", flush=True)
     return 0
 

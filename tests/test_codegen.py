@@ -59,10 +59,10 @@ def test_few_variants() -> None:
     """200 sizes of images compile a kernel once for each alignment (1, 2, 4, 8, 16), two where two tensors' matter."""
     lines = python("-m", "benchmarks.codegen", "--variants", "sm_90").stdout.splitlines()
     counts = {name: int(count) for count, name in (line.split() for line in lines[1:])}
-    assert len(counts) == 20
-    assert counts.pop("ocr_block_linear") <= 9
+    assert len(counts) == 21
+    assert counts.pop("block_linear") <= 9
     for name in ("apply", "gradient_sums", "gradient"):
-        assert counts.pop(f"ocr_block_{name}") <= 10  # with dropout's mask, and without
+        assert counts.pop(f"block_{name}") <= 10  # with dropout's mask, and without
     assert max(counts.values()) <= 5
 
 

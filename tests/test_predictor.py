@@ -10,9 +10,7 @@ from fresh import python
 
 pytest.importorskip("triton", reason="compiles with Triton")
 
-import ocr_kernels.attention.triton
 import ocr_kernels.core.triton_device
-import ocr_kernels.gather.triton
 from benchmarks import codegen, predictor
 from benchmarks.assembly import Loop, Op, read_code
 from benchmarks.codegen import ARCHITECTURES, Call, Launch, Resources
@@ -157,7 +155,7 @@ def test_turns_of_loops() -> None:
 
 
 def test_every_kernel_has_a_row() -> None:
-    modules = ocr_kernels.gather.triton, ocr_kernels.attention.triton, ocr_kernels.core.triton_device
+    modules = *codegen.OPS, ocr_kernels.core.triton_device
     kernels = {name for module in modules for name in vars(module) if name.endswith("_kernel")}
     assert {Launch(f"module:{name}", (), (), (), ()).name for name in kernels} == set(LOOPS)
 
@@ -240,10 +238,31 @@ def test_what_cannot_be_counted_is_an_error() -> None:
 
 # Today's kernels
 
-INFERENCE, TRAINING, ADE20K = "cityscapes-inference", "cityscapes-training", "ade20k"
-KNOWN = {  # 130 x 130 pixels are a few more than fill whole waves of programs
-    (ADE20K, kernel, "its last wave is less than 60 % full")
-    for kernel in ("gather_merge", "gather_backward", "attention_forward", "attention_backward_maps")
+CITYSCAPES = "cityscapes-inference", "cityscapes-training"
+ADE20K = "ade20k"
+WAVE, LOOP, NARROW = (
+    "its last wave is less than 60 % full",
+    "its loop waits for all that is under way",
+    "its loop loads fewer than 16 bytes at once",
+)
+KNOWN = {
+    # 130 x 130 pixels are a few more than fill whole waves of programs
+    *((ADE20K, kernel, WAVE) for kernel in ("gather_merge", "gather_backward")),
+    *((ADE20K, kernel, WAVE) for kernel in ("attention_forward", "attention_backward_maps")),
+    *((ADE20K, f"block_{kernel}", WAVE) for kernel in ("region_weights", "contexts", "softmax_gradient")),
+    *((ADE20K, f"block_{kernel}", WAVE) for kernel in ("weights", "linear", "apply", "gradient_sums", "gradient")),
+    # the last of three waves or more, of short programs
+    *((case, f"block_{kernel}", WAVE) for case in CITYSCAPES for kernel in ("apply", "gradient")),
+    (CITYSCAPES[0], "block_contexts", WAVE),
+    # two to four programs of a multiprocessor wait in turn
+    *((case, f"block_{kernel}", LOOP) for case in (*CITYSCAPES, ADE20K) for kernel in ("moments", "gradient_sums")),
+    *((case, f"block_{kernel}", LOOP) for case in CITYSCAPES for kernel in ("region_weights", "contexts_gradient")),
+    (ADE20K, "block_softmax_gradient", LOOP),
+    # three stages of its tiles do not fit
+    (ADE20K, "block_fuse", LOOP),
+    # what regions are in rows of 32 is loaded beside pixels
+    *((case, f"block_{kernel}", NARROW) for case in CITYSCAPES for kernel in ("fuse", "region_weights")),
+    *((case, "block_contexts_gradient", NARROW) for case in CITYSCAPES),
 }
 
 
@@ -251,7 +270,7 @@ KNOWN = {  # 130 x 130 pixels are a few more than fill whole waves of programs
 @pytest.mark.wide
 def test_kernels() -> None:
     """In bfloat16 on an H100: 16 bytes a load, copies always under way, last waves filled, no spills."""
-    process = python("-m", "benchmarks.predictor", "H100", "--case", INFERENCE, TRAINING, ADE20K)
+    process = python("-m", "benchmarks.predictor", "H100", "--case", *CITYSCAPES, ADE20K)
     assert process.returncode == 0, process.stdout + process.stderr
     found = set()
     case = kernel = ""

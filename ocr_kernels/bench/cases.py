@@ -157,7 +157,7 @@ def _attention_work(case: Case) -> Work:
     return Work(numbers, 2 * n * case.regions * case.key_channels)
 
 
-def _block_work(case: Case) -> list[Work]:
+def block_work(case: Case) -> list[Work]:
     """The gather needs all pixels before the rest can begin; the rest reads x and writes z."""
     n, c, d, k = case.batch * case.pixels, case.channels, case.key_channels, case.regions
     # what follows the attention has rank K for each pixel: W_up sum_k w_k v_k = sum_k w_k (W_up v_k)
@@ -169,7 +169,7 @@ def _block_work(case: Case) -> list[Work]:
 def _head_work(case: Case) -> list[Work]:
     """Convolutions that end with the gather, then what reads x and writes logits."""
     n, c, k, wide = case.batch * case.pixels, case.channels, case.regions, case.in_channels
-    gather, block = _block_work(case)
+    gather, block = block_work(case)
     convolutions = n * (9 * wide * c + wide * wide + wide * k)
     return [
         Work(n * (wide + c + k), convolutions + gather.multiply_adds),
@@ -343,8 +343,8 @@ _LAYERS = (
         "module",
         lambda c: [_pixels(c, c.channels), _pixels(c, c.regions)],
         lambda c: [_pixels(c, c.channels)],
-        _block_work,
-        lambda c: 2 * _products(_block_work(c)),
+        block_work,
+        lambda c: 2 * _products(block_work(c)),
         lambda c: Block(reference, c),
         lambda c, _: Block(modules, c),
         automatic=True,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from ocr_kernels.core.tiles import ANY, Problem, Tile, TileTable, has_wgmma, is_scattered
 
 MOST = 256  # regions, and channels of keys, that fit in a program's registers
+FEW = 64  # regions that fit beside two tiles of channels
 
 
 def has_scattered_wgmma(problem: Problem) -> bool:
@@ -18,7 +19,7 @@ WEIGHTS = TileTable(
         2: (
             Tile(regions=32, channels=64, outputs=64, pixels=128, stages=3, when=has_wgmma),
             Tile(regions=64, channels=64, outputs=32, pixels=128, stages=2, when=has_wgmma),
-            Tile(regions=256, channels=64, outputs=64, pixels=64, stages=2, when=has_wgmma),
+            Tile(regions=256, channels=64, outputs=64, pixels=64, stages=3, when=has_wgmma),
             Tile(regions=256, channels=32, outputs=32, pixels=64, stages=2),
         )
     },
@@ -42,21 +43,35 @@ FUSE = TileTable(
 )
 
 # A product with nothing else in it.
-LINEAR = TileTable("block.linear", {2: (Tile(channels=32, outputs=128, pixels=128, stages=2),)})
+LINEAR = TileTable(
+    "block.linear",
+    {
+        2: (
+            Tile(channels=64, outputs=128, pixels=128, stages=3, when=has_wgmma),
+            Tile(channels=32, outputs=128, pixels=128, stages=2),
+        )
+    },
+)
 
 # Of kernels that have no product: they go over a map once.
-PASS = Tile(channels=32, pixels=128)
+_PASSES = (
+    Tile(channels=32, pixels=64, warps=4, when=is_scattered),
+    Tile(channels=32, pixels=128, warps=4),
+)
+PASS = TileTable("block.pass", {2: _PASSES, 4: _PASSES, 8: (Tile(channels=32, pixels=32, warps=4),)})
 
 # Of kernels that add up what those left of splits of the pixels, so many splits at a time.
 PARTS = Tile(channels=32, pixels=32, warps=4)
 
-# All regions, then pixels, then channels of keys.
+# All regions, then pixels, then channels of keys. Here and below pixels are scattered or not.
 REGION_WEIGHTS = TileTable(
     "block.region_weights",
     {
         2: (
             Tile(regions=64, channels=64, pixels=128, stages=2, when=has_wgmma),
             Tile(regions=64, channels=32, pixels=64, stages=2),
+            Tile(regions=256, channels=32, pixels=64, stages=2, when=is_scattered),
+            Tile(regions=256, channels=32, pixels=64, warps=4, stages=3, when=has_wgmma),
             Tile(regions=256, channels=32, pixels=64, stages=2),
         ),
         4: (
@@ -71,9 +86,30 @@ REGION_WEIGHTS = TileTable(
 CONTEXTS = TileTable(
     "block.contexts",
     {
-        2: (Tile(regions=64, up_to=ANY, channels=64, pixels=128, stages=2),),
+        2: (
+            Tile(regions=32, channels=128, pixels=64, warps=4),
+            Tile(regions=32, up_to=ANY, channels=128, pixels=64, warps=4, stages=3, when=is_scattered),
+            Tile(regions=32, up_to=ANY, channels=128, pixels=128, warps=4, stages=3, when=has_wgmma),
+            Tile(regions=32, up_to=ANY, channels=128, pixels=64, warps=4, stages=3),
+        ),
         4: (Tile(regions=32, up_to=ANY, channels=64, pixels=64, stages=2),),
         8: (Tile(regions=16, up_to=ANY, channels=32, pixels=32),),
+    },
+)
+
+# All regions, then pixels, then channels of contexts.
+CONTEXTS_GRADIENT = TileTable(
+    "block.contexts_gradient",
+    {
+        2: (
+            Tile(regions=64, channels=32, pixels=128, warps=4, stages=2, when=has_wgmma),
+            Tile(regions=64, channels=32, pixels=64, warps=4, stages=2),
+        ),
+        4: (
+            Tile(regions=64, channels=16, pixels=32, stages=2, when=is_scattered),
+            Tile(regions=64, channels=32, pixels=32, stages=2),
+        ),
+        8: (Tile(regions=64, channels=16, pixels=16),),
     },
 )
 
@@ -84,7 +120,8 @@ SOFTMAX_GRADIENT = TileTable(
         2: (
             Tile(regions=64, channels=32, pixels=128, stages=2, when=has_wgmma),
             Tile(regions=128, channels=32, pixels=64, stages=2),
-            Tile(regions=256, channels=32, pixels=32, stages=2),
+            Tile(regions=256, channels=32, pixels=32, stages=2, when=is_scattered),
+            Tile(regions=256, channels=32, pixels=32, warps=4, stages=2),
         ),
         4: (
             Tile(regions=64, channels=16, pixels=64, stages=2),

@@ -18,20 +18,31 @@ from torch import Tensor
 from ocr_kernels.block import tiles
 from ocr_kernels.block.norms import Contexts, Gradients, Layer, Moments, Norm, Settings, split_statistics, statistics_of
 from ocr_kernels.block.passes import activation_backward_, empty_maps, maps_of
-from ocr_kernels.block.triton_inference import activated, infer
+from ocr_kernels.block.triton_inference import activated, add_bias, infer
 from ocr_kernels.core.layout import empty_in_format, statistics_dtype
-from ocr_kernels.core.tiles import Problem
+from ocr_kernels.core.tiles import Problem, Tile
 from ocr_kernels.core.triton_device import (
     add_product,
     finite,
     image_of,
     load_tile,
     narrow,
+    product,
     split_of_program,
     store_tile,
     tile_of_program,
+    transposed,
 )
-from ocr_kernels.core.triton_host import aligned_rows, cdiv, constants, device_facts, numbers_of, split
+from ocr_kernels.core.triton_host import (
+    aligned_rows,
+    alignment,
+    cdiv,
+    constants,
+    device_facts,
+    numbers_of,
+    round_up,
+    split,
+)
 
 __all__ = ["backward", "forward", "infer"]
 
@@ -307,6 +318,35 @@ def ocr_block_contexts_kernel(
 
 
 @triton.jit(do_not_specialize=["N"])
+def ocr_block_contexts_gradient_kernel(
+    dweights, dweights_strides,  # [B, K, N]: what dw is without rho's norm
+    dy, dy_strides,  # [B, Y, N]: the gradient of y, and afterwards that of u w + offset
+    weights, weights_strides,  # [B, K, N]
+    u, u_strides,  # [B, Y, row_length], of which K are regions
+    offset,  # [B, Y]
+    Y, K, N, row_length,
+    SLOPE: tl.constexpr,
+    NUMBERS: tl.constexpr, ALIGNMENT: tl.constexpr, INT64: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """dweights = u' d, where d = dy through the activation of u w + offset takes the place of dy."""
+    _, n0, image = tile_of_program(1, N, BLOCK_N)
+    dweights = transposed(image_of(dweights, dweights_strides, image, K, N, ALIGNMENT, INT64))
+    dy = transposed(image_of(dy, dy_strides, image, Y, N, ALIGNMENT, INT64))
+    weights = transposed(image_of(weights, weights_strides, image, K, N, ALIGNMENT, INT64))
+    u = transposed(image_of(u, u_strides, image, Y, row_length, 1, False))
+    w = load_tile(weights, n0, 0, BLOCK_N, BLOCK_K)
+    dw = tl.zeros([BLOCK_N, BLOCK_K], NUMBERS.accumulator)
+    for c0 in range(0, Y, BLOCK_C):
+        u_tile = load_tile(u, 0, c0, BLOCK_K, BLOCK_C)
+        taken = add_bias(product(w, u_tile, NUMBERS), offset + image * Y, c0, Y)
+        d = masked(load_tile(dy, n0, c0, BLOCK_N, BLOCK_C).to(NUMBERS.accumulator), taken, SLOPE)
+        store_tile(dy, d, n0, c0)
+        dw = add_product(dw, narrow(d, NUMBERS.dot), tl.trans(u_tile), NUMBERS)
+    store_tile(dweights, dw, n0, 0)
+
+
+@triton.jit(do_not_specialize=["N"])
 def ocr_block_softmax_gradient_kernel(
     dscores, dscores_strides,  # [B, K, N]
     dweights, dweights_strides,  # [B, K, N]: what dw is without rho's norm
@@ -340,23 +380,34 @@ def ocr_block_softmax_gradient_kernel(
 # Launching them
 
 
-def _pass(*maps: Tensor) -> dict[str, object]:
-    """Arguments of a kernel that goes over these maps."""
-    arguments = constants(tiles.PASS, numbers_of(maps[-1]), maps)
-    return arguments | {"ACCUMULATOR": arguments.pop("NUMBERS").accumulator}
+def _is_scattered(*maps: Tensor) -> bool:
+    """Whether each pixel of these maps `[B, channels, N]` has an address of its own."""
+    return alignment(*maps) == 1 and maps[0].stride(1) != 1
 
 
-def _programs(maps: Tensor) -> tuple[int]:
+def _pass(*maps: Tensor) -> tuple[Tile, dict[str, object]]:
+    """The tile of a kernel that goes over maps of one shape, and its arguments."""
+    numbers = numbers_of(maps[-1])
+    device, channels = device_facts(maps[-1].device), maps[-1].shape[1]
+    tile = tiles.PASS.choose(Problem(numbers.itemsize, device, channels, scattered=_is_scattered(*maps)))
+    arguments = constants(tile, numbers, maps)
+    return tile, arguments | {"ACCUMULATOR": arguments.pop("NUMBERS").accumulator}
+
+
+def _programs(tile: Tile, maps: Tensor) -> tuple[int]:
     batch, channels, pixels = maps.shape
-    return (batch * cdiv(channels, tiles.PASS.channels) * cdiv(pixels, tiles.PASS.pixels),)
+    return (batch * cdiv(channels, tile.channels) * cdiv(pixels, tile.pixels),)
 
 
-def _splits(maps: Tensor) -> tuple[tuple[int], int, Tensor]:
-    """The grid of a kernel that sums over pixels, the length of a split, and the memory that it fills."""
+def _splits(tile: Tile, maps: Tensor, resident: int) -> tuple[tuple[int], int, Tensor]:
+    """The grid of a kernel that sums over pixels, the length of a split, and the memory that it fills.
+
+    A multiprocessor holds so many of its programs at a time.
+    """
     batch, channels, pixels = maps.shape
-    programs = batch * cdiv(channels, tiles.PASS.channels)
-    wanted = 4 * device_facts(maps.device).multiprocessors
-    split_length, splits = split(pixels, tiles.PASS.pixels, programs, wanted)
+    programs = batch * cdiv(channels, tile.channels)
+    wanted = resident * device_facts(maps.device).multiprocessors
+    split_length, splits = split(pixels, tile.pixels, programs, wanted)
     partial = maps.new_empty((batch, splits, 2, channels), dtype=statistics_dtype(maps))
     return (programs * splits,), split_length, partial
 
@@ -389,8 +440,11 @@ def _norm(layer: Layer, h: Tensor) -> Norm:
     if not layer.has_statistics or not h.numel():
         return Moments(layer).norm()
     _, channels, pixels = h.shape
-    grid, split_length, partial = _splits(h)
-    ocr_block_moments_kernel[grid](partial, h, h.stride(), channels, pixels, split_length, partial.shape[1], **_pass(h))
+    tile, arguments = _pass(h)
+    grid, split_length, partial = _splits(tile, h, resident=4)
+    ocr_block_moments_kernel[grid](
+        partial, h, h.stride(), channels, pixels, split_length, partial.shape[1], **arguments
+    )  # fmt: skip
     return _norm_of(layer, partial.flatten(0, 1), pixels, split_length)
 
 
@@ -413,9 +467,10 @@ def _apply(norm: Norm, h: Tensor, mask: Tensor | None = None, out: Tensor | None
     _, channels, pixels = h.shape
     is_masked = mask is not None and len(mask) > 0
     if h.numel():
-        ocr_block_apply_kernel[_programs(h)](
+        tile, arguments = _pass(out, h)
+        ocr_block_apply_kernel[_programs(tile, h)](
             out, out.stride(), h, h.stride(), norm.factor, norm.offset, mask if is_masked else norm.factor,
-            channels, pixels, SLOPE=norm.layer.slope, MASKED=is_masked, **_pass(out, h),
+            channels, pixels, SLOPE=norm.layer.slope, MASKED=is_masked, **arguments,
         )  # fmt: skip
     return out
 
@@ -439,44 +494,45 @@ def _added(norm: Norm, parts: Tensor) -> tuple[Gradients, Tensor, Tensor, Tensor
     return gradients, slope, offset, constant
 
 
-def _gradients(norm: Norm, grad: Tensor, h: Tensor, mask: Tensor | None = None) -> tuple[Gradients, Tensor]:
-    """The sums of a layer's backward pass, and the gradient of h, both of the gradient after its activation."""
-    gradients, out = Gradients(norm), empty_maps(h, h.shape[1])
+def _gradients(norm: Norm, grad: Tensor, h: Tensor, out: Tensor, mask: Tensor | None = None) -> Gradients:
+    """The sums of a layer's backward pass; `out` is filled with the gradient of h, of that after the activation."""
+    gradients = Gradients(norm)
     _, channels, pixels = h.shape
     is_masked = mask is not None and len(mask) > 0
     factors = mask if is_masked else norm.factor
     flags = {"SLOPE": norm.layer.slope, "MASKED": is_masked}
     if not h.numel():
         gradients.centred()  # for which other processes wait
-        return gradients, out
-    grid, split_length, partial = _splits(h)
+        return gradients
+    tile, arguments = _pass(grad, h)
+    grid, split_length, partial = _splits(tile, h, resident=3)
     ocr_block_gradient_sums_kernel[grid](
         partial, grad, grad.stride(), h, h.stride(), norm.factor, norm.offset, norm.mean, factors,
-        channels, pixels, split_length, partial.shape[1], **flags, **_pass(grad, h),
+        channels, pixels, split_length, partial.shape[1], **flags, **arguments,
     )  # fmt: skip
     gradients, slope, _, constant = _added(norm, partial.flatten(0, 1))
-    ocr_block_gradient_kernel[_programs(h)](
+    tile, arguments = _pass(out, grad, h)
+    ocr_block_gradient_kernel[_programs(tile, h)](
         out, out.stride(), grad, grad.stride(), h, h.stride(), norm.factor, norm.offset, slope, constant, factors,
-        channels, pixels, **flags, **_pass(out, grad, h),
+        channels, pixels, **flags, **arguments,
     )  # fmt: skip
-    return gradients, out
+    return gradients
 
 
-def _times(matrix: Tensor, maps: Tensor, out: Tensor | None = None, add: bool = False) -> Tensor:
-    """matrix @ maps, of `[outputs, channels]` or `[B, outputs, channels]`; into `out` or added to it, where given."""
+def _times(matrix: Tensor, maps: Tensor, out: Tensor | None = None) -> Tensor:
+    """matrix @ maps, of `[outputs, channels]` or `[B, outputs, channels]`; into `out` where given."""
     out = empty_maps(maps, matrix.shape[-2]) if out is None else out
     if maps.stride(1) == 1 and matrix.dim() == 2:  # one product, whatever B is
-        rows = out.mT.flatten(0, 1)
-        torch.addmm(rows, maps.mT.flatten(0, 1), matrix.t(), beta=int(add), out=rows)
+        torch.mm(maps.mT.flatten(0, 1), matrix.t(), out=out.mT.flatten(0, 1))
     else:
-        torch.baddbmm(out, matrix.expand(len(maps), *matrix.shape[-2:]), maps, beta=int(add), out=out)
+        torch.bmm(matrix.expand(len(maps), *matrix.shape[-2:]), maps, out=out)
     return out
 
 
 def _wide_product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b of `[B, rows, columns]`, in the dtype of statistics."""
     exact = statistics_dtype(a)
-    if a.is_cuda and a.dtype.itemsize == 2:
+    if not a.is_cpu and a.dtype.itemsize == 2:
         return torch.bmm(a, b, out_dtype=exact)
     return torch.bmm(a.to(exact), b.to(exact))
 
@@ -498,7 +554,8 @@ def _region_weights(query: Norm, hidden: Tensor, key: Tensor, scale: float) -> T
         return weights.copy_(torch.softmax(scale * scores, 1))
     if hidden.numel():
         rows, _ = aligned_rows(key, key[:, :0])
-        problem = Problem(numbers_of(hidden).itemsize, device_facts(hidden.device), depth, regions)
+        itemsize, device, scattered = numbers_of(hidden).itemsize, device_facts(hidden.device), _is_scattered(hidden)
+        problem = Problem(itemsize, device, depth, regions, scattered=scattered)
         tile = tiles.REGION_WEIGHTS.choose(problem)
         ocr_block_region_weights_kernel[(batch * cdiv(pixels, tile.pixels),)](
             weights, weights.stride(), hidden, hidden.stride(), rows, rows.stride(), query.factor, query.offset,
@@ -517,21 +574,50 @@ def _contexts_of(u: Tensor, weights: Tensor) -> Contexts:
     return Contexts(u, mean, torch.bmm(centred, centred.mT) / pixels, pixels)
 
 
-def _contexts(normalised: tuple[Tensor, Tensor], up: Norm, weights: Tensor, out: Tensor) -> Tensor:
-    """Fill `out` `[B, Y, N]` with y."""
+def _contexts(u: Tensor, offset: Tensor, slope: float, weights: Tensor, out: Tensor) -> Tensor:
+    """Fill `out` `[B, Y, N]` with y = rho(u w + offset)."""
     batch, channels, pixels = out.shape
     regions = weights.shape[1]
     if out.numel():
-        matrix = normalised[0].to(out.dtype)
-        u, _ = aligned_rows(matrix, matrix[:, :0])
-        numbers, device = numbers_of(out), device_facts(out.device)
-        tile = tiles.CONTEXTS.choose(Problem(numbers.itemsize, device, channels, regions))
+        rows, _ = aligned_rows(u, u[:, :0])
+        numbers, scattered = numbers_of(out), _is_scattered(out, weights)
+        problem = Problem(numbers.itemsize, device_facts(out.device), channels, regions, scattered=scattered)
+        tile = tiles.CONTEXTS.choose(problem)
         ocr_block_contexts_kernel[(batch * cdiv(channels, tile.channels) * cdiv(pixels, tile.pixels),)](
-            out, out.stride(), weights, weights.stride(), u, u.stride(), normalised[1].contiguous(),
-            channels, regions, pixels, u.shape[2], SLOPE=up.layer.slope,
-            **constants(tile, numbers, (out, weights), (u,)),
+            out, out.stride(), weights, weights.stride(), rows, rows.stride(), offset,
+            channels, regions, pixels, rows.shape[2], SLOPE=slope, **constants(tile, numbers, (out, weights), (rows,)),
         )  # fmt: skip
     return out
+
+
+def _contexts_gradient_(dy: Tensor, u: Tensor, offset: Tensor, slope: float, weights: Tensor) -> Tensor:
+    """u' d `[B, K, N]` in the dtype of statistics; d, dy through the activation of u w + offset, takes its place."""
+    batch, channels, pixels = dy.shape
+    regions = weights.shape[1]
+    dweights = empty_maps(dy, regions, statistics_dtype(dy))
+    if dweights.numel():
+        rows, _ = aligned_rows(u, u[:, :0])
+        numbers, scattered = numbers_of(dy), _is_scattered(dweights, dy, weights)
+        problem = Problem(numbers.itemsize, device_facts(dy.device), channels, regions, scattered=scattered)
+        tile = tiles.CONTEXTS_GRADIENT.choose(problem)
+        ocr_block_contexts_gradient_kernel[(batch * cdiv(pixels, tile.pixels),)](
+            dweights, dweights.stride(), dy, dy.stride(), weights, weights.stride(), rows, rows.stride(), offset,
+            channels, regions, pixels, rows.shape[2], SLOPE=slope,
+            **constants(tile, numbers, (dweights, dy, weights), (rows,)),
+        )  # fmt: skip
+    return dweights
+
+
+def _outer_sums(dy: Tensor, weights: Tensor, mean_weights: Tensor) -> tuple[Tensor, Tensor]:
+    """sum_i dy_i (w_i - mean)' `[B, Y, K]` and sum_i dy_i `[B, Y, 1]`, in the dtype of statistics."""
+    if dy.dtype.itemsize > 2:  # a product's long chain of sums would be less exact than a sum
+        return _wide_product(dy, (weights - mean_weights).mT), dy.sum(2, keepdim=True)
+    regions = weights.shape[1]
+    columns = empty_maps(dy, round_up(regions + 1))
+    torch.sub(weights, mean_weights, out=columns[:, :regions])
+    columns[:, regions:] = 1
+    sums = _wide_product(dy, columns.mT)  # dy is read once
+    return sums[..., :regions], sums[..., regions : regions + 1]
 
 
 def _softmax_gradient(dweights: Tensor, weights: Tensor, matrix: Tensor, column: Tensor) -> Tensor:
@@ -545,8 +631,9 @@ def _softmax_gradient(dweights: Tensor, weights: Tensor, matrix: Tensor, column:
         return dscores.copy_(w * (dw - (w * dw).sum(1, keepdim=True)))
     if weights.numel():
         rows, _ = aligned_rows(matrix.to(weights.dtype), matrix[:, :0].to(weights.dtype))
-        numbers = numbers_of(weights)
-        tile = tiles.SOFTMAX_GRADIENT.choose(Problem(numbers.itemsize, device_facts(weights.device), regions, regions))
+        numbers, scattered = numbers_of(weights), _is_scattered(dscores, dweights, weights)
+        problem = Problem(numbers.itemsize, device_facts(weights.device), regions, regions, scattered=scattered)
+        tile = tiles.SOFTMAX_GRADIENT.choose(problem)
         ocr_block_softmax_gradient_kernel[(batch * cdiv(pixels, tile.pixels),)](
             dscores, dscores.stride(), dweights, dweights.stride(), weights, weights.stride(), rows, rows.stride(),
             column.contiguous(), regions, pixels, rows.shape[2],
@@ -578,7 +665,8 @@ def forward(
         both = empty_maps(x, fusing.shape[1])
         inside, outside = _halves(both, len(up.factor), settings)
         outside.copy_(x)
-        _contexts(y.normalised(up, exact), up, weights, inside)
+        u, offset = y.normalised(up, x.dtype)
+        _contexts(u, offset.contiguous(), up.layer.slope, weights, inside)
         fused = _times(fusing, both)
         last = _norm(layers[3], fused)
         z = empty_in_format(feats, len(fusing))
@@ -608,46 +696,54 @@ def backward(
     *maps, statistics = saved
     hidden_in, hidden_out, weights, fused = (each.flatten(2) for each in maps)
     need_feats, need_phi = needs[0], any((*needs[:4], *needs[6:10]))
-    dfeats = empty_in_format(feats, x.shape[1] if need_feats else 0)
-    dx = dfeats.flatten(2)
     with torch.cuda.device_of(feats):
         first, second, up, last = (_known(*each) for each in split_statistics(layers, statistics))
-        dlast, d = _gradients(last, grad.flatten(2), fused, mask)
+        # of z's norm, and of that of phi's first layer: one product makes the gradient of feats of both
+        gradients = empty_maps(x, len(fusing) + need_phi * len(pixel_in))
+        d, d_in = gradients[:, : len(fusing)], gradients[:, len(fusing) :]
+        dlast = _gradients(last, grad.flatten(2), fused, d, mask)
         on_context, on_pixels = _halves(fusing, len(up.factor), settings)
         y = _contexts_of(contexts.to(exact), weights)
-        normalised = y.normalised(up, exact)
-        inside = _contexts(normalised, up, weights, empty_maps(x, len(up.factor)))
+        u, offset = y.normalised(up, x.dtype)
+        context_layer = u, offset.contiguous(), up.layer.slope, weights
         dfusing = fusing.new_empty(fusing.shape, dtype=exact)
+        is_fused = weights.shape[1] <= tiles.FEW
+        inside = _contexts(*context_layer, empty_maps(x, len(up.factor) if needs[4] or not is_fused else 0))
         if needs[4]:
             for half, of in zip(_halves(dfusing, len(up.factor), settings), (inside, x), strict=True):
                 half.copy_(_over_pixels(d, of))
-        if need_feats:
-            _times(on_pixels.t(), d, dx)
-        dy = activation_backward_(_times(on_context.t(), d), inside, up.layer.slope)
-        del d, inside
-        outer = _wide_product(dy, (weights - y.mean_weights).to(dy.dtype).mT)
-        total = dy.sum(2, keepdim=True, dtype=exact)
+        dy = _times(on_context.t(), d, empty_maps(x, len(up.factor)))
+        if is_fused:
+            dweights = _contexts_gradient_(dy, *context_layer)
+        else:
+            dweights = _wide_product(u.mT, activation_backward_(dy, inside, up.layer.slope))
+        del inside
+        outer, total = _outer_sums(dy, weights, y.mean_weights)
+        del dy
         dup, slope, offset, _ = _added(up, y.gradient_sums(up, outer, total))
         dcontexts, matrix, column = y.backward(up, outer, total, slope, offset)
 
-        dkey, dphi = torch.zeros_like(key, dtype=exact), [Gradients(first), Gradients(second)]
-        dpixel_in, dpixel_out = torch.zeros_like(pixel_in, dtype=exact), torch.zeros_like(pixel_out, dtype=exact)
+        dkey, dpixel_in, dpixel_out = (torch.empty_like(each, dtype=exact) for each in (key, pixel_in, pixel_out))
+        dphi = [Gradients(first), Gradients(second)]
         if need_phi:
             query, hidden = (second, hidden_out) if len(pixel_out) else (first, hidden_in)
-            dweights = _wide_product(normalised[0].mT.to(dy.dtype), dy)
             dscores = _softmax_gradient(dweights, weights, matrix, column)
-            del dy, dweights
+            del dweights
             dkey = settings.scale * _wide_product(_apply(query, hidden), dscores.mT)
-            d = _times((settings.scale * key.to(exact)).to(key.dtype), dscores)
+            dhidden = _times((settings.scale * key.to(exact)).to(key.dtype), dscores)
             del dscores
             if len(pixel_out):
-                dphi[1], d = _gradients(second, d, hidden_out)
-                dpixel_out = _over_pixels(d, _apply(first, hidden_in))
-                d = _times(pixel_out.t(), d)
-            dphi[0], d = _gradients(first, d, hidden_in)
+                dout = empty_maps(x, len(pixel_out))
+                dphi[1] = _gradients(second, dhidden, hidden_out, dout)
+                dpixel_out = _over_pixels(dout, _apply(first, hidden_in))
+                dhidden = _times(pixel_out.t(), dout)
+                del dout
+            dphi[0] = _gradients(first, dhidden, hidden_in, d_in)
             if needs[2]:
-                dpixel_in = _over_pixels(d, x)
-            if need_feats:
-                _times(pixel_in.t(), d, dx, add=True)
+                dpixel_in = _over_pixels(d_in, x)
+        dfeats = empty_in_format(feats, x.shape[1] if need_feats else 0)
+        if need_feats:
+            matrices = (on_pixels.t(), pixel_in.t()) if need_phi else (on_pixels.t(),)
+            _times(torch.cat(matrices, 1), gradients, dfeats.flatten(2))
     sums = [each.flatten() for layer in (*dphi, dup, dlast) for each in (layer.gain, layer.shift)]
     return dfeats, dkey, dpixel_in, dpixel_out, dfusing, dcontexts, *sums
