@@ -330,7 +330,7 @@ class Operations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if not func.is_view and "empty" not in func.__name__:
+        if not func.is_view and not any(kind in func.__name__ for kind in ("empty", "view", "promote_types")):
             product: tuple[int, int] = 0, 0
             if count := flop_registry.get(func.overloadpacket):
                 operands = [each for each in args if not isinstance(each, torch.dtype)]

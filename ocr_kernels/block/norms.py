@@ -208,17 +208,17 @@ class Contexts:
     since weights add up to 1: u w = means + centred w. Norms magnify the rest.
     """
 
-    def __init__(self, u: Tensor, mean_weights: Tensor, covariance: Tensor, pixels: int) -> None:
+    def __init__(self, u: Tensor, mean_weights: Tensor, scatter: Tensor, pixels: int) -> None:
         self.mean_weights = mean_weights  # [B, K, 1]
-        self.covariance = covariance  # [B, K, K], of weights less their means
+        self.scatter = scatter  # [B, K, K]: sums of outer products of weights less their means
         self.pixels = pixels  # of an image
         self.means: Tensor = u @ mean_weights  # [B, Y, 1]
         self.centred: Tensor = u - self.means  # [B, Y, K]
 
     def moments(self) -> Tensor:
         """Means of u w, and sums of squares about them, image by image `[B, 2, Y]`."""
-        variances = ((self.centred @ self.covariance) * self.centred).sum(2)
-        return torch.stack((self.means.squeeze(2), variances * self.pixels), 1)
+        squares = ((self.centred @ self.scatter) * self.centred).sum(2)
+        return torch.stack((self.means.squeeze(2), squares), 1)
 
     def norm(self, layer: Layer) -> Norm:
         moments = Moments(layer)
@@ -229,10 +229,15 @@ class Contexts:
             moments.add(len(means) * self.pixels, mean, squares)
         return moments.norm()
 
-    def normalised(self, norm: Norm, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """A `[B, Y, K]` in a dtype, and b `[B, Y, 1]`: what rho's activation is taken of is A w + b."""
-        offset = norm.factor * (self.means - norm.mean) + norm.layer.shift[:, None]
-        return (norm.factor * self.centred).to(dtype), offset
+    def normalised(self, norm: Norm, dtype: torch.dtype, columns: int = 0) -> tuple[Tensor, Tensor]:
+        """A `[B, Y, K]` in a dtype, and b `[B, Y, 1]`: what rho's activation is taken of is A w + b.
+
+        A has at least so many columns, zeros after its own.
+        """
+        batch, channels, regions = self.centred.shape
+        matrix = self.centred.new_zeros((batch, channels, max(columns, regions)), dtype=dtype)
+        torch.mul(norm.factor, self.centred, out=matrix[..., :regions])
+        return matrix, torch.addcmul(norm.layer.shift[:, None], norm.factor, self.means - norm.mean)
 
     def gradient_sums(self, norm: Norm, outer: Tensor, total: Tensor) -> Tensor:
         """Of dy after the activation's backward pass, and of that times u w - mean, image by image `[B, 2, Y]`.
@@ -251,6 +256,6 @@ class Contexts:
         `slope` and `offset` are what `Gradients.centred` gives.
         """
         off = torch.addcmul(offset, slope, self.means - norm.mean)  # of a pixel whose weights are the mean ones
-        du = torch.addcmul(norm.factor * outer, slope, self.centred @ self.covariance, value=self.pixels)
+        du = torch.addcmul(norm.factor * outer, slope, self.centred @ self.scatter)
         du.addcmul_(torch.add(norm.factor * total, off, alpha=self.pixels), self.mean_weights.mT)
         return du, self.centred.mT @ (slope * self.centred), self.centred.mT @ off

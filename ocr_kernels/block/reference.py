@@ -83,11 +83,11 @@ def product_dtype(feats: Tensor) -> torch.dtype:
 def contexts_of(u: Tensor, weights: Tensor, tiles: Passes) -> Contexts:
     batch, regions, pixels = weights.shape
     mean_weights = weights.mean(2, keepdim=True, dtype=u.dtype) if pixels else u.new_zeros((batch, regions, 1))
-    covariance = u.new_zeros((batch, regions, regions))
+    scatter = u.new_zeros((batch, regions, regions))
     for image, part in tiles:
         centred = weights[image][:, part] - mean_weights[image]
-        covariance[image].addmm_(centred, centred.t())
-    return Contexts(u, mean_weights, covariance / max(pixels, 1), pixels)
+        scatter[image].addmm_(centred, centred.t())
+    return Contexts(u, mean_weights, scatter, pixels)
 
 
 # The two passes

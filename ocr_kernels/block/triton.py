@@ -537,11 +537,12 @@ def _wide_product(a: Tensor, b: Tensor) -> Tensor:
     return torch.bmm(a.to(exact), b.to(exact))
 
 
-def _over_pixels(a: Tensor, b: Tensor) -> Tensor:
-    """sum_i a_i b_i' over the pixels of all images."""
+def _over_pixels(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """Fill `out`, in the dtype of statistics, with sum_i a_i b_i' over the pixels of all images."""
     if a.stride(1) == b.stride(1) == 1:
-        return _wide_product(a.mT.flatten(0, 1).t()[None], b.mT.flatten(0, 1)[None])[0]
-    return _wide_product(a, b.mT).sum(0)
+        out.copy_(_wide_product(a.mT.flatten(0, 1).t()[None], b.mT.flatten(0, 1)[None])[0])
+    else:
+        torch.sum(_wide_product(a, b.mT), 0, out=out)
 
 
 def _region_weights(query: Norm, hidden: Tensor, key: Tensor, scale: float) -> Tensor:
@@ -571,15 +572,19 @@ def _contexts_of(u: Tensor, weights: Tensor) -> Contexts:
         return Contexts(u, u.new_zeros((batch, regions, 1)), u.new_zeros((batch, regions, regions)), pixels)
     mean = weights.mean(2, keepdim=True, dtype=u.dtype)
     centred = weights - mean
-    return Contexts(u, mean, torch.bmm(centred, centred.mT) / pixels, pixels)
+    return Contexts(u, mean, torch.bmm(centred, centred.mT), pixels)
 
 
-def _contexts(u: Tensor, offset: Tensor, slope: float, weights: Tensor, out: Tensor) -> Tensor:
-    """Fill `out` `[B, Y, N]` with y = rho(u w + offset)."""
+def _normalised(y: Contexts, up: Norm, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A `[B, Y, rows of 16]`, of which K are regions, and b: y is rho(A w + b)."""
+    return y.normalised(up, dtype, round_up(y.mean_weights.shape[1]))
+
+
+def _contexts(rows: Tensor, offset: Tensor, slope: float, weights: Tensor, out: Tensor) -> Tensor:
+    """Fill `out` `[B, Y, N]` with y = rho(u w + offset), u the first K columns of the rows."""
     batch, channels, pixels = out.shape
     regions = weights.shape[1]
     if out.numel():
-        rows, _ = aligned_rows(u, u[:, :0])
         numbers, scattered = numbers_of(out), _is_scattered(out, weights)
         problem = Problem(numbers.itemsize, device_facts(out.device), channels, regions, scattered=scattered)
         tile = tiles.CONTEXTS.choose(problem)
@@ -590,13 +595,12 @@ def _contexts(u: Tensor, offset: Tensor, slope: float, weights: Tensor, out: Ten
     return out
 
 
-def _contexts_gradient_(dy: Tensor, u: Tensor, offset: Tensor, slope: float, weights: Tensor) -> Tensor:
+def _contexts_gradient_(dy: Tensor, rows: Tensor, offset: Tensor, slope: float, weights: Tensor) -> Tensor:
     """u' d `[B, K, N]` in the dtype of statistics; d, dy through the activation of u w + offset, takes its place."""
     batch, channels, pixels = dy.shape
     regions = weights.shape[1]
     dweights = empty_maps(dy, regions, statistics_dtype(dy))
     if dweights.numel():
-        rows, _ = aligned_rows(u, u[:, :0])
         numbers, scattered = numbers_of(dy), _is_scattered(dweights, dy, weights)
         problem = Problem(numbers.itemsize, device_facts(dy.device), channels, regions, scattered=scattered)
         tile = tiles.CONTEXTS_GRADIENT.choose(problem)
@@ -615,7 +619,7 @@ def _outer_sums(dy: Tensor, weights: Tensor, mean_weights: Tensor) -> tuple[Tens
     regions = weights.shape[1]
     columns = empty_maps(dy, round_up(regions + 1))
     torch.sub(weights, mean_weights, out=columns[:, :regions])
-    columns[:, regions:] = 1
+    columns[:, regions:].fill_(1)
     sums = _wide_product(dy, columns.mT)  # dy is read once
     return sums[..., :regions], sums[..., regions : regions + 1]
 
@@ -630,7 +634,8 @@ def _softmax_gradient(dweights: Tensor, weights: Tensor, matrix: Tensor, column:
         dw -= dw.gather(1, w.argmax(1, keepdim=True))
         return dscores.copy_(w * (dw - (w * dw).sum(1, keepdim=True)))
     if weights.numel():
-        rows, _ = aligned_rows(matrix.to(weights.dtype), matrix[:, :0].to(weights.dtype))
+        matrix = matrix.to(weights.dtype)
+        rows, _ = aligned_rows(matrix, matrix[:, :0])
         numbers, scattered = numbers_of(weights), _is_scattered(dscores, dweights, weights)
         problem = Problem(numbers.itemsize, device_facts(weights.device), regions, regions, scattered=scattered)
         tile = tiles.SOFTMAX_GRADIENT.choose(problem)
@@ -655,18 +660,18 @@ def forward(
     with torch.cuda.device_of(feats):
         hidden_in = hidden = _times(pixel_in, x)
         first = query = _norm(layers[0], hidden)
-        hidden_out, second = empty_maps(x, len(pixel_out)), Norm.of(layers[1])
         if len(pixel_out):
             hidden_out = hidden = _times(pixel_out, _apply(first, hidden_in))
             second = query = _norm(layers[1], hidden)
+        else:
+            hidden_out, second = empty_maps(x, 0), Norm.of(layers[1])
         weights = _region_weights(query, hidden, key, settings.scale)
         y = _contexts_of(contexts.to(exact), weights)
         up = _norm_of_contexts(layers[2], y)
         both = empty_maps(x, fusing.shape[1])
         inside, outside = _halves(both, len(up.factor), settings)
         outside.copy_(x)
-        u, offset = y.normalised(up, x.dtype)
-        _contexts(u, offset.contiguous(), up.layer.slope, weights, inside)
+        _contexts(*_normalised(y, up, x.dtype), up.layer.slope, weights, inside)
         fused = _times(fusing, both)
         last = _norm(layers[3], fused)
         z = empty_in_format(feats, len(fusing))
@@ -704,18 +709,19 @@ def backward(
         dlast = _gradients(last, grad.flatten(2), fused, d, mask)
         on_context, on_pixels = _halves(fusing, len(up.factor), settings)
         y = _contexts_of(contexts.to(exact), weights)
-        u, offset = y.normalised(up, x.dtype)
-        context_layer = u, offset.contiguous(), up.layer.slope, weights
+        rows, offset = _normalised(y, up, x.dtype)
+        context_layer = rows, offset, up.layer.slope, weights
         dfusing = fusing.new_empty(fusing.shape, dtype=exact)
         is_fused = weights.shape[1] <= tiles.FEW
         inside = _contexts(*context_layer, empty_maps(x, len(up.factor) if needs[4] or not is_fused else 0))
         if needs[4]:
             for half, of in zip(_halves(dfusing, len(up.factor), settings), (inside, x), strict=True):
-                half.copy_(_over_pixels(d, of))
+                _over_pixels(d, of, half)
         dy = _times(on_context.t(), d, empty_maps(x, len(up.factor)))
         if is_fused:
             dweights = _contexts_gradient_(dy, *context_layer)
         else:
+            u = rows[..., : weights.shape[1]]
             dweights = _wide_product(u.mT, activation_backward_(dy, inside, up.layer.slope))
         del inside
         outer, total = _outer_sums(dy, weights, y.mean_weights)
@@ -730,17 +736,17 @@ def backward(
             dscores = _softmax_gradient(dweights, weights, matrix, column)
             del dweights
             dkey = settings.scale * _wide_product(_apply(query, hidden), dscores.mT)
-            dhidden = _times((settings.scale * key.to(exact)).to(key.dtype), dscores)
+            dhidden = _times(settings.scale * key, dscores)
             del dscores
             if len(pixel_out):
                 dout = empty_maps(x, len(pixel_out))
                 dphi[1] = _gradients(second, dhidden, hidden_out, dout)
-                dpixel_out = _over_pixels(dout, _apply(first, hidden_in))
+                _over_pixels(dout, _apply(first, hidden_in), dpixel_out)
                 dhidden = _times(pixel_out.t(), dout)
                 del dout
             dphi[0] = _gradients(first, dhidden, hidden_in, d_in)
             if needs[2]:
-                dpixel_in = _over_pixels(d_in, x)
+                _over_pixels(d_in, x, dpixel_in)
         dfeats = empty_in_format(feats, x.shape[1] if need_feats else 0)
         if need_feats:
             matrices = (on_pixels.t(), pixel_in.t()) if need_phi else (on_pixels.t(),)
