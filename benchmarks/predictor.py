@@ -298,15 +298,15 @@ def faults(found: Estimate, device: Device) -> list[str]:
 def floor_of(device: Device, case: Case, op: str, direction: Pass, dtype: torch.dtype) -> float:
     """Microseconds that its inputs and outputs take, each moved once, or its products."""
     pixels = case.batch * case.pixels
-    (block,) = block_work(case)[1:]
-    works = {
-        "inference": [
-            Work(pixels * (case.channels + case.regions), block.multiply_adds + pixels * case.channels * case.regions)
-        ],
-        "training": [block if direction == "forward" else Work(3 * pixels * case.channels, 2 * block.multiply_adds)],
-    }
-    found = works.get(op) or SUBJECTS[op].work(case, direction)
-    return sum(max(device.least(work.numbers * dtype.itemsize, work.multiply_adds, dtype.itemsize)) for work in found)
+    _, block = block_work(case)
+    if op == "inference":  # to logits, of as many classes as regions
+        classifier = pixels * case.channels * case.regions
+        works = [Work(pixels * (case.channels + case.regions), block.multiply_adds + classifier)]
+    elif op == "training":
+        works = [block if direction == "forward" else Work(3 * pixels * case.channels, 2 * block.multiply_adds)]
+    else:
+        works = SUBJECTS[op].work(case, direction)
+    return sum(max(device.least(work.numbers * dtype.itemsize, work.multiply_adds, dtype.itemsize)) for work in works)
 
 
 def search(device: Device, run: Callable[[], None], estimates: Callable[[list[Call]], Iterable[Estimate]]) -> None:

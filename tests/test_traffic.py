@@ -19,7 +19,7 @@ import ocr_kernels.core.triton_host
 import ocr_kernels.gather.triton
 from ocr_kernels.attention import registration as attention
 from ocr_kernels.block import registration as block
-from ocr_kernels.block import tiles as block_tiles
+from ocr_kernels.block import tiles
 from ocr_kernels.core.backends import interpreting
 from ocr_kernels.core.tiles import Problem
 from ocr_kernels.core.triton_host import device_facts
@@ -135,7 +135,7 @@ def test_pixels_of_block(regions: int, memory_format: torch.memory_format) -> No
     reads = {launch.name: launch.loads.counts(feats) for launch in launches if launch.loads.counts(feats).any()}
     scattered = memory_format == torch.contiguous_format  # of an odd number of pixels
     problem = Problem(2, device_facts(feats.device), channels, regions, outputs, scattered)
-    output_tiles = triton.cdiv(outputs, block_tiles.FUSE.choose(problem).outputs)
+    output_tiles = triton.cdiv(outputs, tiles.FUSE.choose(problem).outputs)
     assert output_tiles > 1
     expected = {"ocr_block_weights_kernel": 1, "ocr_block_fuse_kernel": output_tiles}
     assert {name: counts.unique().tolist() for name, counts in reads.items()} == {n: [c] for n, c in expected.items()}
@@ -177,7 +177,7 @@ def test_pixels_of_block_in_training(regions: int, memory_format: torch.memory_f
         block._backward(grad, *tensors, *saved, *settings, [True] * 14, "triton")
     assert [times_read(launches, each) for each in (hidden_in, hidden_out, fused, grad)] == [[3], [3], [2], [2]]
     through_y = [launch for launch in launches if launch.name == "ocr_block_contexts_gradient_kernel"]
-    assert len(through_y) == (regions <= block_tiles.FEW)
+    assert len(through_y) == (regions <= tiles.FEW)
     if through_y:
         assert_once(through_y, read=[weights])
 

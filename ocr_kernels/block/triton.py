@@ -35,10 +35,10 @@ from ocr_kernels.core.triton_device import (
 )
 from ocr_kernels.core.triton_host import (
     aligned_rows,
-    alignment,
     cdiv,
     constants,
     device_facts,
+    has_scattered_pixels,
     numbers_of,
     round_up,
     split,
@@ -380,16 +380,11 @@ def ocr_block_softmax_gradient_kernel(
 # Launching them
 
 
-def _is_scattered(*maps: Tensor) -> bool:
-    """Whether each pixel of these maps `[B, channels, N]` has an address of its own."""
-    return alignment(*maps) == 1 and maps[0].stride(1) != 1
-
-
 def _pass(*maps: Tensor) -> tuple[Tile, dict[str, object]]:
     """The tile of a kernel that goes over maps of one shape, and its arguments."""
     numbers = numbers_of(maps[-1])
     device, channels = device_facts(maps[-1].device), maps[-1].shape[1]
-    tile = tiles.PASS.choose(Problem(numbers.itemsize, device, channels, scattered=_is_scattered(*maps)))
+    tile = tiles.PASS.choose(Problem(numbers.itemsize, device, channels, scattered=has_scattered_pixels(*maps)))
     arguments = constants(tile, numbers, maps)
     return tile, arguments | {"ACCUMULATOR": arguments.pop("NUMBERS").accumulator}
 
@@ -555,13 +550,13 @@ def _region_weights(query: Norm, hidden: Tensor, key: Tensor, scale: float) -> T
         return weights.copy_(torch.softmax(scale * scores, 1))
     if hidden.numel():
         rows, _ = aligned_rows(key, key[:, :0])
-        itemsize, device, scattered = numbers_of(hidden).itemsize, device_facts(hidden.device), _is_scattered(hidden)
-        problem = Problem(itemsize, device, depth, regions, scattered=scattered)
+        numbers, scattered = numbers_of(hidden), has_scattered_pixels(hidden)
+        problem = Problem(numbers.itemsize, device_facts(hidden.device), depth, regions, scattered=scattered)
         tile = tiles.REGION_WEIGHTS.choose(problem)
         ocr_block_region_weights_kernel[(batch * cdiv(pixels, tile.pixels),)](
             weights, weights.stride(), hidden, hidden.stride(), rows, rows.stride(), query.factor, query.offset,
             depth, regions, pixels, rows.shape[2], scale, SLOPE=query.layer.slope,
-            **constants(tile, numbers_of(hidden), (weights, hidden), (rows,)),
+            **constants(tile, numbers, (weights, hidden), (rows,)),
         )  # fmt: skip
     return weights
 
@@ -585,7 +580,7 @@ def _contexts(rows: Tensor, offset: Tensor, slope: float, weights: Tensor, out: 
     batch, channels, pixels = out.shape
     regions = weights.shape[1]
     if out.numel():
-        numbers, scattered = numbers_of(out), _is_scattered(out, weights)
+        numbers, scattered = numbers_of(out), has_scattered_pixels(out, weights)
         problem = Problem(numbers.itemsize, device_facts(out.device), channels, regions, scattered=scattered)
         tile = tiles.CONTEXTS.choose(problem)
         ocr_block_contexts_kernel[(batch * cdiv(channels, tile.channels) * cdiv(pixels, tile.pixels),)](
@@ -601,7 +596,7 @@ def _contexts_gradient_(dy: Tensor, rows: Tensor, offset: Tensor, slope: float, 
     regions = weights.shape[1]
     dweights = empty_maps(dy, regions, statistics_dtype(dy))
     if dweights.numel():
-        numbers, scattered = numbers_of(dy), _is_scattered(dweights, dy, weights)
+        numbers, scattered = numbers_of(dy), has_scattered_pixels(dweights, dy, weights)
         problem = Problem(numbers.itemsize, device_facts(dy.device), channels, regions, scattered=scattered)
         tile = tiles.CONTEXTS_GRADIENT.choose(problem)
         ocr_block_contexts_gradient_kernel[(batch * cdiv(pixels, tile.pixels),)](
@@ -636,7 +631,7 @@ def _softmax_gradient(dweights: Tensor, weights: Tensor, matrix: Tensor, column:
     if weights.numel():
         matrix = matrix.to(weights.dtype)
         rows, _ = aligned_rows(matrix, matrix[:, :0])
-        numbers, scattered = numbers_of(weights), _is_scattered(dscores, dweights, weights)
+        numbers, scattered = numbers_of(weights), has_scattered_pixels(dscores, dweights, weights)
         problem = Problem(numbers.itemsize, device_facts(weights.device), regions, regions, scattered=scattered)
         tile = tiles.SOFTMAX_GRADIENT.choose(problem)
         ocr_block_softmax_gradient_kernel[(batch * cdiv(pixels, tile.pixels),)](
@@ -712,7 +707,7 @@ def backward(
         rows, offset = _normalised(y, up, x.dtype)
         context_layer = rows, offset, up.layer.slope, weights
         dfusing = fusing.new_empty(fusing.shape, dtype=exact)
-        is_fused = weights.shape[1] <= tiles.FEW
+        is_fused = weights.shape[1] <= tiles.FEW  # then only the gradient of the fusing matrix takes y
         inside = _contexts(*context_layer, empty_maps(x, len(up.factor) if needs[4] or not is_fused else 0))
         if needs[4]:
             for half, of in zip(_halves(dfusing, len(up.factor), settings), (inside, x), strict=True):

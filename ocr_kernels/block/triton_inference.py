@@ -30,7 +30,16 @@ from ocr_kernels.core.triton_device import (
     tile_of_program,
     transposed,
 )
-from ocr_kernels.core.triton_host import aligned_rows, alignment, cdiv, constants, device_facts, numbers_of, round_up
+from ocr_kernels.core.triton_host import (
+    aligned_rows,
+    alignment,
+    cdiv,
+    constants,
+    device_facts,
+    has_scattered_pixels,
+    numbers_of,
+    round_up,
+)
 
 
 @triton.jit
@@ -257,7 +266,7 @@ def _fuse(
     batch, channels, length = feats.shape
     outputs = out.shape[1]
     numbers, device = numbers_of(feats), device_facts(feats.device)
-    scattered = alignment(feats, out) == 1 and feats.stride(1) != 1
+    scattered = has_scattered_pixels(feats, out)
     tile = tiles.FUSE.choose(Problem(numbers.itemsize, device, channels, regions, outputs, scattered))
     ocr_block_fuse_kernel[(batch * cdiv(length, tile.pixels) * cdiv(outputs, tile.outputs),)](
         out, out.stride(), feats, feats.stride(), weights, contexts, contexts.stride(),

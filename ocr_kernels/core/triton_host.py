@@ -86,6 +86,11 @@ def alignment(*tensors: Tensor) -> int:
     return math.gcd(16, *(length for t in tensors for length in (t.shape[2], *t.stride()[:2])))
 
 
+def has_scattered_pixels(*tensors: Tensor) -> bool:
+    """Whether each pixel of tensors [B, channels, N], in one memory format, has an address of its own in a tile."""
+    return alignment(*tensors) == 1 and tensors[0].stride(1) != 1
+
+
 def requires_int64_offsets(tile: Tile, *tensors: Tensor) -> bool:
     """Whether an offset inside a tile of tensors [B, rows, columns] can pass 2**31."""
     last = max(tile.regions, tile.channels, tile.outputs, tile.pixels) - 1

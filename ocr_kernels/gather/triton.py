@@ -26,7 +26,16 @@ from ocr_kernels.core.triton_device import (
     store_tile,
     tile_of_program,
 )
-from ocr_kernels.core.triton_host import alignment, cdiv, constants, device_facts, numbers_of, round_up, split
+from ocr_kernels.core.triton_host import (
+    alignment,
+    cdiv,
+    constants,
+    device_facts,
+    has_scattered_pixels,
+    numbers_of,
+    round_up,
+    split,
+)
 from ocr_kernels.gather import tiles
 
 
@@ -370,7 +379,7 @@ def backward(
     dx = x if dfeats is None else dfeats.flatten(2)
     dm = m if dlogits is None else dlogits.flatten(2)
     numbers = numbers_of(x, m)
-    scattered = alignment(x, m, dx, dm) == 1 and x.stride(1) != 1
+    scattered = has_scattered_pixels(x, m, dx, dm)
     problem = Problem(numbers.itemsize, device_facts(x.device), channels, regions, scattered=scattered)
     tile = tiles.BACKWARD.choose(problem)
     region_tiles = cdiv(regions, tile.regions)
