@@ -128,3 +128,128 @@ def test_interleaved_blocks_leave_no_backend_behind() -> None:
         thread.join()
         assert ocr_kernels.core.backends._selected is None
     assert ocr_kernels.core.backends._selected == before
+
+
+# The block's ops, which a program that was exported calls too
+
+
+def block_arguments() -> tuple[dict[str, Tensor], list[Any]]:
+    regions, depth, up, outputs = 3, 6, 7, 9
+    shapes: dict[str, tuple[int, ...]] = {
+        "feats": (BATCH, CHANNELS, *PIXELS), "key": (BATCH, depth, regions), "pixel_in": (depth, CHANNELS),
+        "pixel_out": (depth, depth), "fusing": (outputs, up + CHANNELS), "contexts": (BATCH, up, regions),
+    }  # fmt: skip
+    for layer, channels in {"in": depth, "out": depth, "up": up, "z": outputs}.items():
+        shapes |= {f"gain_{layer}": (channels,), f"shift_{layer}": (channels,)}
+    shapes["mask"] = (BATCH, outputs)
+    settings = [0.5, [0.0] * 4, [1e-5] * 4, [""] * 4, True]
+    return {name: torch.randn(shape) for name, shape in shapes.items()}, settings
+
+
+def inference_arguments() -> tuple[dict[str, Tensor], list[Any]]:
+    tensors, (scale, slopes, *_) = block_arguments()
+    on_context, on_pixels = tensors["fusing"].split((7, CHANNELS), 1)
+    weights = [tensors[name] for name in ("pixel_in", "shift_in", "pixel_out", "shift_out", "shift_up")]
+    weights += [on_context, on_pixels, tensors["shift_z"], torch.randn(5, 9), torch.randn(5)]
+    named = {name: tensors[name] for name in ("feats", "key", "contexts")}
+    return named | {f"weights[{i}]": weight for i, weight in enumerate(weights)}, [scale, slopes, "logits"]
+
+
+WRONG_BLOCK = {
+    "longer": lambda t: torch.cat((t, t), -1),
+    "another batch": lambda t: torch.cat((t, t)),
+    "a dimension more": lambda t: t[None],
+    "no dimension": lambda t: t.sum(),
+    "another dtype": lambda t: t.double(),
+    "no floating dtype": lambda t: t.to(torch.int64),
+    "another device": lambda t: t.to("meta"),
+}
+
+
+def check_each(tensors: dict[str, Tensor], wrong: str, call: Any, skipped: Sequence[str] = ()) -> None:
+    """`feats` sets what the others have to be, so what is wrong with it may be said of one of them."""
+    call(*tensors.values())
+    for name in set(tensors) - set(skipped):
+        changed = tensors | {name: WRONG_BLOCK[wrong](tensors[name])}
+        with pytest.raises((ValueError, TypeError), match=r"^\w+(\[\d\])? must"):
+            call(*changed.values())
+
+
+@pytest.mark.parametrize("wrong", WRONG_BLOCK)
+def test_the_blocks_ops_name_what_is_wrong(block_target: tuple[str, str], wrong: str) -> None:
+    ops, (backend, device) = torch.ops.ocr_kernels, block_target
+    with torch.device(device):
+        tensors, settings = block_arguments()
+    skipped = ["feats"] if wrong == "longer" else []  # more pixels
+    check_each(tensors, wrong, lambda *each: ops.ocr_block(*each, *settings, backend), skipped)
+    z, *saved = ops.ocr_block(*tensors.values(), *settings, backend)
+    names = ("hidden_in", "hidden_out", "weights", "fused", "statistics")
+    tensors = {"grad": z, **tensors, **dict(zip(names, saved, strict=True))}
+    check_each(tensors, wrong, lambda *each: ops.ocr_block_backward(*each, *settings, [True] * 14, backend))
+
+
+def test_the_blocks_ops_take_any_strides(block_target: tuple[str, str]) -> None:
+    """Of each tensor, whoever calls them: kernels that take no strides of a vector get it without gaps."""
+    ops, (backend, device) = torch.ops.ocr_kernels, block_target
+    with torch.device(device):
+        tensors, settings = block_arguments()
+    z, *saved = ops.ocr_block(*tensors.values(), *settings, backend)
+    every = dict(enumerate((torch.randn_like(z), *tensors.values(), *saved)))
+    expected = ops.ocr_block_backward(*every.values(), *settings, [True] * 14, backend)
+    for i, tensor in every.items():
+        spread = torch.stack((tensor, tensor + 1), -1)[..., 0]
+        changed = (every | {i: spread}).values()
+        found = ops.ocr_block_backward(*changed, *settings, [True] * 14, backend)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(ops.ocr_block(*list(changed)[1:16], *settings, backend)[0], z)
+
+
+@pytest.mark.parametrize("wrong", WRONG_BLOCK)
+def test_the_blocks_op_for_inference_names_what_is_wrong(block_target: tuple[str, str], wrong: str) -> None:
+    tensors, settings = inference_arguments()
+    op, backend = (
+        torch.ops.ocr_kernels.ocr_block_inference,
+        "reference" if block_target[1] != "cpu" else block_target[0],
+    )
+    skipped = ["feats"] if wrong == "longer" else []
+    check_each(tensors, wrong, lambda *each: op(*each[:3], each[3:], *settings, backend), skipped)
+
+
+@pytest.mark.parametrize(
+    ("position", "value", "message"),
+    [
+        (1, [0.0] * 3, "slopes must have four values, .* but has 3"),
+        (2, [1e-5] * 5, "eps must have four values, .* but has 5"),
+        (3, [], "groups must have four values, .* but has 0"),
+    ],
+)
+def test_the_blocks_settings_are_of_four_layers(position: int, value: list[Any], message: str) -> None:
+    tensors, settings = block_arguments()
+    settings[position] = value
+    with pytest.raises(ValueError, match=message):
+        torch.ops.ocr_kernels.ocr_block(*tensors.values(), *settings, "reference")
+
+
+def test_the_blocks_needs_are_of_each_tensor() -> None:
+    tensors, settings = block_arguments()
+    z, *saved = torch.ops.ocr_kernels.ocr_block(*tensors.values(), *settings, "reference")
+    with pytest.raises(ValueError, match=r"needs must have 14 values, .* but has 3"):
+        torch.ops.ocr_kernels.ocr_block_backward(z, *tensors.values(), *saved, *settings, [True] * 3, "reference")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda weights, rest: (weights[:9], rest), "weights must be 8 or 10 tensors for logits, but are 9"),
+        (lambda weights, rest: (weights[:-2], rest), "weights"),
+        (lambda weights, rest: (weights[:2], [*rest[:2], "features"]), "6 or 8 tensors for features, but are 2"),
+        (lambda weights, rest: (weights, [rest[0], [0.0], rest[2]]), "slopes must have four values, .* but has 1"),
+        (lambda weights, rest: (weights, [*rest[:2], "maps"]), "output must be 'features', 'logits' or 'classes'"),
+    ],
+)
+def test_what_the_op_for_inference_takes(change: Any, message: str) -> None:
+    tensors, settings = inference_arguments()
+    feats, key, contexts, *weights = tensors.values()
+    weights, settings = change(weights, settings)
+    with pytest.raises((ValueError, TypeError), match=message):
+        torch.ops.ocr_kernels.ocr_block_inference(feats, key, contexts, weights, *settings, "reference")

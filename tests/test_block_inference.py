@@ -308,6 +308,19 @@ def test_opcheck(target: tuple[str, str], dtype: torch.dtype, output: str, layou
     torch.library.opcheck(torch.ops.ocr_kernels.ocr_block_inference.default, (*arguments, backend))
 
 
+@all_outputs
+def test_the_op_takes_operands_of_any_strides(target: tuple[str, str], own_dtype: torch.dtype, output: str) -> None:
+    backend, device = target
+    feats, key, contexts, weights, *settings = operands(device, output, dtype=own_dtype)
+
+    def spread(tensor: Tensor) -> Tensor:
+        return torch.stack((tensor, tensor + 1), -1)[..., 0]
+
+    op = partial(torch.ops.ocr_kernels.ocr_block_inference, feats)
+    found = op(spread(key), spread(contexts), [spread(weight) for weight in weights], *settings, backend)
+    assert torch.equal(found, op(key, contexts, weights, *settings, backend))
+
+
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
 def test_compile(target: tuple[str, str], compiler: str) -> None:
     backend, device = target

@@ -82,7 +82,7 @@ PRIVATE = re.compile(
 )
 
 
-@pytest.mark.parametrize("folder", ["core", "gather", "attention", "head"])
+@pytest.mark.parametrize("folder", ["core", "gather", "attention", "block", "tiled"])
 def test_private_functions_stand_in_one_file(folder: str) -> None:
     files = [path for path in (ROOT / "ocr_kernels" / folder).glob("*.py") if PRIVATE.search(path.read_text())]
     assert [path.name for path in files] == (["derivatives.py"] if folder == "core" else [])

@@ -11,7 +11,7 @@ import torch
 from module_results import CountOps, assert_same, results
 from torch import nn
 
-from ocr_kernels import modules, reference
+from ocr_kernels import modules, reference, replace_ocr_modules
 from ocr_kernels.core.calls import taken_apart
 
 NORM = ["weight", "bias", "running_mean", "running_var", "num_batches_tracked"]
@@ -203,3 +203,40 @@ def test_channels_last_stays() -> None:
     out = ours(feats.to(memory_format=torch.channels_last))[1]
     assert out.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(out, ours(feats)[1])
+
+
+@pytest.mark.parametrize(
+    ("training", "compiled"), [(False, False), (True, False), (False, True)], ids=["eval", "train", "compiled"]
+)
+@pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
+@pytest.mark.parametrize("kind", ["modules", "replaced"])
+def test_an_ensemble_by_vmap(kind: str, training: bool, grad: bool, compiled: bool) -> None:
+    """The derivative of the parameters is taken outside of the transform, whose tensors do not tell."""
+    members = [reference.OCRHead(8, 3, 16, 8) for _ in range(2)]
+    ours = copy.deepcopy(members[0]) if kind == "replaced" else modules.OCRHead(8, 3, 16, 8)
+    if kind == "replaced":
+        replace_ocr_modules(ours)
+    parameters, buffers = torch.func.stack_module_state(members)
+    feats = torch.randn(2, 8, 5, 7)
+    for head in (members[0], ours):
+        for layer in head.train(training).modules():
+            if isinstance(layer, nn.Dropout2d):
+                layer.p = 0.0
+
+    def results_of(head: nn.Module) -> list[torch.Tensor]:
+        def member(*state: dict[str, torch.Tensor]) -> torch.Tensor:
+            logits, auxiliary = torch.func.functional_call(head, state, (feats,))
+            return logits + 2 * auxiliary
+
+        def ensemble(*state: dict[str, torch.Tensor]) -> torch.Tensor:
+            return torch.func.vmap(member)(*state)
+
+        with torch.set_grad_enabled(grad):
+            run = torch.compile(ensemble, backend="aot_eager") if compiled else ensemble
+            out = run(parameters, {name: buffer.clone() for name, buffer in buffers.items()})
+        gradients = torch.autograd.grad(out.square().sum(), [*parameters.values()], allow_unused=True) if grad else []
+        return [out.detach(), *(each for each in gradients if each is not None)]
+
+    torch._dynamo.reset()
+    for actual, expected in zip(results_of(ours), results_of(members[0]), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-2 if training else 1e-5)

@@ -11,7 +11,6 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from ocr_kernels.block import reference
 from ocr_kernels.block.layers import Layer, Norm
@@ -25,6 +24,7 @@ from ocr_kernels.core.arguments import (
     is_dtensor,
 )
 from ocr_kernels.core.backends import Backend, left_to_compiler, resolve_backend
+from ocr_kernels.core.derivatives import is_differentiated, is_in_transform
 from ocr_kernels.core.layout import in_format, pixels, statistics_dtype
 
 Output = Literal["features", "logits", "classes"]
@@ -110,7 +110,7 @@ def ocr_block(
     ]
     scale = key.shape[1] ** -0.5 if scale is None else float(scale)
     made_of = [feats, key, value, *_tensors(layers.values(), classifier if output != "features" else None)]
-    if not takes_statistics and mask is None and not _is_differentiated(made_of):
+    if not takes_statistics and mask is None and not is_differentiated(made_of):
         kind = feats.device.type
         casts = torch.is_autocast_enabled(kind) and feats.dtype != torch.float64
         dtype = torch.get_autocast_dtype(kind) if casts else feats.dtype
@@ -152,12 +152,6 @@ def ocr_block(
             if layer is not None:
                 _update(layer, mean, var, correction)
     return _classified(z, classifier, output)
-
-
-def _is_differentiated(tensors: Sequence[Tensor]) -> bool:
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        return True
-    return forward_ad._current_level >= 0  # in forward mode nothing requires grad; nothing public tells
 
 
 def _tensors(layers: Iterable[Layer | None], classifier: Classifier | None) -> Iterator[Tensor]:
@@ -283,7 +277,11 @@ def _update(layer: Layer, mean: Tensor, var: Tensor, correction: Tensor) -> None
         return
     mean = mean if layer.bias is None else mean + layer.bias
     for running, now in ((norm.running_mean, mean), (norm.running_var, var * correction)):
-        running.lerp_(now.to(running.dtype), norm.momentum)
+        now = now.to(running.dtype)
+        if is_in_transform():  # where `lerp_` warns that it is slow
+            running.copy_(running.lerp(now, norm.momentum))
+        else:
+            running.lerp_(now, norm.momentum)
 
 
 def _check(

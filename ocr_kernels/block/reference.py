@@ -170,7 +170,7 @@ def backward(
     pixel_in, pixel_out, fusing = (each.to(dtype).contiguous() for each in (pixel_in, pixel_out, fusing))
     tiles = kind(x)
     *maps, statistics = saved
-    hidden_in, hidden_out, weights, fused = (each.flatten(2) for each in maps)
+    hidden_in, hidden_out, weights, fused = (in_format(each, feats).flatten(2) for each in maps)
     incoming = in_format(grad, feats).flatten(2)
     layers = settings.layers(vectors)
     known = split_statistics(layers, statistics)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ocr_kernels.block import reference
 from ocr_kernels.block.norms import Settings
+from ocr_kernels.core.arguments import check_device, check_dtype, check_shape
 from ocr_kernels.core.backends import BACKENDS, Backend, implementation, is_offered, resolve_backend
 from ocr_kernels.core.derivatives import Op
 from ocr_kernels.core.layout import empty_in_format, pixels, statistics_dtype
@@ -29,6 +30,8 @@ _ARGUMENTS = (
     "Tensor gain_in, Tensor shift_in, Tensor gain_out, Tensor shift_out, Tensor gain_up, Tensor shift_up, "
     "Tensor gain_z, Tensor shift_z, Tensor mask"
 )
+_NAMES = [argument.split()[1] for argument in _ARGUMENTS.split(", ")]
+_SAVED = ["hidden_in", "hidden_out", "weights", "fused", "statistics"]
 _SETTINGS = "float scale, float[] slopes, float[] eps, str[] groups, bool context_first"
 
 
@@ -49,9 +52,63 @@ def _kernels(backend: Backend, tensor: Tensor) -> Any:
     return implementation("block", backend, kind, implemented(kind))
 
 
-# Arguments have been checked by the public call. contexts are u, [B, Y, K], in the dtype of statistics, as the vectors
-# are; pixel_out has no elements where phi has one layer, nor have its vectors; mask is [B, O], what z is multiplied by,
-# or has no elements.
+# contexts are u, [B, Y, K], in the dtype of statistics, as the vectors are; pixel_out has no elements where phi has one
+# layer, nor have its vectors; mask is [B, O], what z is multiplied by, or has no elements.
+
+
+def _check(tensors: Sequence[Tensor], settings: Settings) -> None:
+    feats, key, _, pixel_out, fusing, contexts = tensors[:6]
+    _check_maps(feats, key, contexts)
+    check_shape("fusing", fusing, "[O, Y + C]", fusing.dim() == 2)
+    (batch, channels), (depth, regions) = feats.shape[:2], key.shape[1:]
+    up, outputs, second = contexts.shape[1], fusing.shape[0], depth if pixel_out.numel() else 0
+    shapes = [(batch, depth, regions), (depth, channels), (depth, depth) if second else (0,), (outputs, up + channels)]
+    shapes += [(batch, up, regions), *((each,) for each in (depth, second, up, outputs) for _ in range(2))]
+    shapes += [(batch, outputs) if tensors[TENSORS].numel() else (0,)]
+    _check_as(_NAMES[1:5], tensors[1:5], shapes[:4], feats, feats.dtype)
+    _check_as(_NAMES[5:], tensors[5:], shapes[4:], feats, statistics_dtype(feats))
+    for name, values in zip(("slopes", "eps", "groups"), settings[1:4], strict=True):
+        if len(values) != 4:
+            raise ValueError(f"{name} must have four values, for the layers of phi, rho and g, but has {len(values)}")
+
+
+def _check_backward(grad: Tensor, args: Sequence[Any]) -> None:
+    """`args` are the others; maps and statistics among them are as the forward pass has given them."""
+    tensors, saved = args[: TENSORS + 1], args[TENSORS + 1 : TENSORS + 6]
+    *settings, needs, _ = args[TENSORS + 6 :]
+    _check(tensors, Settings(*settings))
+    feats, regions = tensors[0], tensors[1].shape[2]
+    batch, _, *spatial = feats.shape
+    depth, second, up, outputs = (len(vector) for vector in tensors[6:TENSORS:2])
+    maps = [(batch, channels, *spatial) for channels in (outputs, depth, second, regions, outputs)]
+    _check_as(["grad", *_SAVED[:4]], [grad, *saved[:4]], maps, feats, feats.dtype)
+    statistics = (2 * (depth + second + up + outputs) + 4,)
+    _check_as(_SAVED[4:], saved[4:], [statistics], feats, statistics_dtype(feats))
+    if len(needs) != TENSORS:
+        raise ValueError(f"needs must have {TENSORS} values, one for each tensor but the mask, but has {len(needs)}")
+
+
+def _check_maps(feats: Tensor, key: Tensor, contexts: Tensor) -> None:
+    check_dtype("feats", feats)
+    check_shape("feats", feats, "[B, C, *S] with C >= 1", feats.dim() >= 3 and feats.shape[1] >= 1)
+    check_shape("key", key, "[B, D, K]", key.dim() == 3)
+    check_shape("contexts", contexts, "[B, Y, K]", contexts.dim() == 3)
+
+
+def _check_as(
+    names: Sequence[str],
+    tensors: Sequence[Tensor],
+    shapes: Sequence[tuple[int, ...]],
+    feats: Tensor,
+    dtype: torch.dtype,
+) -> None:
+    for name, tensor, shape in zip(names, tensors, shapes, strict=True):
+        if tensor.shape != shape:
+            check_shape(name, tensor, f"{shape} beside feats {tuple(feats.shape)}", False)
+        if tensor.dtype != dtype:
+            check_dtype(name, tensor, dtype)
+        if tensor.device != feats.device:
+            check_device(name, tensor, "feats", feats)
 
 
 def _split(args: Sequence[Any]) -> tuple[list[Tensor], Settings, Backend]:
@@ -61,7 +118,9 @@ def _split(args: Sequence[Any]) -> tuple[list[Tensor], Settings, Backend]:
 
 def _allocate(*args: Any) -> tuple[Tensor, ...]:
     """z, and what the backward pass reads: h of both layers of phi, w, G [y, x], the statistics."""
-    feats, key, pixel_in, pixel_out, fusing, contexts = args[:6]
+    tensors, settings, _ = _split(args)
+    _check(tensors, settings)
+    feats, key, pixel_in, pixel_out, fusing, contexts = tensors[:6]
     maps = [empty_in_format(feats, len(each)) for each in (fusing, pixel_in, pixel_out)]
     channels = 2 * (len(pixel_in) + len(pixel_out) + contexts.shape[1] + len(fusing))
     statistics = feats.new_empty(channels + 4, dtype=statistics_dtype(feats))
@@ -70,6 +129,7 @@ def _allocate(*args: Any) -> tuple[Tensor, ...]:
 
 def _forward(*args: Any) -> tuple[Tensor, ...]:
     tensors, settings, backend = _split(args)
+    _check(tensors, settings)
     if not tensors[0].numel() and not any(settings.groups):
         return tuple(out.zero_() for out in _allocate(*args))
     out: tuple[Tensor, ...] = _kernels(backend, tensors[0]).forward(*_grouped(tensors), settings)
@@ -87,6 +147,7 @@ def _grouped(
 def _allocate_gradients(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
     """Gradients in their inputs' dtypes, that of feats in its memory format; those not needed have no elements."""
     tensors, needs = args[:TENSORS], args[-2]
+    _check_backward(grad, args)
     dfeats = empty_in_format(tensors[0], tensors[0].shape[1])
     gradients = [dfeats, *(tensor.new_empty(tensor.shape) for tensor in tensors[1:])]
     return tuple(g if need else g.new_empty(0) for g, need in zip(gradients, needs, strict=True))
@@ -95,6 +156,7 @@ def _allocate_gradients(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
 def _backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
     tensors, saved = args[: TENSORS + 1], args[TENSORS + 1 : TENSORS + 6]
     *settings, needs, backend = args[TENSORS + 6 :]
+    _check_backward(grad, args)
     if not grad.numel() and not any(settings[3]):  # sums over no pixels
         return tuple(gradient.zero_() for gradient in _allocate_gradients(grad, *args))
     grouped = _grouped(tensors)
@@ -194,8 +256,8 @@ ocr_block_op: Op = register_op(
     autocast=5,
 )
 ocr_block_backward_op: Op = register_op(
-    f"ocr_block_backward(Tensor grad, {_ARGUMENTS}, Tensor hidden_in, Tensor hidden_out, Tensor weights, Tensor fused, "
-    f"Tensor statistics, {_SETTINGS}, bool[] needs, str backend) -> ({', '.join(['Tensor'] * TENSORS)})",
+    f"ocr_block_backward(Tensor grad, {_ARGUMENTS}, {', '.join(f'Tensor {name}' for name in _SAVED)}, {_SETTINGS}, "
+    f"bool[] needs, str backend) -> ({', '.join(['Tensor'] * TENSORS)})",
     kernel=_backward,
     fake=_allocate_gradients,
     definition=_define_backward,
@@ -212,6 +274,31 @@ ocr_block_backward_op: Op = register_op(
 # pixel_out, up and z.
 
 
+def _check_inference(
+    feats: Tensor, key: Tensor, contexts: Tensor, weights: Sequence[Tensor], slopes: Sequence[float], output: str
+) -> None:
+    _check_maps(feats, key, contexts)
+    if output not in ("features", "logits", "classes"):
+        raise ValueError(f"output must be 'features', 'logits' or 'classes', but is {output!r}")
+    if len(slopes) != 4:
+        raise ValueError(f"slopes must have four values, for the layers of phi, rho and g, but has {len(slopes)}")
+    (batch, channels), (depth, regions), up = feats.shape[:2], key.shape[1:], contexts.shape[1]
+    _check_as(["key", "contexts"], [key, contexts], [(batch, depth, regions), (batch, up, regions)], feats, feats.dtype)
+    rest = 4 if output == "features" else 6
+    if len(weights) not in (rest + 2, rest + 4):
+        raise ValueError(f"weights must be {rest + 2} or {rest + 4} tensors for {output}, but are {len(weights)}")
+    layers = (len(weights) - rest) // 2
+    fusing = weights[2 * layers + 1]
+    check_shape(f"weights[{2 * layers + 1}]", fusing, "[O, Y]", fusing.dim() == 2)
+    outputs, classes = len(fusing), weights[-1].numel()
+    shapes: list[tuple[int, ...]] = [(depth, channels), (depth,), (depth, depth), (depth,)][: 2 * layers]
+    shapes += [(up,), (outputs, up), (outputs, channels), (outputs,)]
+    shapes += [(classes, outputs), (classes,)][: rest - 4]
+    for i, (weight, shape) in enumerate(zip(weights, shapes, strict=True)):
+        dtype = feats.dtype if len(shape) == 2 else statistics_dtype(feats)
+        _check_as([f"weights[{i}]"], [weight], [shape], feats, dtype)
+
+
 def _allocate_inference(
     feats: Tensor,
     key: Tensor,
@@ -222,9 +309,10 @@ def _allocate_inference(
     output: str,
     backend: Backend,
 ) -> Tensor:
+    _check_inference(feats, key, contexts, weights, slopes, output)
     if output == "classes":
         return feats.new_empty((feats.shape[0], *feats.shape[2:]), dtype=torch.int64)
-    return empty_in_format(feats, weights[-1].shape[0])
+    return empty_in_format(feats, len(weights[-1]))
 
 
 def _infer(feats: Tensor, *args: Any) -> Tensor:

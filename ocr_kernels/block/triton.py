@@ -697,7 +697,7 @@ def backward(
     hidden_in, hidden_out, weights, fused = (each.flatten(2) for each in maps)
     need_feats, need_phi = needs[0], any((*needs[:4], *needs[6:10]))
     with torch.cuda.device_of(feats):
-        first, second, up, last = (_known(*each) for each in split_statistics(layers, statistics))
+        first, second, up, last = (_known(*each) for each in split_statistics(layers, statistics.contiguous()))
         # of z's norm, and of that of phi's first layer: one product makes the gradient of feats of both
         gradients = empty_maps(x, len(fusing) + need_phi * len(pixel_in))
         d, d_in = gradients[:, : len(fusing)], gradients[:, len(fusing) :]

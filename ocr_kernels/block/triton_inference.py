@@ -197,6 +197,7 @@ def infer(
     if numbers_of(feats).itemsize > 2 or max(key.shape[1:]) > tiles.MOST:
         reference.infer(out, feats, key, contexts, weights, scale, slopes, output)
         return
+    weights = [weight.contiguous() for weight in weights]
     layers, (up_bias, context, pixels, bias, *classifier) = reference.split_weights(weights)
     whole, result = feats.flatten(2), out.flatten(1 if output == "classes" else 2)
     regions = key.shape[2]

@@ -55,9 +55,16 @@ def _sees_levels(in_forward_mode: Callable[[Sequence[Tensor]], bool]) -> bool:
     return inside and not in_forward_mode(())
 
 
+def _sees_transforms(is_in_transform: Callable[[], bool]) -> bool:
+    inside = torch.func.vmap(lambda x: x + is_in_transform())(torch.zeros(1))
+    return inside.item() == 1 and not is_in_transform()
+
+
 # Runs an op below its derivative. Public: an op of another name that has none.
 _below_autograd = _private(lambda: torch._C._AutoDispatchBelowAutograd, _hides_autograd)
 _in_forward_mode = _private(lambda: lambda _: forward_ad._current_level >= 0, _sees_levels) or _has_tangent
+# Whether a transform of torch.func is under way. Public: nothing; that one may be costs time.
+is_in_transform = _private(lambda: torch._C._are_functorch_transforms_active, _sees_transforms) or (lambda: True)
 # Function.apply, less its checks for callers above the dispatcher.
 _apply = _private(lambda: lambda function: super(torch.autograd.Function, function).apply, _applies) or (
     lambda function: function.apply
@@ -74,6 +81,20 @@ def underived(op: Op, define_twin: Callable[[], Op]) -> Op:
             return op(*args)
 
     return run
+
+
+def is_differentiated(tensors: Sequence[Tensor]) -> bool:
+    """Whether what is made of them has a derivative to anybody, outside of a `torch.func.vmap` too."""
+    return (torch.is_grad_enabled() and any(map(_requires_grad, tensors))) or _in_forward_mode(tensors)
+
+
+def _requires_grad(tensor: Tensor) -> bool:
+    if tensor.requires_grad or not is_in_transform():
+        return tensor.requires_grad
+    if torch.compiler.is_compiling():
+        return True  # compilers trace no wrappers: it may
+    inner = torch.func.debug_unwrap(tensor, recurse=False)
+    return inner is not tensor and _requires_grad(inner)
 
 
 class _ForwardMode(Exception):

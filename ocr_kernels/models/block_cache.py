@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from ocr_kernels.block.registration import is_used_on
 from ocr_kernels.core.backends import is_offered
 from ocr_kernels.core.calls import has_own_forward, is_recorded
+from ocr_kernels.core.derivatives import is_in_transform
 from ocr_kernels.models.block_plan import plan_block
 from ocr_kernels.models.block_trace import tensor_at
 from ocr_kernels.models.block_training import TrainingPlan, plan_training
@@ -297,12 +298,13 @@ def _wants_grad(module: nn.Module, *inputs: Tensor) -> bool:
 
 
 def _may_fold() -> bool:
+    if is_in_transform():
+        return False
     if torch.compiler.is_compiling():
         return not torch.compiler._is_exporting_flag  # is_exporting() is true under any torch.compile of PyTorch 2.11
-    return not (  # no public function tells of the last three
+    return not (  # no public function tells of the last two
         torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
         or forward_ad._current_level >= 0
-        or torch._C._are_functorch_transforms_active()
         or (torch._C._len_torch_dispatch_stack() and any(map(_records, _get_current_dispatch_mode_stack())))
     )
 
