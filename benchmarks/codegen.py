@@ -204,7 +204,7 @@ class TrainingShape(Shape):
         tensors = feats, empty(batch, depth, regions), *matrices, contexts, vectors, empty(batch, channels, dtype=exact)
         settings = Settings(1.0, (0.0,) * 4, (1e-5,) * 4, ("",) * 4, True)
         kernels: Any = ocr_kernels.block.triton
-        saved = *map(pixels, (depth, depth, regions, channels)), empty(4 * (depth + channels) + 4, dtype=exact)
+        saved = *map(pixels, (depth, depth, regions, channels)), empty(10 * (depth + channels) + 4, dtype=exact)
         return {
             ("training", "forward"): lambda: kernels.forward(*tensors, settings),
             ("training", "backward"): lambda: kernels.backward(grad, *tensors, saved, settings, (True,) * 14),

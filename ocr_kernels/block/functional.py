@@ -146,11 +146,10 @@ def ocr_block(
         scale, slopes, eps, names, context_first, chosen,
     )  # fmt: skip
     if count or any(names):
-        *known, counts = statistics.detach().split([*(len(vector) for vector in vectors), len(layers)])
+        sizes_of = [gain.shape[0] for gain in vectors[::2] for _ in range(5)]  # of what `statistics_of` puts there
+        *known, counts = statistics.detach().split([*sizes_of, len(layers)])
         corrections = counts / (counts - 1)  # of variances, to unbiased ones
-        for layer, mean, var, correction in zip(layers.values(), known[::2], known[1::2], corrections, strict=True):
-            if layer is not None:
-                _update(layer, mean, var, correction)
+        _update(list(zip(layers.values(), known[::5], known[1::5], corrections, strict=True)))
     return _classified(z, classifier, output)
 
 
@@ -254,34 +253,50 @@ def _gain_and_shift(layer: Layer, contexts: int, like: Tensor) -> tuple[Tensor, 
 
     `contexts` is Y, and `like` has the dtype and the device of the matrices.
     """
-    channels = contexts if layer.weight is None else len(layer.weight)
-    ones = like.new_ones(channels, dtype=statistics_dtype(like))
-    bias = torch.zeros_like(ones) if layer.bias is None else layer.bias
-    norm = layer.norm
+    norm, bias = layer.norm, layer.bias
+    channels = contexts if layer.weight is None else layer.weight.shape[0]
+    options: Any = {"dtype": statistics_dtype(like)}
+    gain, shift = (norm.weight, norm.bias) if norm is not None else (None, bias)
+    gain = like.new_ones(channels, **options) if gain is None else gain
+    shift = like.new_zeros(channels, **options) if shift is None else shift
     if norm is None:
-        return ones, bias
-    gain = ones if norm.weight is None else norm.weight
-    shift = torch.zeros_like(ones) if norm.bias is None else norm.bias
+        return gain, shift
     if norm.training or norm.running_mean is None or norm.running_var is None:
-        return gain, shift if layer.bias is None else shift + 0 * layer.bias  # which the mean takes out
+        return gain, shift if bias is None else shift + 0 * bias  # which the mean takes out
     exact = torch.promote_types(norm.running_var.dtype, torch.float32)
     gain = gain.to(exact) * (norm.running_var.to(exact) + norm.eps).rsqrt()
-    return gain, shift + gain * (bias - norm.running_mean)
+    mean = norm.running_mean.to(exact)
+    return gain, shift - gain * (mean if bias is None else mean - bias)
 
 
 @torch.no_grad()
-def _update(layer: Layer, mean: Tensor, var: Tensor, correction: Tensor) -> None:
-    """Let statistics run."""
-    norm = layer.norm
-    if norm is None or not norm.training or norm.running_mean is None or norm.running_var is None:
+def _update(found: Sequence[tuple[Layer | None, Tensor, Tensor, Tensor]]) -> None:
+    """Let statistics run, of layers with their means, variances, and what those are multiplied by to be unbiased."""
+    running, now, momenta = [], [], []
+    for layer, mean, var, correction in found:
+        norm = None if layer is None else layer.norm
+        if norm is None or not norm.training or norm.running_mean is None or norm.running_var is None:
+            continue
+        running += [norm.running_mean, norm.running_var]
+        now += [mean if layer.bias is None else mean + layer.bias, var * correction]  # type: ignore[union-attr]
+        momenta += [norm.momentum] * 2
+    is_plain = not is_in_transform() and not torch.compiler.is_compiling() and type(found[0][1]) is Tensor
+    alike = len(set(momenta)) == 1 and all(map(_have_one_dtype, running, now)) and len({*map(id, running)}) == len(now)
+    if is_plain and alike and _lerp_all is not None:  # one launch
+        _lerp_all(running, now, momenta[0])
         return
-    mean = mean if layer.bias is None else mean + layer.bias
-    for running, now in ((norm.running_mean, mean), (norm.running_var, var * correction)):
-        now = now.to(running.dtype)
+    for statistic, value, momentum in zip(running, now, momenta, strict=True):
         if is_in_transform():  # where `lerp_` warns that it is slow
-            running.copy_(running.lerp(now, norm.momentum))
+            statistic.copy_(statistic.lerp(value.to(statistic.dtype), momentum))
         else:
-            running.lerp_(now, norm.momentum)
+            statistic.lerp_(value.to(statistic.dtype), momentum)
+
+
+_lerp_all: Any = getattr(torch, "_foreach_lerp_", None)
+
+
+def _have_one_dtype(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype
 
 
 def _check(

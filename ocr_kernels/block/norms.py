@@ -81,19 +81,23 @@ class Norm(NamedTuple):
         return [self.vectors(None, *more)] * images
 
 
-def split_statistics(layers: Sequence[Layer], statistics: Tensor) -> list[tuple[Layer, Tensor, Tensor]]:
-    """Each layer, its mean and variance `[2, channels, 1]`, and over how many pixels they were taken."""
-    *moments, counts = statistics.split([*(2 * len(layer.gain) for layer in layers), len(layers)])
-    return [(layer, both.view(2, -1, 1), count) for layer, both, count in zip(layers, moments, counts, strict=True)]
+def split_statistics(layers: Sequence[Layer], statistics: Tensor) -> list[Norm]:
+    """The norms that `statistics_of` has put into one vector."""
+    *vectors, counts = statistics.split([*(5 * layer.gain.shape[0] for layer in layers), len(layers)])
+    norms = []
+    for layer, each, count in zip(layers, vectors, counts, strict=True):
+        mean, var, rstd, factor, offset = each.view(5, -1, 1).unbind()
+        norms.append(Norm(layer, mean, var, rstd, factor, offset, count))
+    return norms
 
 
 def statistics_of(norms: Sequence[Norm]) -> Tensor:
-    """What `split_statistics` takes: the mean and the variance of each layer, and the counts, in one vector."""
-    vectors = [vector.flatten() for norm in norms for vector in (norm.mean, norm.var)]
+    """What `split_statistics` takes: the five vectors of each layer, and the counts."""
+    vectors = [vector for norm in norms for vector in norm[1:6]]
     counts = [norm.pixels for norm in norms]
     if len(set(counts)) == 1 and isinstance(counts[0], int):
-        return torch.cat([*vectors, vectors[0].new_full((len(counts),), counts[0])])
-    return torch.cat([*vectors, *(_on_device(count, vectors[0]).view(1) for count in counts)])
+        return torch.cat([*vectors, vectors[0].new_full((len(counts), 1), counts[0])]).flatten()
+    return torch.cat([*vectors, *(_on_device(count, vectors[0]).view(1, 1) for count in counts)]).flatten()
 
 
 def _on_device(count: Tensor | int, like: Tensor) -> Tensor:

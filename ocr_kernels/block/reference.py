@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -37,28 +38,28 @@ def ocr_block(
         )
     x = feats.flatten(2)
     first, second, up, last = settings.layers(vectors)
-    statistics: list[Tensor] = []
+    statistics: list[Any] = []
 
     def applied(layer: Layer, h: Tensor) -> Tensor:
-        mean, var = h.new_zeros(h.shape[1]), h.new_ones(h.shape[1])
+        norm = Norm.of(layer)
         if layer.has_statistics:
-            mean, var = h.mean((0, 2)), h.var((0, 2), correction=0)
-            h = (h - mean[:, None]) * (var + layer.eps).rsqrt()[:, None]
-        statistics.extend((mean, var))
+            norm = Norm.of(layer, h.mean((0, 2))[:, None], h.var((0, 2), correction=0)[:, None])
+            h = (h - norm.mean) * norm.rstd
+        statistics.extend(norm[1:6])
         return F.leaky_relu(layer.gain[:, None] * h + layer.shift[:, None], layer.slope)
 
     query = applied(first, pixel_in @ x)
     if len(pixel_out):
         query = applied(second, pixel_out @ query)
     else:
-        statistics += [second.shift, second.shift]
+        statistics += [second.shift[:, None]] * 5
     weights = F.softmax(settings.scale * (key.mT @ query), dim=1)  # [B, K, N]
     context = applied(up, contexts @ weights)
     z = applied(last, fusing @ torch.cat([context, x] if settings.context_first else [x, context], 1))
     if len(mask):
         z = z * mask[:, :, None]
-    counts = z.new_full((4,), x.shape[0] * x.shape[2])
-    return z.view(*z.shape[:2], *feats.shape[2:]), torch.cat([*statistics, counts])
+    counts = z.new_full((4, 1), x.shape[0] * x.shape[2])
+    return z.view(*z.shape[:2], *feats.shape[2:]), torch.cat([*statistics, counts]).flatten()
 
 
 # Products
@@ -173,8 +174,7 @@ def backward(
     hidden_in, hidden_out, weights, fused = (in_format(each, feats).flatten(2) for each in maps)
     incoming = in_format(grad, feats).flatten(2)
     layers = settings.layers(vectors)
-    known = split_statistics(layers, statistics)
-    first, second, up, last = (Norm.of(layer, both[0], both[1], count) for layer, both, count in known)
+    first, second, up, last = split_statistics(layers, statistics)
     depth, outputs, channels = len(pixel_in), len(fusing), x.shape[1]
     need_feats = needs[0]
     need_phi = any((*needs[:4], *needs[6:10]))

@@ -386,7 +386,8 @@ def _pass(*maps: Tensor) -> tuple[Tile, dict[str, object]]:
     device, channels = device_facts(maps[-1].device), maps[-1].shape[1]
     tile = tiles.PASS.choose(Problem(numbers.itemsize, device, channels, scattered=has_scattered_pixels(*maps)))
     arguments = constants(tile, numbers, maps)
-    return tile, arguments | {"ACCUMULATOR": arguments.pop("NUMBERS").accumulator}
+    del arguments["NUMBERS"]
+    return tile, arguments | {"ACCUMULATOR": numbers.accumulator}
 
 
 def _programs(tile: Tile, maps: Tensor) -> tuple[int]:
@@ -416,10 +417,11 @@ def _vectors(parts: Tensor) -> tuple[tuple[int], dict[str, object]]:
 def _norm_of(layer: Layer, parts: Tensor, pixels: int, split_length: int) -> Norm:
     """That of the moments `[parts, 2, C]` of splits of the pixels of images, and of the layer's other processes."""
     channels, splits = parts.shape[2], cdiv(pixels, split_length)
-    count = len(parts) // splits * pixels
+    all_parts = parts.shape[0]
+    count = all_parts // splits * pixels
     out, (grid, arguments) = parts.new_empty((5, channels, 1)), _vectors(parts)
     ocr_block_norm_kernel[grid](
-        out, parts, layer.gain, layer.shift, channels, pixels, split_length, splits, len(parts), layer.eps, **arguments
+        out, parts, layer.gain, layer.shift, channels, pixels, split_length, splits, all_parts, layer.eps, **arguments
     )
     mean, var, rstd, factor, offset = out.unbind()
     norm = Norm(layer, mean, var, rstd, factor, offset, count)
@@ -449,18 +451,11 @@ def _norm_of_contexts(layer: Layer, y: Contexts) -> Norm:
     return _norm_of(layer, y.moments(), y.pixels, y.pixels)
 
 
-def _known(layer: Layer, both: Tensor, count: Tensor) -> Norm:
-    """That of a forward pass, of its mean and its variance `[2, C, 1]`."""
-    if not layer.has_statistics or not both.numel():
-        return Norm.of(layer, both[0], both[1], count)
-    return _norm_of(layer._replace(group=""), both.view(1, 2, -1), 1, 1)._replace(layer=layer, pixels=count)
-
-
 def _apply(norm: Norm, h: Tensor, mask: Tensor | None = None, out: Tensor | None = None) -> Tensor:
     """rho of a map, times the mask where it has elements."""
     out = empty_maps(h, h.shape[1]) if out is None else out
     _, channels, pixels = h.shape
-    is_masked = mask is not None and len(mask) > 0
+    is_masked = mask is not None and mask.shape[0] > 0
     if h.numel():
         tile, arguments = _pass(out, h)
         ocr_block_apply_kernel[_programs(tile, h)](
@@ -478,7 +473,7 @@ def _added(norm: Norm, parts: Tensor) -> tuple[Gradients, Tensor, Tensor, Tensor
     channels, gradients = parts.shape[2], Gradients(norm)
     vectors, (grid, arguments) = parts.new_empty((5, channels, 1)), _vectors(parts)
     ocr_block_norm_gradient_kernel[grid](
-        vectors, parts, norm.factor, norm.rstd, norm.mean, norm.pixels, channels, len(parts),
+        vectors, parts, norm.factor, norm.rstd, norm.mean, norm.pixels, channels, parts.shape[0],
         STATISTICS=norm.layer.has_statistics, **arguments,
     )  # fmt: skip
     gain, shift, slope, offset, constant = vectors.unbind()
@@ -493,7 +488,7 @@ def _gradients(norm: Norm, grad: Tensor, h: Tensor, out: Tensor, mask: Tensor | 
     """The sums of a layer's backward pass; `out` is filled with the gradient of h, of that after the activation."""
     gradients = Gradients(norm)
     _, channels, pixels = h.shape
-    is_masked = mask is not None and len(mask) > 0
+    is_masked = mask is not None and mask.shape[0] > 0
     factors = mask if is_masked else norm.factor
     flags = {"SLOPE": norm.layer.slope, "MASKED": is_masked}
     if not h.numel():
@@ -520,7 +515,7 @@ def _times(matrix: Tensor, maps: Tensor, out: Tensor | None = None) -> Tensor:
     if maps.stride(1) == 1 and matrix.dim() == 2:  # one product, whatever B is
         torch.mm(maps.mT.flatten(0, 1), matrix.t(), out=out.mT.flatten(0, 1))
     else:
-        torch.bmm(matrix.expand(len(maps), *matrix.shape[-2:]), maps, out=out)
+        torch.bmm(matrix.expand(maps.shape[0], *matrix.shape[-2:]), maps, out=out)
     return out
 
 
@@ -655,7 +650,7 @@ def forward(
     with torch.cuda.device_of(feats):
         hidden_in = hidden = _times(pixel_in, x)
         first = query = _norm(layers[0], hidden)
-        if len(pixel_out):
+        if pixel_out.shape[0]:
             hidden_out = hidden = _times(pixel_out, _apply(first, hidden_in))
             second = query = _norm(layers[1], hidden)
         else:
@@ -664,12 +659,12 @@ def forward(
         y = _contexts_of(contexts.to(exact), weights)
         up = _norm_of_contexts(layers[2], y)
         both = empty_maps(x, fusing.shape[1])
-        inside, outside = _halves(both, len(up.factor), settings)
+        inside, outside = _halves(both, up.factor.shape[0], settings)
         outside.copy_(x)
         _contexts(*_normalised(y, up, x.dtype), up.layer.slope, weights, inside)
         fused = _times(fusing, both)
         last = _norm(layers[3], fused)
-        z = empty_in_format(feats, len(fusing))
+        z = empty_in_format(feats, fusing.shape[0])
         _apply(last, fused, mask, z.flatten(2))
     maps = (each.unflatten(2, feats.shape[2:]) for each in (hidden_in, hidden_out, weights, fused))
     return z, *maps, statistics_of((first, second, up, last))
@@ -697,22 +692,22 @@ def backward(
     hidden_in, hidden_out, weights, fused = (each.flatten(2) for each in maps)
     need_feats, need_phi = needs[0], any((*needs[:4], *needs[6:10]))
     with torch.cuda.device_of(feats):
-        first, second, up, last = (_known(*each) for each in split_statistics(layers, statistics.contiguous()))
+        first, second, up, last = split_statistics(layers, statistics.contiguous())
         # of z's norm, and of that of phi's first layer: one product makes the gradient of feats of both
-        gradients = empty_maps(x, len(fusing) + need_phi * len(pixel_in))
-        d, d_in = gradients[:, : len(fusing)], gradients[:, len(fusing) :]
+        gradients = empty_maps(x, fusing.shape[0] + need_phi * pixel_in.shape[0])
+        d, d_in = gradients[:, : fusing.shape[0]], gradients[:, fusing.shape[0] :]
         dlast = _gradients(last, grad.flatten(2), fused, d, mask)
-        on_context, on_pixels = _halves(fusing, len(up.factor), settings)
+        on_context, on_pixels = _halves(fusing, up.factor.shape[0], settings)
         y = _contexts_of(contexts.to(exact), weights)
         rows, offset = _normalised(y, up, x.dtype)
         context_layer = rows, offset, up.layer.slope, weights
         dfusing = fusing.new_empty(fusing.shape, dtype=exact)
         is_fused = weights.shape[1] <= tiles.FEW  # then only the gradient of the fusing matrix takes y
-        inside = _contexts(*context_layer, empty_maps(x, len(up.factor) if needs[4] or not is_fused else 0))
+        inside = _contexts(*context_layer, empty_maps(x, up.factor.shape[0] if needs[4] or not is_fused else 0))
         if needs[4]:
-            for half, of in zip(_halves(dfusing, len(up.factor), settings), (inside, x), strict=True):
+            for half, of in zip(_halves(dfusing, up.factor.shape[0], settings), (inside, x), strict=True):
                 _over_pixels(d, of, half)
-        dy = _times(on_context.t(), d, empty_maps(x, len(up.factor)))
+        dy = _times(on_context.t(), d, empty_maps(x, up.factor.shape[0]))
         if is_fused:
             dweights = _contexts_gradient_(dy, *context_layer)
         else:
@@ -727,14 +722,14 @@ def backward(
         dkey, dpixel_in, dpixel_out = (torch.empty_like(each, dtype=exact) for each in (key, pixel_in, pixel_out))
         dphi = [Gradients(first), Gradients(second)]
         if need_phi:
-            query, hidden = (second, hidden_out) if len(pixel_out) else (first, hidden_in)
+            query, hidden = (second, hidden_out) if pixel_out.shape[0] else (first, hidden_in)
             dscores = _softmax_gradient(dweights, weights, matrix, column)
             del dweights
             dkey = settings.scale * _wide_product(_apply(query, hidden), dscores.mT)
             dhidden = _times(settings.scale * key, dscores)
             del dscores
-            if len(pixel_out):
-                dout = empty_maps(x, len(pixel_out))
+            if pixel_out.shape[0]:
+                dout = empty_maps(x, pixel_out.shape[0])
                 dphi[1] = _gradients(second, dhidden, hidden_out, dout)
                 _over_pixels(dout, _apply(first, hidden_in), dpixel_out)
                 dhidden = _times(pixel_out.t(), dout)

@@ -6,7 +6,7 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import triton
@@ -55,10 +55,10 @@ class Numbers:
 
 def numbers_of(*tensors: Tensor) -> Numbers:
     """Products in float64 if any tensor's dtype is that, else in that of the first; sums in the statistics' dtype."""
-    precision = "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
-    return _numbers_of(
-        tensors[0].dtype, statistics_dtype(*tensors), device_facts(tensors[0].device).has_matrix_units, precision
-    )
+    dtype = tensors[0].dtype
+    is_tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    has_matrix_units = device_facts(tensors[0].device).has_matrix_units
+    return _numbers_of(dtype, statistics_dtype(*tensors), has_matrix_units, "tf32" if is_tf32 else "ieee")
 
 
 @functools.cache
@@ -78,12 +78,26 @@ def tl_dtype(dtype: torch.dtype) -> tl.dtype:
 # Addresses
 
 
+# A step asks some of these 100 times, so they are remembered by shapes and strides.
+
+Geometry: TypeAlias = tuple[Sequence[int], Sequence[int]]
+
+
+def _geometry(tensors: Sequence[Tensor]) -> tuple[Geometry, ...]:
+    return tuple([(t.shape, t.stride()) for t in tensors])
+
+
 def alignment(*tensors: Tensor) -> int:
     """The largest power of two up to 16 that divides the pixels and the strides of tensors [B, channels, N].
 
     It is 1 in channels last, where the channels' own number decides how many are loaded at once.
     """
-    return math.gcd(16, *(length for t in tensors for length in (t.shape[2], *t.stride()[:2])))
+    return _alignment(_geometry(tensors))
+
+
+@functools.lru_cache(4096)
+def _alignment(tensors: Sequence[Geometry]) -> int:
+    return math.gcd(16, *(length for shape, strides in tensors for length in (shape[2], *strides[:2])))
 
 
 def has_scattered_pixels(*tensors: Tensor) -> bool:
@@ -93,8 +107,13 @@ def has_scattered_pixels(*tensors: Tensor) -> bool:
 
 def requires_int64_offsets(tile: Tile, *tensors: Tensor) -> bool:
     """Whether an offset inside a tile of tensors [B, rows, columns] can pass 2**31."""
+    return _requires_int64_offsets(tile, _geometry(tensors))
+
+
+@functools.lru_cache(4096)
+def _requires_int64_offsets(tile: Tile, tensors: Sequence[Geometry]) -> bool:
     last = max(tile.regions, tile.channels, tile.outputs, tile.pixels) - 1
-    return any(last * (t.stride(1) + t.stride(2)) >= 2**31 for t in tensors)
+    return any(last * (strides[1] + strides[2]) >= 2**31 for _, strides in tensors)
 
 
 def constants(
