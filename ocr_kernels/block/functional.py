@@ -146,8 +146,8 @@ def ocr_block(
         scale, slopes, eps, names, context_first, chosen,
     )  # fmt: skip
     if count or any(names):
-        sizes_of = [gain.shape[0] for gain in vectors[::2] for _ in range(5)]  # of what `statistics_of` puts there
-        *known, counts = statistics.detach().split([*sizes_of, len(layers)])
+        lengths = [gain.shape[0] for gain in vectors[::2] for _ in range(5)]  # of what `statistics_of` puts there
+        *known, counts = statistics.detach().split([*lengths, len(layers)])
         corrections = counts / (counts - 1)  # of variances, to unbiased ones
         _update(list(zip(layers.values(), known[::5], known[1::5], corrections, strict=True)))
     return _classified(z, classifier, output)
@@ -269,6 +269,10 @@ def _gain_and_shift(layer: Layer, contexts: int, like: Tensor) -> tuple[Tensor, 
     return gain, shift - gain * (mean if bias is None else mean - bias)
 
 
+# Private, as all such calls are; where it is gone each is one of its own.
+_lerp_all: Any = getattr(torch, "_foreach_lerp_", None)
+
+
 @torch.no_grad()
 def _update(found: Sequence[tuple[Layer | None, Tensor, Tensor, Tensor]]) -> None:
     """Let statistics run, of layers with their means, variances, and what those are multiplied by to be unbiased."""
@@ -281,8 +285,9 @@ def _update(found: Sequence[tuple[Layer | None, Tensor, Tensor, Tensor]]) -> Non
         now += [mean if layer.bias is None else mean + layer.bias, var * correction]  # type: ignore[union-attr]
         momenta += [norm.momentum] * 2
     is_plain = not is_in_transform() and not torch.compiler.is_compiling() and type(found[0][1]) is Tensor
-    alike = len(set(momenta)) == 1 and all(map(_have_one_dtype, running, now)) and len({*map(id, running)}) == len(now)
-    if is_plain and alike and _lerp_all is not None:  # one launch
+    have_dtypes = [each.dtype for each in running] == [each.dtype for each in now]
+    are_alike = len(set(momenta)) == 1 and len({*map(id, running)}) == len(running)  # no layers share a norm
+    if is_plain and have_dtypes and are_alike and _lerp_all is not None:  # one launch
         _lerp_all(running, now, momenta[0])
         return
     for statistic, value, momentum in zip(running, now, momenta, strict=True):
@@ -290,13 +295,6 @@ def _update(found: Sequence[tuple[Layer | None, Tensor, Tensor, Tensor]]) -> Non
             statistic.copy_(statistic.lerp(value.to(statistic.dtype), momentum))
         else:
             statistic.lerp_(value.to(statistic.dtype), momentum)
-
-
-_lerp_all: Any = getattr(torch, "_foreach_lerp_", None)
-
-
-def _have_one_dtype(a: Tensor, b: Tensor) -> bool:
-    return a.dtype == b.dtype
 
 
 def _check(
