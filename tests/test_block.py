@@ -224,7 +224,8 @@ def test_launches(monkeypatch: pytest.MonkeyPatch) -> None:
                 z, *saved = kernels.forward(feats, key, *matrices, contexts, vectors, mask, settings)
             else:
                 kernels.backward(z, feats, key, *matrices, contexts, vectors, mask, saved, settings, [True] * 14)
-    assert (forward.number, backward.number) <= (32, 61)
+    assert forward.number <= 32
+    assert backward.number <= 61
 
 
 @on_each_backend

@@ -147,9 +147,8 @@ def ocr_block(
     )  # fmt: skip
     if count or any(names):
         lengths = [gain.shape[0] for gain in vectors[::2] for _ in range(5)]  # of what `statistics_of` puts there
-        *known, counts = statistics.detach().split([*lengths, len(layers)])
-        corrections = counts / (counts - 1)  # of variances, to unbiased ones
-        _update(list(zip(layers.values(), known[::5], known[1::5], corrections, strict=True)))
+        *known, _ = statistics.detach().split([*lengths, len(layers)])
+        _update(list(zip(layers.values(), known[::5], known[1::5], strict=True)))
     return _classified(z, classifier, output)
 
 
@@ -274,15 +273,15 @@ _lerp_all: Any = getattr(torch, "_foreach_lerp_", None)
 
 
 @torch.no_grad()
-def _update(found: Sequence[tuple[Layer | None, Tensor, Tensor, Tensor]]) -> None:
-    """Let statistics run, of layers with their means, variances, and what those are multiplied by to be unbiased."""
+def _update(found: Sequence[tuple[Layer | None, Tensor, Tensor]]) -> None:
+    """Let statistics run, of layers with their means and unbiased variances."""
     running, now, momenta = [], [], []
-    for layer, mean, var, correction in found:
+    for layer, mean, var in found:
         norm = None if layer is None else layer.norm
         if norm is None or not norm.training or norm.running_mean is None or norm.running_var is None:
             continue
         running += [norm.running_mean, norm.running_var]
-        now += [mean if layer.bias is None else mean + layer.bias, var * correction]  # type: ignore[union-attr]
+        now += [mean if layer.bias is None else mean + layer.bias, var]  # type: ignore[union-attr]
         momenta += [norm.momentum] * 2
     is_plain = not is_in_transform() and not torch.compiler.is_compiling() and type(found[0][1]) is Tensor
     have_dtypes = [each.dtype for each in running] == [each.dtype for each in now]

@@ -52,21 +52,23 @@ class Norm(NamedTuple):
 
     layer: Layer
     mean: Tensor
-    var: Tensor
+    var: Tensor  # unbiased, as statistics that run take it
     rstd: Tensor
     factor: Tensor
     offset: Tensor
     pixels: Tensor | int = 1  # that the statistics are of
 
     @classmethod
-    def of(cls, layer: Layer, mean: Tensor | None = None, var: Tensor | None = None, pixels: Tensor | int = 1) -> Norm:
-        """Of a layer's statistics; one that has none takes none."""
+    def of(
+        cls, layer: Layer, mean: Tensor | None = None, squares: Tensor | None = None, pixels: Tensor | int = 1
+    ) -> Norm:
+        """Of a layer's mean and sum of squares about it; one that has no statistics takes none."""
         gain, shift = layer.gain[:, None], layer.shift[:, None]
-        if mean is None or var is None or not layer.has_statistics:
+        if mean is None or squares is None or not layer.has_statistics:
             ones = torch.ones_like(gain)
             return cls(layer, torch.zeros_like(gain), ones, ones, gain, shift, pixels)
-        rstd = (var + layer.eps).rsqrt()
-        factor = gain * rstd
+        rstd = (squares / pixels + layer.eps).rsqrt()
+        factor, var = gain * rstd, squares / others_of(pixels)
         return cls(layer, mean, var, rstd, factor, torch.addcmul(shift, mean, factor, value=-1), pixels)
 
     def vectors(self, mask: Tensor | None = None, *more: Tensor) -> Tensor:
@@ -79,6 +81,11 @@ class Norm(NamedTuple):
         if len(masks):
             return [self.vectors(mask, *more) for mask in masks]
         return [self.vectors(None, *more)] * images
+
+
+def others_of(pixels: Tensor | int) -> Tensor | int:
+    """How many there are besides one; 1 where there is only one, whose squares are 0."""
+    return (pixels - 1).clamp(min=1) if isinstance(pixels, Tensor) else max(pixels - 1, 1)
 
 
 def split_statistics(layers: Sequence[Layer], statistics: Tensor) -> list[Norm]:
@@ -149,7 +156,7 @@ class Moments:
             everywhere.add_all(parts[:, 0, :1], parts[:, 1], parts[:, 2])
             return everywhere.norm()
         taken = self.count if isinstance(self.count, Tensor) else max(self.count, 1)
-        return Norm.of(self.layer, self.mean, self.squares / taken, taken)
+        return Norm.of(self.layer, self.mean, self.squares, taken)
 
 
 class Gradients:

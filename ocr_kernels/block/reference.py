@@ -15,7 +15,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ocr_kernels.block.norms import Contexts, Gradients, Layer, Moments, Norm, Settings, split_statistics, statistics_of
+from ocr_kernels.block.norms import (
+    Contexts,
+    Gradients,
+    Layer,
+    Moments,
+    Norm,
+    Settings,
+    split_statistics,
+    statistics_of,
+)
 from ocr_kernels.block.passes import Passes, empty_maps, maps_of
 from ocr_kernels.core.activations import activate_
 from ocr_kernels.core.layout import empty_in_format, in_format, statistics_dtype
@@ -37,13 +46,15 @@ def ocr_block(
             "use a norm of one process there"
         )
     x = feats.flatten(2)
+    count = x.shape[0] * x.shape[2]
     first, second, up, last = settings.layers(vectors)
     statistics: list[Any] = []
 
     def applied(layer: Layer, h: Tensor) -> Tensor:
         norm = Norm.of(layer)
         if layer.has_statistics:
-            norm = Norm.of(layer, h.mean((0, 2))[:, None], h.var((0, 2), correction=0)[:, None])
+            squares = count * h.var((0, 2), correction=0)[:, None]
+            norm = Norm.of(layer, h.mean((0, 2))[:, None], squares, count)
             h = (h - norm.mean) * norm.rstd
         statistics.extend(norm[1:6])
         return F.leaky_relu(layer.gain[:, None] * h + layer.shift[:, None], layer.slope)
@@ -58,7 +69,7 @@ def ocr_block(
     z = applied(last, fusing @ torch.cat([context, x] if settings.context_first else [x, context], 1))
     if len(mask):
         z = z * mask[:, :, None]
-    counts = z.new_full((4, 1), x.shape[0] * x.shape[2])
+    counts = z.new_full((4, 1), count)
     return z.view(*z.shape[:2], *feats.shape[2:]), torch.cat([*statistics, counts]).flatten()
 
 
@@ -187,8 +198,8 @@ def backward(
     for image, part in tiles:
         dlast.add(tiles.gradient(incoming[image][:, part], fused[image][:, part], of_images[image], slope))
     of_images = last.of_images(mask, len(x), *dlast.affine())
-    contexts_of_y = len(up.factor)
-    halves = fusing.split([contexts_of_y, channels] if settings.context_first else [channels, contexts_of_y], 1)
+    up_channels = len(up.factor)
+    halves = fusing.split([up_channels, channels] if settings.context_first else [channels, up_channels], 1)
     on_context, on_pixels = (half.t().contiguous() for half in halves[:: 1 if settings.context_first else -1])
     dfusing = torch.zeros_like(fusing, dtype=exact)
     dweights = empty_maps(x, key.shape[2], dtype)
@@ -196,7 +207,7 @@ def backward(
     on_weights = normalised[0].mT.contiguous()  # [B, K, Y]
     outer = torch.zeros_like(y.centred)  # sum_i dy_i (w_i - mean)', [B, Y, K]
     total = torch.zeros_like(y.means)  # sum_i dy_i
-    activated = y.means.new_tensor([1.0, 0.0, 1.0, 0.0])[:, None].repeat(1, contexts_of_y)  # as they are
+    activated = y.means.new_tensor([1.0, 0.0, 1.0, 0.0])[:, None].repeat(1, up_channels)  # as they are
     for image, part in tiles:
         d = tiles.empty("outputs", outputs, part, dtype)
         tiles.through(incoming[image][:, part], fused[image][:, part], of_images[image], slope, d)

@@ -16,7 +16,17 @@ import triton.language as tl
 from torch import Tensor
 
 from ocr_kernels.block import tiles
-from ocr_kernels.block.norms import Contexts, Gradients, Layer, Moments, Norm, Settings, split_statistics, statistics_of
+from ocr_kernels.block.norms import (
+    Contexts,
+    Gradients,
+    Layer,
+    Moments,
+    Norm,
+    Settings,
+    others_of,
+    split_statistics,
+    statistics_of,
+)
 from ocr_kernels.block.passes import activation_backward_, empty_maps, maps_of
 from ocr_kernels.block.triton_inference import activated, add_bias, infer
 from ocr_kernels.core.layout import empty_in_format, statistics_dtype
@@ -92,7 +102,7 @@ def ocr_block_moments_kernel(
 
 @triton.jit(do_not_specialize=["N", "split_length", "splits", "parts"])
 def ocr_block_norm_kernel(
-    out,  # [5, C]: mean, var, 1 / sqrt(var + eps), and what h is multiplied by, and what is added
+    out,  # [5, C]: mean, unbiased variance, 1 / sqrt(variance + eps), and what h is multiplied by, and what is added
     partial,  # [parts, 2, C]: means, and sums of squares about them
     gain, shift,  # [C]
     C, N, split_length, splits, parts, eps: tl.float64,
@@ -116,12 +126,11 @@ def ocr_block_norm_kernel(
         part = partial + rows[:, None] * 2 * C + c[None, :]
         off = tl.load(part, mask=inside, other=0.0) - mean[None, :]
         squares += tl.sum(tl.load(part + C, mask=inside, other=0.0) + n[:, None] * off * off, 0)
-    var = squares / count
-    rstd = 1 / tl.sqrt(var + tl.full((), eps, ACCUMULATOR))
+    rstd = 1 / tl.sqrt(squares / count + tl.full((), eps, ACCUMULATOR))
     factor = tl.load(gain + c, mask=c < C, other=0.0) * rstd
     offset = tl.load(shift + c, mask=c < C, other=0.0) - mean * factor
     tl.store(out + c, mean, mask=c < C)
-    tl.store(out + C + c, var, mask=c < C)
+    tl.store(out + C + c, squares / tl.maximum(count - 1, 1), mask=c < C)
     tl.store(out + 2 * C + c, rstd, mask=c < C)
     tl.store(out + 3 * C + c, factor, mask=c < C)
     tl.store(out + 4 * C + c, offset, mask=c < C)
@@ -427,7 +436,7 @@ def _norm_of(layer: Layer, parts: Tensor, pixels: int, split_length: int) -> Nor
     norm = Norm(layer, mean, var, rstd, factor, offset, count)
     if layer.group:
         moments = Moments(layer)
-        moments.add(count, norm.mean, norm.var * count)
+        moments.add(count, norm.mean, norm.var * others_of(count))
         return moments.norm()
     return norm
 
