@@ -60,7 +60,13 @@ TYPES = {
 FORMATS = {torch.contiguous_format: "contiguous", torch.channels_last: "channels last"}
 
 # What to look for in PTX, which ptxas translates one to one, or in AMD's assembly.
-MATRIX = {"mma": r"\bmma\.sync", "wgmma": r"\bwgmma\.mma_async", "tcgen05": r"\btcgen05\.mma", "mfma": r"\bv_mfma_"}
+MATRIX = {
+    "mma": r"\bmma\.sync",
+    "wgmma": r"\bwgmma\.mma_async",
+    "tcgen05": r"\btcgen05\.mma",
+    "mfma": r"\bv_mfma_",
+    "wmma": r"\bv_wmma_",
+}
 COPIES = {"cp.async": r"\bcp\.async\.c[ag]\b", "TMA": r"\bcp\.async\.bulk\."}
 
 
@@ -70,6 +76,8 @@ OPS = (
     ocr_kernels.block.triton,
     ocr_kernels.block.triton_inference,
 )
+
+
 REGISTERS = 2048  # of a multiprocessor, for each lane of a warp
 
 
@@ -79,14 +87,18 @@ class Architecture(NamedTuple):
     threads: int  # that a multiprocessor holds
     blocks: int  # that it holds
     reserved: int = 1024  # bytes of its shared memory that the system takes for each block
+    registers: int = REGISTERS
+    granule: int = 8  # by which each of its quarters gives out its own
+    shared: int = 0  # bytes of its shared memory, where a block may not have all of it
 
     def resident_blocks(self, registers: int, shared: int, num_warps: int, tensor_memory: int = 0) -> int:
         """How many blocks a multiprocessor holds at a time."""
-        # each of its quarters has its own, and gives them out by 8
-        limits = [self.blocks, 4 * (REGISTERS // 4 // (-(-registers // 8) * 8)) // num_warps]
+        given = -(-registers // self.granule) * self.granule
+        limits = [self.blocks, 4 * (self.registers // 4 // given) // num_warps]
         limits.append(self.threads // (num_warps * self.target.warp_size))
         if shared + self.reserved:
-            limits.append((self.facts.shared_memory + self.reserved) // (shared + self.reserved))
+            has = self.shared or self.facts.shared_memory + self.reserved
+            limits.append(has // (shared + self.reserved))
         if tensor_memory:
             limits.append(512 // tensor_memory)
         return min(limits)
@@ -100,7 +112,12 @@ ARCHITECTURES = {
     "sm_90": Architecture(GPUTarget("cuda", 90, 32), DeviceFacts(132, 232448, (9, 0)), 2048, 32),
     "sm_100": Architecture(GPUTarget("cuda", 100, 32), DeviceFacts(148, 232448, (10, 0)), 2048, 32),
     "sm_120": Architecture(GPUTarget("cuda", 120, 32), DeviceFacts(170, 101376, (12, 0)), 1536, 24),
-    "gfx942": Architecture(GPUTarget("hip", "gfx942", 64), DeviceFacts(304, 65536, None), 2048, 32, reserved=0),
+    "gfx942": Architecture(
+        GPUTarget("hip", "gfx942", 64), DeviceFacts(304, 65536, None, warp_size=64), 2048, 32, reserved=0
+    ),
+    "gfx1100": Architecture(
+        GPUTarget("hip", "gfx1100", 32), DeviceFacts(48, 65536, None), 2048, 32, 0, 6144, granule=24, shared=131072
+    ),
 }
 
 

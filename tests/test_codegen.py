@@ -47,6 +47,8 @@ def test_machine_code(architecture: str) -> None:
         ("sm_75", 32, 32 * 1024, 4, 0, 2),
         ("sm_75", 32, 0, 8, 0, 4),  # 1024 threads
         ("gfx942", 128, 0, 4, 0, 4),  # 4 wavefronts on each of 4 units
+        ("gfx1100", 256, 0, 4, 0, 5),  # 1536 registers a lane on each of 4 units, by 24
+        ("gfx1100", 32, 48 * 1024, 4, 0, 2),  # 128 KiB
     ],
 )
 def test_resident_blocks(
@@ -137,6 +139,12 @@ def test_tiles_for_any_problem(table: TileTable, all_regions: tuple[int, ...], i
             assert tile.channels <= 32
             assert tile.regions <= max(16, 2 * regions - 1)
             assert tile.shared * 1024 <= architecture.facts.shared_memory
+
+
+@pytest.mark.parametrize(("architecture", "lanes"), [("sm_90", 256), ("gfx942", 512), ("gfx1100", 512)])
+def test_warps_of_rdna_are_half_of_cdna_s(architecture: str, lanes: int) -> None:
+    facts = ARCHITECTURES[architecture].facts
+    assert Tile(regions=64).cut_to(Problem(2, facts, channels=20, regions=5)).warps * facts.warp_size == lanes
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from ocr_kernels.core.tiles import (
     TileTable,
     has_asynchronous_copies,
     has_wgmma,
+    is_rdna,
     padded,
 )
 
@@ -36,6 +37,8 @@ FORWARD = TileTable(
     "attention.forward",
     {
         2: (
+            Tile(regions=64, last_regions=64, channels=32, pixels=32, warps=4, stages=3, when=is_rdna),
+            Tile(regions=128, up_to=ANY, channels=64, pixels=64, when=is_rdna),
             Tile(regions=128, last_regions=32, channels=64, pixels=128, warps=4, stages=3, when=has_wgmma_and_vectors),
             Tile(regions=128, last_regions=64, channels=64, pixels=128, stages=3, when=has_wgmma),
             Tile(regions=128, last_regions=128, channels=32, pixels=128, stages=4, when=has_wgmma),
@@ -46,6 +49,8 @@ FORWARD = TileTable(
             Tile(regions=128, up_to=ANY, channels=64, pixels=64),
         ),
         4: (
+            Tile(regions=32, last_regions=32, channels=16, pixels=64, warps=4, stages=2, when=is_rdna),
+            Tile(regions=64, up_to=ANY, channels=32, pixels=32, stages=2, when=is_rdna),
             Tile(regions=32, last_regions=32, channels=16, pixels=128, warps=4, stages=2, when=is_not_turing),
             Tile(regions=128, last_regions=32, channels=16, pixels=64, warps=4, stages=2, when=is_not_turing),
             Tile(regions=128, last_regions=64, channels=16, pixels=64, stages=2, when=is_not_turing),
@@ -73,9 +78,12 @@ MAPS = TileTable(
             Tile(regions=128, last_regions=64, channels=32, pixels=32, warps=4, stages=3),
             Tile(regions=128, last_regions=128, channels=32, pixels=32, warps=4, stages=3),
             Tile(regions=128, up_to=ANY, channels=32, pixels=64, stages=3, when=has_wgmma),
+            Tile(regions=128, up_to=ANY, channels=32, pixels=16, warps=4, stages=2, when=is_rdna),
             Tile(regions=128, up_to=ANY, channels=64, pixels=16, stages=2),
         ),
         4: (
+            Tile(regions=64, last_regions=64, channels=16, pixels=32, warps=4, stages=2, when=is_rdna),
+            Tile(regions=128, last_regions=64, channels=16, pixels=16, warps=4, stages=2, when=is_rdna),
             Tile(regions=64, last_regions=64, channels=16, pixels=64, warps=4, stages=2, when=is_not_turing),
             Tile(regions=128, last_regions=32, channels=16, pixels=32, warps=4, stages=2, when=is_not_turing),
             Tile(regions=128, last_regions=64, channels=16, pixels=32, warps=4, stages=2, when=is_not_turing),
@@ -94,6 +102,7 @@ SUMS = TileTable(
     "attention.sums",
     {
         2: (
+            Tile(regions=64, last_regions=64, up_to=ANY, channels=128, pixels=32, stages=3, resident=2, when=is_rdna),
             Tile(regions=64, last_regions=64, channels=128, pixels=32, stages=3),
             Tile(regions=128, last_regions=32, channels=128, pixels=64, stages=3, when=has_wgmma_and_vectors),
             Tile(regions=128, last_regions=64, channels=128, pixels=64, stages=3, when=has_wgmma_and_vectors),
@@ -103,6 +112,7 @@ SUMS = TileTable(
             Tile(regions=64, last_regions=64, up_to=ANY, channels=128, pixels=32, stages=3, resident=2),
         ),
         4: (
+            Tile(regions=64, last_regions=64, up_to=ANY, channels=64, pixels=16, stages=2, resident=2, when=is_rdna),
             Tile(regions=64, last_regions=64, channels=64, pixels=16, stages=2, resident=2),
             Tile(regions=128, last_regions=32, channels=64, pixels=32, stages=2),
             Tile(regions=128, last_regions=64, channels=64, pixels=16, stages=2, resident=2),
@@ -125,6 +135,7 @@ def of_either(problem: Problem) -> Problem:
 
 
 # In one pass, where there are few regions: a program holds all channels, values and regions, and some pixels at a time.
+# RDNA, whose lanes hold the operands of a product twice, has no registers for it.
 
 
 def _bytes(problem: Problem) -> int:
@@ -135,7 +146,7 @@ def _bytes(problem: Problem) -> int:
 
 def _forward_in_one_pass(problem: Problem) -> Tile | None:
     regions, channels, outputs = map(padded, (problem.regions, problem.channels, problem.outputs))
-    if problem.itemsize > 2 or regions > 128 or _bytes(problem) > 32768:
+    if problem.itemsize > 2 or regions > 128 or _bytes(problem) > 32768 or is_rdna(problem):
         return None
     pixels = min(128 if has_asynchronous_copies(problem) else 64, 8192 // max(channels, outputs, 2 * regions))
     if problem.scattered or not has_asynchronous_copies(problem):
@@ -151,7 +162,7 @@ def _backward_in_one_pass(problem: Problem) -> Tile | None:
         most = 32768 if regions == 16 and scattered < 2 and has_asynchronous_copies(problem) else 16384
     else:
         most = 65536 if has_wgmma_and_vectors(problem) else 32768
-    if regions > 128 or size > most:
+    if regions > 128 or size > most or is_rdna(problem):
         return None
     if is_float32 or not has_asynchronous_copies(problem):
         step, stages = 8192, 1

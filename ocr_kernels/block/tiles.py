@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ocr_kernels.core.tiles import ANY, Problem, Tile, TileTable, has_wgmma, is_scattered
+from ocr_kernels.core.tiles import ANY, Problem, Tile, TileTable, has_wgmma, is_rdna, is_scattered
 
 MOST = 256  # regions, and channels of keys, that fit in a program's registers
 FEW = 64  # regions that fit beside two tiles of channels
@@ -68,6 +68,7 @@ REGION_WEIGHTS = TileTable(
     "block.region_weights",
     {
         2: (
+            Tile(regions=256, channels=32, pixels=32, stages=2, when=is_rdna),
             Tile(regions=64, channels=64, pixels=128, stages=2, when=has_wgmma),
             Tile(regions=64, channels=32, pixels=64, stages=2),
             Tile(regions=256, channels=32, pixels=64, stages=2, when=is_scattered),
@@ -103,6 +104,7 @@ CONTEXTS_GRADIENT = TileTable(
     {
         2: (
             Tile(regions=64, channels=32, pixels=128, warps=4, stages=2, when=has_wgmma),
+            Tile(regions=64, channels=16, pixels=64, warps=4, stages=2, when=is_rdna),
             Tile(regions=64, channels=32, pixels=64, warps=4, stages=2),
         ),
         4: (

@@ -194,7 +194,8 @@ def infer(
     output: str,
 ) -> None:
     """Fill `out`, in its own strides: z [B, O, *S], logits [B, L, *S], or the classes [B, *S]."""
-    if numbers_of(feats).itemsize > 2 or max(key.shape[1:]) > tiles.MOST:
+    # RDNA's lanes, which hold an operand of a product twice, have no registers for one of all channels of keys
+    if numbers_of(feats).itemsize > 2 or max(key.shape[1:]) > tiles.MOST or device_facts(feats.device).is_rdna:
         reference.infer(out, feats, key, contexts, weights, scale, slopes, output)
         return
     weights = [weight.contiguous() for weight in weights]

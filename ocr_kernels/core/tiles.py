@@ -17,6 +17,12 @@ class DeviceFacts(NamedTuple):
     shared_memory: int  # bytes that one program may use
     capability: tuple[int, int] | None  # compute capability; None: AMD's
     name: str = ""  # of a GPU that is there, for which tiles may have been tuned
+    warp_size: int = 32
+
+    @property
+    def is_rdna(self) -> bool:
+        """Whether it is AMD's with warps of 32 lanes, which have half of the registers of CDNA's 64 each."""
+        return self.capability is None and self.warp_size == 32
 
     @property
     def has_matrix_units(self) -> bool:
@@ -57,6 +63,10 @@ def has_asynchronous_copies(problem: Problem) -> bool:
     return capability is not None and capability >= (8, 0)
 
 
+def is_rdna(problem: Problem) -> bool:
+    return problem.device.is_rdna
+
+
 def is_scattered(problem: Problem) -> bool:
     return problem.scattered > 0
 
@@ -89,7 +99,10 @@ class Tile:
         return self.regions + self.last_regions
 
     def cut_to(self, problem: Problem) -> Tile:
-        """The tile, no larger than the problem; two tiles of regions are halves of those that one would hold."""
+        """The tile, no larger than the problem; two tiles of regions are halves of those that one would hold.
+
+        Warps of RDNA have half of the registers, so there are two for each.
+        """
         regions, last_regions = self.regions and padded(problem.regions, self.regions), self.last_regions
         if last_regions and problem.regions <= self.regions:
             regions = last_regions = max(16, regions // 2)
@@ -97,6 +110,7 @@ class Tile:
             self,
             regions=regions,
             last_regions=last_regions,
+            warps=self.warps * (2 if is_rdna(problem) else 1),
             channels=self.channels and padded(problem.channels, self.channels),
             outputs=self.outputs and padded(problem.outputs, self.outputs),
         )

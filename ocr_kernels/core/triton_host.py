@@ -32,7 +32,8 @@ def device_facts(device: torch.device) -> DeviceFacts:
     properties = triton.runtime.driver.active.utils.get_device_properties(device.index)
     capability = None if torch.version.hip else torch.cuda.get_device_capability(device)
     multiprocessors, shared_memory = int(properties["multiprocessor_count"]), int(properties["max_shared_mem"])
-    return DeviceFacts(multiprocessors, shared_memory, capability, torch.cuda.get_device_properties(device).name)
+    name, warp_size = torch.cuda.get_device_properties(device).name, int(properties["warpSize"])
+    return DeviceFacts(multiprocessors, shared_memory, capability, name, warp_size)
 
 
 # Dtypes

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ocr_kernels.core.tiles import ANY, Tile, TileTable, has_asynchronous_copies, has_wgmma, is_scattered
+from ocr_kernels.core.tiles import ANY, Tile, TileTable, has_asynchronous_copies, has_wgmma, is_rdna, is_scattered
 
 FEW = 64
 """Regions up to which their maxima are found on the way."""
@@ -12,6 +12,7 @@ FORWARD = TileTable(
     "gather.forward",
     {
         2: (
+            Tile(regions=32, channels=128, pixels=32, warps=4, stages=2, resident=2, when=is_rdna),
             Tile(regions=32, channels=128, pixels=64, stages=3, when=is_scattered),
             Tile(regions=32, channels=256, pixels=64, stages=3, shared=112),
             Tile(regions=64, channels=128, pixels=64, stages=3, shared=80),
@@ -60,6 +61,8 @@ BACKWARD = TileTable(
     "gather.backward",
     {
         2: (
+            Tile(regions=128, channels=32, pixels=32, when=is_rdna),
+            Tile(regions=128, up_to=ANY, channels=64, pixels=32, when=is_rdna),
             Tile(regions=64, channels=32, pixels=64, stages=3, when=is_scattered),
             Tile(regions=32, channels=64, pixels=128, stages=3, when=has_asynchronous_copies),
             Tile(regions=64, channels=64, pixels=64, stages=3, when=has_wgmma),
@@ -71,6 +74,7 @@ BACKWARD = TileTable(
             Tile(regions=128, up_to=ANY, channels=64, pixels=32),
         ),
         4: (
+            Tile(regions=128, up_to=ANY, channels=16, pixels=16, when=is_rdna),
             Tile(regions=32, channels=32, pixels=32, warps=4, stages=2),
             Tile(regions=64, channels=32, pixels=32, stages=2),
             Tile(regions=128, channels=16, pixels=16, stages=2),
@@ -78,6 +82,7 @@ BACKWARD = TileTable(
             Tile(regions=128, up_to=ANY, channels=16, pixels=16),
         ),
         8: (
+            Tile(regions=32, up_to=ANY, channels=16, pixels=16, when=is_rdna),
             Tile(regions=128, channels=16, pixels=16),
             Tile(regions=256, channels=16, pixels=16, shared=96),
             Tile(regions=128, up_to=ANY, channels=16, pixels=16, shared=96),

@@ -202,7 +202,7 @@ def forward(out: Tensor, stats: Tensor, feats: Tensor, logits: Tensor, scale: fl
     partial = stats.new_empty((batch, splits, channels, round_up(regions)))
     partial_stats = stats.new_empty((batch, splits, 3, regions))
     block_s, block_k = padded(splits), padded(regions, 32)
-    block_c = max(1, 16384 // (block_s * block_k))
+    block_c = max(1, 65536 // (block_s * block_k * stats.itemsize))
     with torch.cuda.device_of(x):
         arguments = (
             x, x.stride(), m, m.stride(), channels, regions, pixels, partial.shape[3], split_length, splits, scale
