@@ -76,8 +76,6 @@ OPS = (
     ocr_kernels.block.triton,
     ocr_kernels.block.triton_inference,
 )
-
-
 REGISTERS = 2048  # of a multiprocessor, for each lane of a warp
 
 

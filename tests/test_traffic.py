@@ -177,7 +177,7 @@ def test_pixels_of_block_in_training(regions: int, memory_format: torch.memory_f
         block._backward(grad, *tensors, *saved, *settings, [True] * 14, "triton")
     assert [times_read(launches, each) for each in (hidden_in, hidden_out, fused, grad)] == [[3], [3], [2], [2]]
     through_y = [launch for launch in launches if launch.name == "ocr_block_contexts_gradient_kernel"]
-    assert len(through_y) == (regions <= tiles.FEW)
+    assert len(through_y) == (regions <= tiles.FEW[2])
     if through_y:
         assert_once(through_y, read=[weights])
 

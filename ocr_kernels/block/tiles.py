@@ -5,7 +5,7 @@ from __future__ import annotations
 from ocr_kernels.core.tiles import ANY, Problem, Tile, TileTable, has_wgmma, is_rdna, is_scattered
 
 MOST = 256  # regions, and channels of keys, that fit in a program's registers
-FEW = 64  # regions that fit beside two tiles of channels
+FEW = {2: 64, 4: 64, 8: 32}  # regions that fit beside two tiles of channels, by the bytes of a number
 
 
 def has_scattered_wgmma(problem: Problem) -> bool:
@@ -111,7 +111,7 @@ CONTEXTS_GRADIENT = TileTable(
             Tile(regions=64, channels=16, pixels=32, stages=2, when=is_scattered),
             Tile(regions=64, channels=32, pixels=32, stages=2),
         ),
-        8: (Tile(regions=64, channels=16, pixels=16),),
+        8: (Tile(regions=32, channels=16, pixels=16),),
     },
 )
 

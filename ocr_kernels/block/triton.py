@@ -711,7 +711,8 @@ def backward(
         rows, offset = _normalised(y, up, x.dtype)
         context_layer = rows, offset, up.layer.slope, weights
         dfusing = fusing.new_empty(fusing.shape, dtype=exact)
-        is_fused = weights.shape[1] <= tiles.FEW  # then only the gradient of the fusing matrix takes y
+        few = tiles.FEW[numbers_of(x).itemsize]
+        is_fused = weights.shape[1] <= few  # then only the gradient of the fusing matrix takes y
         inside = _contexts(*context_layer, empty_maps(x, up.factor.shape[0] if needs[4] or not is_fused else 0))
         if needs[4]:
             for half, of in zip(_halves(dfusing, up.factor.shape[0], settings), (inside, x), strict=True):
