@@ -114,7 +114,14 @@ ARCHITECTURES = {
         GPUTarget("hip", "gfx942", 64), DeviceFacts(304, 65536, None, warp_size=64), 2048, 32, reserved=0
     ),
     "gfx1100": Architecture(
-        GPUTarget("hip", "gfx1100", 32), DeviceFacts(48, 65536, None), 2048, 32, 0, 6144, granule=24, shared=131072
+        GPUTarget("hip", "gfx1100", 32),
+        DeviceFacts(48, 65536, None),
+        threads=2048,
+        blocks=32,
+        reserved=0,
+        registers=6144,
+        granule=24,
+        shared=131072,
     ),
 }
 
@@ -464,11 +471,13 @@ def _read_cubin(compiled: Any, tool: str, option: str) -> str:
         return subprocess.run([NVIDIA / tool, option, file.name], check=True, capture_output=True, text=True).stdout
 
 
-def allowed_spills(launch: Launch, found: Resources) -> int:
-    """No kernel runs out of registers, but by little where pixels share little alignment: many addresses for a tile.
+def allowed_spills(architecture: str, launch: Launch, found: Resources) -> int:
+    """No kernel runs out of registers, but on NVIDIA's by little where pixels share little alignment: many addresses.
 
     Below that, ptxas itself parks a few values in local memory where one more block then fits on a multiprocessor.
     """
+    if ARCHITECTURES[architecture].target.backend != "cuda":
+        return 0
     if found.registers < min(254, REGISTERS // dict(launch.options).get("num_warps", 4)):
         return 64
     return {1: 32, 2: 48, 4: 48}.get(launch.constant("ALIGNMENT"), 0)
@@ -477,7 +486,7 @@ def allowed_spills(launch: Launch, found: Resources) -> int:
 def faults(architecture: str, launch: Launch, found: Resources) -> list[str]:
     """What a launch should not be."""
     on = ARCHITECTURES[architecture]
-    allowed = allowed_spills(launch, found)
+    allowed = allowed_spills(architecture, launch, found)
     numbers = launch.constant("NUMBERS")
     operand = str(numbers.dot) if numbers else "none"  # what enters products, if there are any
     problems = {

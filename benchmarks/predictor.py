@@ -287,7 +287,7 @@ def faults(found: Estimate, device: Device) -> list[str]:
     widest = min(16, alignment * numbers.itemsize) if numbers and alignment else 0
     matters, in_loop = found.floor > device.launch, found.left is not None
     problems = {
-        "spills": resources.spilled > codegen.allowed_spills(launch, resources),
+        "spills": resources.spilled > codegen.allowed_spills(device.architecture, launch, resources),
         "its loop waits for all that is under way": matters and found.left == 0,
         f"its loop loads fewer than {widest} bytes at once": matters and in_loop and found.load_width < 0.9 * widest,
         "its last wave is less than 60 % full": matters and found.waves > 1 and found.last_wave < 0.6,

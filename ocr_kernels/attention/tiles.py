@@ -76,9 +76,9 @@ MAPS = TileTable(
             Tile(regions=32, last_regions=32, channels=32, pixels=128, warps=4, stages=3),
             Tile(regions=64, last_regions=64, channels=32, pixels=64, warps=4, stages=3, when=has_vectors),
             Tile(regions=128, last_regions=64, channels=32, pixels=32, warps=4, stages=3),
+            Tile(regions=128, up_to=ANY, channels=32, pixels=16, warps=4, stages=2, when=is_rdna),
             Tile(regions=128, last_regions=128, channels=32, pixels=32, warps=4, stages=3),
             Tile(regions=128, up_to=ANY, channels=32, pixels=64, stages=3, when=has_wgmma),
-            Tile(regions=128, up_to=ANY, channels=32, pixels=16, warps=4, stages=2, when=is_rdna),
             Tile(regions=128, up_to=ANY, channels=64, pixels=16, stages=2),
         ),
         4: (
@@ -121,6 +121,7 @@ SUMS = TileTable(
             Tile(regions=64, last_regions=64, up_to=ANY, channels=64, pixels=16, stages=2, resident=2),
         ),
         8: (
+            Tile(regions=64, last_regions=64, up_to=ANY, channels=32, pixels=16, resident=2, when=is_rdna),
             Tile(regions=128, last_regions=128, channels=32, pixels=16, resident=2),
             Tile(regions=64, last_regions=64, up_to=ANY, channels=32, pixels=16, resident=2),
         ),
@@ -173,7 +174,7 @@ def _backward_in_one_pass(problem: Problem) -> Tile | None:
     if scattered == 2 and not is_float32:
         regions = max(32, regions)  # of 16 it spills
     pixels = min(
-        64,
+        32 if problem.device.capability is None else 64,
         (1024 if is_float32 or scattered == 2 else 2048) // regions,
         step // (2 * max(channels, outputs) * problem.itemsize),
     )

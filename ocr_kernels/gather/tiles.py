@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
-from ocr_kernels.core.tiles import ANY, Tile, TileTable, has_asynchronous_copies, has_wgmma, is_rdna, is_scattered
+from ocr_kernels.core.tiles import (
+    ANY,
+    Problem,
+    Tile,
+    TileTable,
+    has_asynchronous_copies,
+    has_wgmma,
+    is_rdna,
+    is_scattered,
+)
 
 FEW = 64
 """Regions up to which their maxima are found on the way."""
+
+
+def is_amd(problem: Problem) -> bool:
+    return problem.device.capability is None
+
 
 # All regions, then as many channels as registers hold.
 FORWARD = TileTable(
@@ -13,6 +27,7 @@ FORWARD = TileTable(
     {
         2: (
             Tile(regions=32, channels=128, pixels=32, warps=4, stages=2, resident=2, when=is_rdna),
+            Tile(regions=64, channels=128, pixels=32, stages=2, when=is_rdna),
             Tile(regions=32, channels=128, pixels=64, stages=3, when=is_scattered),
             Tile(regions=32, channels=256, pixels=64, stages=3, shared=112),
             Tile(regions=64, channels=128, pixels=64, stages=3, shared=80),
@@ -63,6 +78,7 @@ BACKWARD = TileTable(
         2: (
             Tile(regions=128, channels=32, pixels=32, when=is_rdna),
             Tile(regions=128, up_to=ANY, channels=64, pixels=32, when=is_rdna),
+            Tile(regions=32, channels=32, pixels=64, warps=4, stages=3, when=is_amd),
             Tile(regions=64, channels=32, pixels=64, stages=3, when=is_scattered),
             Tile(regions=32, channels=64, pixels=128, stages=3, when=has_asynchronous_copies),
             Tile(regions=64, channels=64, pixels=64, stages=3, when=has_wgmma),
