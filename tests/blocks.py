@@ -251,6 +251,16 @@ class ActivatedNorm(nn.Module):
         return F.leaky_relu_(x, self.slope)
 
 
+class OfBatch(nn.Module):
+    """The statistics of the batch in every mode, by code of its own."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.batch_norm(x, None, None, training=True)
+
+
 class FrozenNorm(nn.Module):
     """Buffers alone."""
 
@@ -346,6 +356,16 @@ def inputs(module: nn.Module, *, batch: int = 2, regions: int = K) -> tuple[Tens
     if isinstance(module, RegionRows):
         return feats, torch.randn(batch, regions, C)
     return feats, torch.randn(batch, C, regions, *[1] * (getattr(module, "region_dims", 2) - 1))
+
+
+def trained(module: nn.Module) -> nn.Module:
+    """`module` in eval mode, with statistics that have seen data."""
+    for name, tensor in (*module.named_buffers(), *module.named_parameters()):
+        if name.endswith("running_var"):
+            tensor.data.uniform_(0.5, 1.5)
+        elif tensor.is_floating_point() and tensor.dim() == 1:
+            tensor.data.uniform_(-1, 1.5)
+    return module.eval()
 
 
 # What is another computation
@@ -513,10 +533,7 @@ REFUSALS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "GroupNorm": (lambda: Head(norm=functools.partial(nn.GroupNorm, 2)), "it has a GroupNorm on the pixels"),
     "GELU": (Gelu, "it has the activation gelu"),
     "PReLU": (lambda: Head(act=nn.PReLU), "it has the activation prelu"),
-    "batch statistics": (
-        lambda: Head(norm=functools.partial(nn.BatchNorm2d, track_running_stats=False)),
-        "it has a norm without running statistics",
-    ),
+    "batch statistics": (lambda: Head(norm=OfBatch), "it has a norm without running statistics"),
     "by a factor": (ByFactor, "it resizes its contexts by a factor, not to the size of its pixels"),
     "pooled twice": (PooledTwice, "it has pooled of pixels where step 4 has none"),
     "a fixed size": (FixedSize, "it pools its pixels to a fixed size"),

@@ -25,6 +25,7 @@ from blocks import (
     inputs,
     ours,
     parametrized,
+    trained,
 )
 from torch import Tensor, nn
 
@@ -44,16 +45,6 @@ def seeded() -> Iterator[None]:
 
 HALVES = torch.bfloat16, torch.float16
 all_heads = pytest.mark.parametrize("build", HEADS.values(), ids=HEADS)
-
-
-def trained(module: nn.Module) -> nn.Module:
-    """`module` in eval mode, with statistics that have seen data."""
-    for name, tensor in (*module.named_buffers(), *module.named_parameters()):
-        if name.endswith("running_var"):
-            tensor.data.uniform_(0.5, 1.5)
-        elif tensor.is_floating_point() and tensor.dim() == 1:
-            tensor.data.uniform_(-1, 1.5)
-    return module.eval()
 
 
 def planned(module: nn.Module) -> BlockPlan:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import pickle
 from collections.abc import Callable, Iterator
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from blocks import HEADS, C, D, Head, K, Label, Mmseg, inputs, ours
+from blocks import HEADS, C, D, Head, K, Label, Mmseg, inputs, ours, trained
 from module_results import CountOps
 from ops import native_on
 from torch import Tensor, nn
@@ -379,6 +380,92 @@ def step(module: nn.Module, args: tuple[Tensor, Tensor], is_one_op: bool) -> lis
     assert ops.block in (0, is_one_op or isinstance(module, modules.SpatialOCR))
     wanted = [*args, *module.parameters()]
     return [out, *torch.autograd.grad(out.square().sum(), wanted, allow_unused=True, materialize_grads=True)]
+
+
+UNTRACKED = {
+    "all": (lambda name: True, nn.BatchNorm2d),
+    "of pixels": (lambda name: not name.startswith(("phi", "g")), nn.BatchNorm2d),
+    "of regions": (lambda name: name.startswith(("phi", "g")), nn.BatchNorm2d),
+    "the last": (lambda name: name.startswith("fuse"), nn.BatchNorm2d),
+    "of processes": (lambda name: True, nn.SyncBatchNorm),
+}
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("which", UNTRACKED)
+def test_norms_that_track_nothing(which: str, compiled: bool) -> None:
+    """They take the statistics of the batch in eval mode, too: nothing can be folded, and both modes are one op."""
+    takes, kind = UNTRACKED[which]
+    plain: Any = trained(Head(norm=kind))
+    plain.fuse[1].p = 0.0
+    for name, part in plain.named_modules():
+        if isinstance(part, kind) and takes(name):
+            part.track_running_stats = False
+            part.running_mean = part.running_var = part.num_batches_tracked = None
+    module = replaced(copy.deepcopy(plain))
+    ran: list[torch.fx.GraphModule] = []
+    if compiled:
+        torch._dynamo.reset()
+        watched = lambda graph, _: lambda *args: ran.append(graph) or graph(*args)  # noqa: E731
+        run = torch.compile(module, fullgraph=True, backend=watched)
+    args = inputs(plain)
+    for training in (True, False, True):
+        module.train(training), plain.train(training)
+        for grad in (True, False):
+            is_folded = which == "of regions" and not (training or grad)
+            given = [tuple(arg.clone().requires_grad_(grad) for arg in args) for _ in range(2)]
+            with torch.set_grad_enabled(grad):
+                if compiled:
+                    found = run(*given[0])
+                    targets = [str(node.target).partition(".")[2] for node in ran[-1].graph.nodes]
+                    assert targets.count("ocr_block.default") == (not is_folded)  # what is, is left to a compiler
+                else:
+                    with CountOps() as ops:
+                        found = module(*given[0])
+                    assert (ops.block, ops.inference, ops.attention) == (not is_folded, is_folded, 0)
+                expected = plain(*given[1])
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+            if grad:
+                wanted = [
+                    torch.autograd.grad(out.square().sum(), [*inputs, *each.parameters()], materialize_grads=True)
+                    for out, inputs, each in zip((found, expected), given, (module, plain), strict=True)
+                ]
+                torch.testing.assert_close(*wanted, rtol=1e-2, atol=1e-3)
+        torch.testing.assert_close(module.state_dict(), plain.state_dict(), rtol=1e-4, atol=1e-5)
+
+
+def test_norms_that_track_nothing_until_they_do() -> None:
+    plain = Head(norm=functools.partial(nn.BatchNorm2d, track_running_stats=False)).eval()
+    module = replaced(copy.deepcopy(plain))
+    args = inputs(plain)
+    norm = trained(nn.BatchNorm2d(C))
+    for each in (module, plain):
+        each.out.bn = copy.deepcopy(norm)
+    with torch.no_grad():
+        torch.testing.assert_close(module(*args), plain(*args), rtol=1e-4, atol=1e-5)
+        model = nn.Sequential(module)
+        torch.testing.assert_close(copy.deepcopy(model)[0](*args), plain(*args), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="one pixel"):
+        replaced(Head(norm=functools.partial(nn.BatchNorm2d, track_running_stats=False)))(
+            torch.randn(1, C, 1, 1), torch.randn(1, C, 2, 1)
+        )
+
+
+class BySize(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * (2 if x.shape[-1] > 6 else 1)
+
+
+@torch.no_grad()
+def test_a_layer_that_came_later_is_checked_too() -> None:
+    plain: Any = trained(Head())
+    module: Any = replaced(copy.deepcopy(plain))
+    for each in (module, plain):
+        each.out = BySize(*copy.deepcopy(plain.out).children()).eval()
+    regions = torch.randn(2, C, K, 1)
+    for side in (3, 9, 12):
+        feats = torch.randn(2, C, side, side)
+        torch.testing.assert_close(module(feats, regions), plain(feats, regions), rtol=1e-4, atol=1e-5)
 
 
 @native_on("cpu")

@@ -21,7 +21,7 @@ from ocr_kernels.block.registration import is_used_on
 from ocr_kernels.core.backends import is_offered
 from ocr_kernels.core.calls import has_own_forward, is_recorded
 from ocr_kernels.core.derivatives import is_in_transform
-from ocr_kernels.models.block_plan import plan_block
+from ocr_kernels.models.block_plan import plan_block, verify
 from ocr_kernels.models.block_trace import tensor_at
 from ocr_kernels.models.block_training import TrainingPlan, plan_training
 from ocr_kernels.models.block_weights import DTYPES, BlockPlan, Folded, globals_of, own_classes
@@ -56,12 +56,15 @@ class BlockCache:
         return found if isinstance(found, str) else ""
 
     def training_for(self, module: nn.Module, feats: Any, regions: Any) -> TrainingPlan | None:
-        """The plan for a call that wants gradients, or is in training; None where the module's own forward is to run.
+        """The plan for a call that wants gradients, is in training, or has norms that take the statistics of the batch.
 
-        That is in traces and exports, where a layer has a hook, and where a backend is selected that has no such op.
+        None where the module's own forward is to run: in traces and exports, where a layer has a hook, and where a
+        backend is selected that has no such op.
         """
         plan, training = self.plan, self.training
-        if plan is None or training is None or not (torch.is_grad_enabled() or module.training) or is_recorded():
+        if plan is None or training is None or is_recorded():
+            return None
+        if plan.folds and not (torch.is_grad_enabled() or module.training):
             return None
         if not isinstance(feats, Tensor) or not isinstance(regions, Tensor):
             return None
@@ -110,7 +113,12 @@ class BlockCache:
             return None
         if torch.compiler.is_compiling() or (feats.is_cuda and torch.cuda.is_current_stream_capturing()):
             # what is not part of the program would be stale when it runs again
-            if self.plan is None or _is_watched_or_training(module) or not self.plan.fits(module):
+            if (
+                self.plan is None
+                or not self.plan.folds
+                or _is_watched_or_training(module)
+                or not self.plan.fits(module)
+            ):
                 return None
             sources = [tensor_at(module, path) for _, path in self.plan.program.sources]
             if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in sources):
@@ -134,6 +142,9 @@ class BlockCache:
         fits = self.plan is not None and self.plan.fits(module)
         if not fits or (same and old is not None and not old.is_planned(module)):
             found = plan_block(module, forward=self.forward)
+            if isinstance(found, BlockPlan) and found.folds:
+                checked = verify(module, found, forward=self.forward)
+                found = checked if isinstance(checked, str) else found
             self.plan, self.training = (found if isinstance(found, BlockPlan) else None), None
             if self.plan is not None:
                 self.plan_training(module)
@@ -226,7 +237,7 @@ class Snapshot(Structure):
     def __init__(self, module: nn.Module, plan: BlockPlan | None, dtype: torch.dtype) -> None:
         super().__init__(module)
         self.dtype: torch.dtype | None = dtype
-        self.plan = plan
+        self.plan = plan = plan if plan is not None and plan.folds else None
         self.weights: Folded | None = None if plan is None else plan.weights(module, dtype)
         self.first: Tensor | None = None if plan is None else tensor_at(module, plan.first)
         self.tensors: list[Tensor] = (

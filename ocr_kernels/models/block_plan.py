@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ocr_kernels.core.calls import has_own_forward, taken_apart
 from ocr_kernels.models.block_trace import Call, Map, Node, Own, Ref, Tracer, Unmatched, aten, tensor_at
@@ -62,18 +63,20 @@ def verify(
     *,
     forward: Forward | None = None,
     classifier: nn.Module | None = None,
+    compute: Callable[[nn.Module, Tensor, Tensor], Tensor] | None = None,
 ) -> tuple[float, float, float] | str:
     """The plan's error against the module's own forward in float64, eager's own in its dtype, and the relative one.
 
     Or why the plan is wrong: with random weights in float32 it is off, or with the real ones by more than 4 times what
     eager is off, plus 4 eps of the largest value. Without `example` pixels and regions are random. With a classifier,
-    whose op is that of the plan, logits are compared.
+    whose op is that of the plan, logits are compared. Of a plan that does not fold, `compute` is what runs instead, and
+    was compared with random weights.
     """
     own = forward or type(module).forward
     try:
         with quiet([*module.parameters(), *module.buffers()]):
-            off = "" if classifier is not None else _off_at_random(module, plan, own)
-            return off or _errors(module, plan, own, example, classifier)
+            off = "" if classifier is not None or compute is not None else _off_at_random(module, plan, own)
+            return off or _errors(module, plan, own, example, classifier, compute)
     except Exception as error:
         return f"it fails on pixels and regions: {error}"
 
@@ -114,6 +117,7 @@ def _errors(
     forward: Forward,
     example: tuple[Tensor, Tensor] | None,
     classifier: nn.Module | None,
+    compute: Callable[[nn.Module, Tensor, Tensor], Tensor] | None,
 ) -> tuple[float, float, float] | str:
     first = tensor_at(module, plan.first)
     trial = copied(module, keep=True)
@@ -121,15 +125,17 @@ def _errors(
     if not plan.takes(feats, regions, first):
         feats, regions = (tensor.to(first) for tensor in plan.random_inputs(2))
     with torch.device(first.device):
-        weights = plan.weights(trial, first.dtype)
         after = nn.Identity() if classifier is None else copied(classifier, keep=True)
-        if classifier is not None:
-            layer = matrix_of(after)
-            joined = None if layer is None else weights.with_classifier(*layer)
-            if joined is None:
+        if compute is not None:
+            found = compute(trial, feats, regions).double()
+        else:
+            weights: Any = plan.weights(trial, first.dtype)
+            if classifier is not None:
+                layer = matrix_of(after)
+                weights = None if layer is None else weights.with_classifier(*layer)
+            if weights is None:
                 return "its result does not go to a 1x1 convolution that is part of the op"
-            weights = joined
-        found = weights.compute(feats, regions).double()
+            found = weights.compute(feats, regions).double()
         eager = after(forward(trial, feats.clone(), regions.clone())).double()
         exact = after.double()(forward(trial.double(), feats.double(), regions.double()))
     error, eager_error = _largest(found, exact), _largest(eager, exact)
@@ -164,6 +170,7 @@ def plan_block(
     try:
         with quiet([*module.parameters(), *module.buffers()]):
             trial = copied(module)
+            _let_run(trial)
             for inputs, transposed in _shapes(module, example):
                 try:
                     tracer, out = _traced(trial, own, inputs, transposed)
@@ -274,6 +281,18 @@ def copied(module: nn.Module, keep: bool = False) -> nn.Module:
         part._forward_hooks.clear()
         part._forward_pre_hooks.clear()
     return copied
+
+
+def _is_of_batch(part: nn.Module) -> bool:
+    """Whether a norm takes the statistics of the batch in eval mode, too."""
+    return isinstance(part, _BatchNorm) and part.running_mean is None and part.running_var is None
+
+
+def _let_run(module: nn.Module) -> None:
+    """Give norms statistics that run where they have none: the trace of what follows shows the layers as ever."""
+    for part in filter(_is_of_batch, module.modules()):
+        assert isinstance(part, _BatchNorm)
+        part.running_mean, part.running_var = torch.zeros(part.num_features), torch.ones(part.num_features)
 
 
 @contextlib.contextmanager
@@ -422,6 +441,7 @@ def _plan(module: nn.Module, tracer: Tracer, out: Any, inputs: tuple[Tensor, Ten
         region_dims=inputs[1].dim(),
         transposed=transposed,
         first=own[0],
+        folds=not any(map(_is_of_batch, module.modules())),
         layers=tuple(
             (path, type(part).__qualname__, present(part), _settings(part)) for path, part in module.named_modules()
         ),

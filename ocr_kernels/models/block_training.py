@@ -173,9 +173,9 @@ def _pairs(
 
 
 def _off(module: nn.Module, plan: BlockPlan, candidate: TrainingPlan, forward: Callable[..., Any]) -> str:
-    """Why a plan is wrong: in training, with random weights in float64, it gives something else."""
+    """Why a plan is wrong: with random weights in float64, in the modes that it is for, it gives something else."""
     with quiet([*module.parameters(), *module.buffers()]):
-        trial = copied(module).double().train()
+        trial = copied(module).double()
         for part in trial.modules():
             if isinstance(part, nn.SyncBatchNorm):
                 part.__class__ = _Local  # type: ignore[assignment]
@@ -183,7 +183,8 @@ def _off(module: nn.Module, plan: BlockPlan, candidate: TrainingPlan, forward: C
             if tensor.is_floating_point():
                 tensor.copy_(torch.rand_like(tensor) + 0.5 if tensor.dim() < 2 else torch.randn_like(tensor))
         twin = copy.deepcopy(trial)
-        for seed in range(2):
+        for seed, mode in itertools.product(range(2), (True, False) if not plan.folds else (True,)):
+            trial.train(mode), twin.train(mode)
             feats, regions = (tensor.double() for tensor in plan.random_inputs(seed, 2, (7, 5, 3), 4 + seed))
             runs = (forward, trial), (candidate.compute, twin)
             calls = [functools.partial(_in_training, run, part, feats, regions, seed) for run, part in runs]

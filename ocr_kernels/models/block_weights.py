@@ -107,6 +107,7 @@ class BlockPlan:
     region_dims: int
     transposed: bool  # whether regions come as [B, K, C]
     first: str  # the path of a weight, whose dtype and device are the module's
+    folds: bool  # whether every norm has statistics that run, so that eval mode takes those
     layers: tuple[tuple[str, str, tuple[str, ...], tuple[tuple[str, Any], ...]], ...]
     """The path, the class, the names of tensors and the settings of each."""
 

@@ -254,13 +254,17 @@ def _as_a_block(
     example = tuple(given) if len(given) == 2 and all(isinstance(x, Tensor) for x in given) else None
     plan = plan_block(module, example)
     if isinstance(plan, BlockPlan):
-        errors = verify(module, plan, example)
+        block = BlockCache(plan)
+        not_in_training = block.plan_training(module)
+        if not is_used_on(device_of(module)):
+            not_in_training = not_in_training or f"it has no kernels for {device_of(module).type}"
+        if plan.folds or block.training is None:
+            errors = verify(module, plan, example) if plan.folds else not_in_training
+        else:
+            errors = not_in_training or verify(module, plan, example, compute=block.training.compute)
         if not isinstance(errors, str):
-            replacement.block = BlockCache(plan)
-            replacement.block.watch(module)
-            not_in_training = replacement.block.plan_training(module)
-            if not is_used_on(device_of(module)):
-                not_in_training = not_in_training or f"it has no kernels for {device_of(module).type}"
+            replacement.block = block
+            block.watch(module)
             before = row.computations if isinstance(row, Swapped) else ()
             found = row if isinstance(row, Swapped) else Swapped(name, type(module).__qualname__)
             backend = _backend(module, module, *plan.backends(device_of(module).type))
@@ -290,6 +294,7 @@ def _joining(module: nn.Module, replacements: dict[nn.Module, Replacement]) -> t
     """What lets a module call a block of its children and a classifier as one, if it does; and its row."""
     found = {child: replacements[child].block for child in module.children() if child in replacements}
     plans = {child: block.plan for child, block in found.items() if block is not None and block.plan is not None}
+    plans = {child: plan for child, plan in plans.items() if plan.folds}
     joins, worst = [], (0.0, 0.0, 0.0)
     for join in () if has_own_forward(module) else joins_of(module, plans):
         block, classifier = module.get_submodule(join.block), module.get_submodule(join.classifier)
