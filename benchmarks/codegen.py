@@ -43,6 +43,7 @@ import ocr_kernels.attention.triton
 import ocr_kernels.block.triton
 import ocr_kernels.block.triton_inference
 import ocr_kernels.core.triton_host
+import ocr_kernels.core.triton_launch
 import ocr_kernels.gather.triton
 from ocr_kernels.bench.cases import CASES, Case, Pass
 from ocr_kernels.block.norms import Settings
@@ -380,6 +381,7 @@ def calls(architecture: str, run: Callable[[], None]) -> list[Call]:
     with ExitStack() as stack:
         stack.enter_context(Operations(recorded))
         stack.enter_context(mock.patch.object(JITFunction, "run", record))
+        stack.enter_context(mock.patch.dict(ocr_kernels.core.triton_launch._prepared, clear=True))
         for module in (*OPS, ocr_kernels.core.triton_host):
             stack.enter_context(mock.patch.object(module, "device_facts", return_value=facts))
         run()

@@ -197,9 +197,8 @@ class CountLaunches(TorchDispatchMode):
         super().__init__()
         self.number = 0
 
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+    def launch(self, *tensors: Tensor) -> None:
         self.number += 1
-        return lambda *args, **options: None
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         is_view = any(out.alias_info and not out.alias_info.is_write for out in function._schema.returns)
@@ -215,11 +214,9 @@ def test_launches(monkeypatch: pytest.MonkeyPatch) -> None:
     mask, contexts = feats.new_empty(0), torch.randn(B, Y, K, dtype=torch.float64)
     matrices, vectors = [*others[:2], others[3]], others[4:]
     settings = Settings(1.0, (0.0,) * 4, (1e-5,) * 4, ("",) * 4, True)
-    names = [name for name in vars(kernels) if name.endswith("_kernel")]
     for count in (forward, backward):
         with monkeypatch.context() as patch, count:
-            for name in names:
-                patch.setattr(kernels, name, count)
+            patch.setattr("ocr_kernels.core.triton_launch.Launch.__call__", count.launch)
             if count is forward:
                 z, *saved = kernels.forward(feats, key, *matrices, contexts, vectors, mask, settings)
             else:

@@ -10,6 +10,7 @@ next ones are under way.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from ocr_kernels.attention import tiles
 from ocr_kernels.core.layout import statistics_dtype
-from ocr_kernels.core.tiles import Problem, Tile, has_wgmma
+from ocr_kernels.core.tiles import Problem, has_wgmma
 from ocr_kernels.core.triton_device import (
     add_product,
     exponential,
@@ -46,6 +47,7 @@ from ocr_kernels.core.triton_host import (
     split,
     sum_splits,
 )
+from ocr_kernels.core.triton_launch import Launch, prepared
 
 
 @triton.jit
@@ -95,10 +97,11 @@ def of_highest(dweights, weights, REGIONS: tl.constexpr):
 
 @triton.jit
 def pixel_region_attention_forward_kernel(
-    out, out_strides,  # [B, V, N]
-    query, query_strides,  # [B, D, N]
-    key, key_strides,  # [B, D, row_length], of which K are regions
-    value, value_strides,  # [B, V, row_length]
+    out,  # [B, V, N]
+    query,  # [B, D, N]
+    key,  # [B, D, row_length], of which K are regions
+    value,  # [B, V, row_length]
+    out_strides, query_strides, key_strides, value_strides,
     D, V, K, N, row_length, scale: tl.float64,
     NUMBERS: tl.constexpr, ALIGNMENT: tl.constexpr, INT64: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -126,10 +129,11 @@ def pixel_region_attention_forward_kernel(
 
 @triton.jit
 def pixel_region_attention_forward_many_kernel(
-    out, out_strides,  # [B, V, N]
-    query, query_strides,  # [B, D, N]
-    key, key_strides,  # [B, D, row_length], of which K are regions
-    value, value_strides,  # [B, V, row_length]
+    out,  # [B, V, N]
+    query,  # [B, D, N]
+    key,  # [B, D, row_length], of which K are regions
+    value,  # [B, V, row_length]
+    out_strides, query_strides, key_strides, value_strides,
     D, V, K, N, row_length, scale: tl.float64,
     NUMBERS: tl.constexpr, ALIGNMENT: tl.constexpr, INT64: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -162,10 +166,11 @@ def pixel_region_attention_forward_many_kernel(
 
 @triton.jit(do_not_specialize=["splits"])
 def pixel_region_attention_forward_few_kernel(
-    out, out_strides,  # [B, V, N]
-    query, query_strides,  # [B, D, N]
-    key, key_strides,  # [B, D, K]
-    value, value_strides,  # [B, V, K]
+    out,  # [B, V, N]
+    query,  # [B, D, N]
+    key,  # [B, D, K]
+    value,  # [B, V, K]
+    out_strides, query_strides, key_strides, value_strides,
     D, V, K, N, split_length, splits, scale: tl.float64,
     NUMBERS: tl.constexpr, ALIGNMENT: tl.constexpr, INT64: tl.constexpr,
     BLOCK_C: tl.constexpr,  # >= D
@@ -194,29 +199,47 @@ def pixel_region_attention_forward_few_kernel(
 def forward(out: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: float) -> None:
     """Fill `out` [B, V, *S], in its own strides."""
     q, y = query.flatten(2), out.flatten(2)
+    with torch.cuda.device_of(q):
+        launch = _forward_in_one_pass_launch(y, q, key, value, scale=scale)
+        if launch is None:
+            regions = key.shape[2]
+            key, value = aligned_rows(key, value)
+            launch = _forward_launch(y, q, key, value, regions=regions, scale=scale)
+        launch(y, q, key, value)
+
+
+@prepared
+def _forward_in_one_pass_launch(y: Tensor, q: Tensor, key: Tensor, value: Tensor, *, scale: float) -> Launch | None:
     batch, channels, pixels = q.shape
     _, value_channels, regions = value.shape
-    numbers, problem = numbers_of(q), _problem(q, value, y)
-    with torch.cuda.device_of(q):
-        if tile := tiles.FORWARD_IN_ONE_PASS.choose(problem):
-            split_length, splits = split(pixels, tile.pixels, batch, 2 * problem.device.multiprocessors)
-            pixel_region_attention_forward_few_kernel[(batch * splits,)](
-                y, y.stride(), q, q.stride(), key, key.stride(), value, value.stride(),
-                channels, value_channels, regions, pixels, split_length, splits, scale,
-                **constants(tile, numbers, (q, y), (key, value)),
-            )  # fmt: skip
-            return
-        tile = tiles.FORWARD.choose(tiles.of_either(problem))
-        kernel, programs = pixel_region_attention_forward_kernel, batch * cdiv(pixels, tile.pixels)
-        if tile.all_regions < regions:
-            kernel = pixel_region_attention_forward_many_kernel
-            programs *= cdiv(value_channels, tile.channels)
-        key, value = aligned_rows(key, value)
-        kernel[(programs,)](
-            y, y.stride(), q, q.stride(), key, key.stride(), value, value.stride(),
-            channels, value_channels, regions, pixels, key.shape[2], scale,
-            **constants(tile, numbers, (q, y), (key, value)),
-        )  # fmt: skip
+    problem = _problem(q, value, y)
+    tile = tiles.FORWARD_IN_ONE_PASS.choose(problem)
+    if tile is None:
+        return None
+    split_length, splits = split(pixels, tile.pixels, batch, 2 * problem.device.multiprocessors)
+    return Launch(
+        pixel_region_attention_forward_few_kernel, batch * splits,
+        y.stride(), q.stride(), key.stride(), value.stride(),
+        channels, value_channels, regions, pixels, split_length, splits, scale,
+        **constants(tile, numbers_of(q), (q, y), (key, value)),
+    )  # fmt: skip
+
+
+@prepared
+def _forward_launch(y: Tensor, q: Tensor, key: Tensor, value: Tensor, *, regions: int, scale: float) -> Launch:
+    """Of key and value with aligned rows, of which so many are regions."""
+    batch, channels, pixels = q.shape
+    value_channels = value.shape[1]
+    tile = tiles.FORWARD.choose(tiles.of_either(_problem(q, value[..., :regions], y)))
+    kernel, programs = pixel_region_attention_forward_kernel, batch * cdiv(pixels, tile.pixels)
+    if tile.all_regions < regions:
+        kernel = pixel_region_attention_forward_many_kernel
+        programs *= cdiv(value_channels, tile.channels)
+    return Launch(
+        kernel, programs, y.stride(), q.stride(), key.stride(), value.stride(),
+        channels, value_channels, regions, pixels, key.shape[2], scale,
+        **constants(tile, numbers_of(q), (q, y), (key, value)),
+    )  # fmt: skip
 
 
 def _scattered(*pixel_tensors: Tensor) -> int:
@@ -234,12 +257,13 @@ def _problem(query: Tensor, value: Tensor, *pixel_tensors: Tensor) -> Problem:
 
 @triton.jit(do_not_specialize=["splits"])
 def pixel_region_attention_backward_kernel(
-    dquery, dquery_strides,  # [B, D, N]
     partial,  # [B, splits, BLOCK_C + BLOCK_O, BLOCK_K]: dkey above dvalue, each split's sum over its pixels
-    grad, grad_strides,  # [B, V, N]
-    query, query_strides,  # [B, D, N]
-    key, key_strides,  # [B, D, K]
-    value, value_strides,  # [B, V, K]
+    dquery,  # [B, D, N]
+    grad,  # [B, V, N]
+    query,  # [B, D, N]
+    key,  # [B, D, K]
+    value,  # [B, V, K]
+    dquery_strides, grad_strides, query_strides, key_strides, value_strides,
     D, V, K, N, split_length, splits, scale: tl.float64,
     NEED_QUERY: tl.constexpr, NEED_KEY: tl.constexpr, NEED_VALUE: tl.constexpr,
     PIXELS_FIRST: tl.constexpr,  # dquery's product is [pixels, channels], which wgmma's rows are, else its transpose
@@ -297,11 +321,11 @@ def pixel_region_attention_backward_kernel(
 def pixel_region_attention_backward_maps_kernel(
     weights_map,  # [B, K, N]: w, lifted
     dscores_map,  # [B, K, N]: w * (dw - delta)
-    map_strides,
-    grad, grad_strides,  # [B, V, N]
-    query, query_strides,  # [B, D, N]
-    key, key_strides,  # [B, D, row_length], of which K are regions
-    value, value_strides,  # [B, V, row_length]
+    grad,  # [B, V, N]
+    query,  # [B, D, N]
+    key,  # [B, D, row_length], of which K are regions
+    value,  # [B, V, row_length]
+    map_strides, grad_strides, query_strides, key_strides, value_strides,
     D, V, K, N, row_length, scale: tl.float64,
     NEED_SCORES: tl.constexpr, NEED_VALUE: tl.constexpr,
     NUMBERS: tl.constexpr, ALIGNMENT: tl.constexpr, MAP_ALIGNMENT: tl.constexpr, INT64: tl.constexpr,
@@ -342,11 +366,11 @@ def pixel_region_attention_backward_maps_kernel(
 def pixel_region_attention_backward_many_maps_kernel(
     weights_map,  # [B, K, N]: w, lifted
     dscores_map,  # [B, K, N]: w * (dw - delta)
-    map_strides,
-    grad, grad_strides,  # [B, V, N]
-    query, query_strides,  # [B, D, N]
-    key, key_strides,  # [B, D, row_length], of which K are regions
-    value, value_strides,  # [B, V, row_length]
+    grad,  # [B, V, N]
+    query,  # [B, D, N]
+    key,  # [B, D, row_length], of which K are regions
+    value,  # [B, V, row_length]
+    map_strides, grad_strides, query_strides, key_strides, value_strides,
     D, V, K, N, row_length, scale: tl.float64,
     NEED_SCORES: tl.constexpr, NEED_VALUE: tl.constexpr,
     NUMBERS: tl.constexpr, ALIGNMENT: tl.constexpr, MAP_ALIGNMENT: tl.constexpr, INT64: tl.constexpr,
@@ -398,8 +422,9 @@ def pixel_region_attention_backward_many_maps_kernel(
 @triton.jit(do_not_specialize=["splits"])
 def pixel_region_attention_backward_regions_kernel(
     partial,  # [B, splits, C, row_length]: each split's sum over its pixels
-    pixels, pixels_strides,  # [B, C, N]: the query or the incoming gradient
-    region_map, map_strides,  # [B, K, N]: the scores' gradient or the weights
+    pixels,  # [B, C, N]: the query or the incoming gradient
+    region_map,  # [B, K, N]: the scores' gradient or the weights
+    pixels_strides, map_strides,
     C, K, N, row_length, split_length, splits, scale: tl.float64,
     NUMBERS: tl.constexpr, ALIGNMENT: tl.constexpr, MAP_ALIGNMENT: tl.constexpr, INT64: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -435,60 +460,58 @@ def backward(
 ) -> None:
     """Fill the gradients that are wanted, in their own strides."""
     q, dy, dq = query.flatten(2), grad.flatten(2), None if dquery is None else dquery.flatten(2)
-    problem = _problem(q, value, dy, q if dq is None else dq)
+    tensors = q if dq is None else dq, dy, q, key, value
+    needs = tuple(each is not None for each in (dquery, dkey, dvalue))
     with torch.cuda.device_of(q):
-        if tile := tiles.BACKWARD_IN_ONE_PASS.choose(problem):
-            pixels_first = problem.itemsize == 2 and has_wgmma(problem) and tile.regions < 64
-            _backward_in_one_pass(tile, pixels_first, dq, dkey, dvalue, dy, q, key, value, scale)
-        else:
-            _backward_in_maps(problem, dq, dkey, dvalue, dy, q, key, value, scale)
+        in_one_pass = _backward_in_one_pass_launch(*tensors, needs=needs, scale=scale)
+        if in_one_pass is None:
+            _backward_in_maps(dq, dkey, dvalue, dy, q, key, value, scale)
+            return
+        launch, shape, top = in_one_pass
+        partial = q.new_empty(shape, dtype=statistics_dtype(q))
+        launch(partial, *tensors)
+        if dkey is not None:
+            sum_splits(dkey, partial, below=dvalue, top=top)
+        elif dvalue is not None:
+            sum_splits(dvalue, partial[:, :, top:])
 
 
-def _backward_in_one_pass(
-    tile: Tile, pixels_first: bool, dquery: Tensor | None, dkey: Tensor | None, dvalue: Tensor | None,
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: float,
-) -> None:  # fmt: skip
+@prepared
+def _backward_in_one_pass_launch(
+    dq: Tensor, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *, needs: tuple[bool, ...], scale: float
+) -> tuple[Launch, tuple[int, ...], int] | None:
+    """With the shape of what it fills, splits of rows, and how many of those are dkey's."""
     batch, channels, pixels = query.shape
     _, value_channels, regions = value.shape
-    dq = query if dquery is None else dquery
-    split_length, splits = split(pixels, tile.pixels, batch, device_facts(query.device).multiprocessors)
-    shape = batch, splits, tile.channels + tile.outputs, tile.regions
-    partial = query.new_empty(shape, dtype=statistics_dtype(query))
-    pixel_region_attention_backward_kernel[(batch * splits,)](
-        dq, dq.stride(), partial, grad, grad.stride(), query, query.stride(), key, key.stride(), value, value.stride(),
+    problem = _problem(query, value, grad, dq)
+    tile = tiles.BACKWARD_IN_ONE_PASS.choose(problem)
+    if tile is None:
+        return None
+    split_length, splits = split(pixels, tile.pixels, batch, problem.device.multiprocessors)
+    launch = Launch(
+        pixel_region_attention_backward_kernel, batch * splits,
+        dq.stride(), grad.stride(), query.stride(), key.stride(), value.stride(),
         channels, value_channels, regions, pixels, split_length, splits, scale,
-        NEED_QUERY=dquery is not None, NEED_KEY=dkey is not None, NEED_VALUE=dvalue is not None,
-        PIXELS_FIRST=pixels_first,
+        NEED_QUERY=needs[0], NEED_KEY=needs[1], NEED_VALUE=needs[2],
+        PIXELS_FIRST=problem.itemsize == 2 and has_wgmma(problem) and tile.regions < 64,
         **constants(tile, numbers_of(query), (dq, query, grad), (key, value)),
     )  # fmt: skip
-    if dkey is not None:
-        sum_splits(dkey, partial, below=dvalue, top=tile.channels)
-    elif dvalue is not None:
-        sum_splits(dvalue, partial[:, :, tile.channels :])
+    return launch, (batch, splits, tile.channels + tile.outputs, tile.regions), tile.channels
 
 
 def _backward_in_maps(
-    problem: Problem, dquery: Tensor | None, dkey: Tensor | None, dvalue: Tensor | None,
+    dquery: Tensor | None, dkey: Tensor | None, dvalue: Tensor | None,
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: float,
 ) -> None:  # fmt: skip
-    batch, channels, pixels = query.shape
-    _, value_channels, regions = value.shape
-    need_scores = dquery is not None or dkey is not None
-    weights = query.new_empty((batch, regions, pixels) if dvalue is not None else 1)
-    dscores = query.new_empty((batch, regions, pixels) if need_scores else 1)
-    a_map = dscores if need_scores else weights
-    numbers, tile = numbers_of(query), tiles.MAPS.choose(tiles.of_either(problem))
-    kernel = pixel_region_attention_backward_maps_kernel
-    if tile.all_regions < regions:
-        kernel = pixel_region_attention_backward_many_maps_kernel
-    key_rows, value_rows = aligned_rows(key, value)
-    kernel[(batch * cdiv(pixels, tile.pixels),)](
-        weights, dscores, a_map.stride(), grad, grad.stride(), query, query.stride(),
-        key_rows, key_rows.stride(), value_rows, value_rows.stride(),
-        channels, value_channels, regions, pixels, key_rows.shape[2], scale,
-        NEED_SCORES=need_scores, NEED_VALUE=dvalue is not None, MAP_ALIGNMENT=math.gcd(pixels, 16),
-        **constants(tile, numbers, (query, grad), (key_rows, value_rows, a_map)),
-    )  # fmt: skip
+    batch, _, pixels = query.shape
+    regions = value.shape[2]
+    needs = dquery is not None or dkey is not None, dvalue is not None  # of the scores, and of the values
+    dscores, weights = (query.new_empty((batch, regions, pixels) if need else 1) for need in needs)
+    rows = aligned_rows(key, value)
+    dq = query if dquery is None else dquery
+    options: Any = {"regions": regions, "needs": needs, "scale": scale}
+    launch = _maps_launch(dq, dscores if needs[0] else weights, grad, query, *rows, **options)
+    launch(weights, dscores, grad, query, *rows)
     if dquery is not None and scale == 0:  # a product times 0 leaves what was in memory before, be it NaN
         torch.bmm(key, dscores, out=dquery).mul_(scale)
     elif dquery is not None:
@@ -496,10 +519,38 @@ def _backward_in_maps(
     if dkey is not None:
         _sum_over_pixels(dkey, query, dscores, scale)
     if dvalue is not None:
-        _sum_over_pixels(dvalue, grad, weights, 1.0 / numbers.lift)
+        _sum_over_pixels(dvalue, grad, weights, 1.0 / numbers_of(query).lift)
+
+
+@prepared
+def _maps_launch(
+    dq: Tensor, a_map: Tensor, grad: Tensor, query: Tensor, key: Tensor, value: Tensor,
+    *, regions: int, needs: tuple[bool, bool], scale: float,
+) -> Launch:  # fmt: skip
+    batch, channels, pixels = query.shape
+    tile = tiles.MAPS.choose(tiles.of_either(_problem(query, value[..., :regions], grad, dq)))
+    kernel = pixel_region_attention_backward_maps_kernel
+    if tile.all_regions < regions:
+        kernel = pixel_region_attention_backward_many_maps_kernel
+    return Launch(
+        kernel, batch * cdiv(pixels, tile.pixels),
+        a_map.stride(), grad.stride(), query.stride(), key.stride(), value.stride(),
+        channels, value.shape[1], regions, pixels, key.shape[2], scale,
+        NEED_SCORES=needs[0], NEED_VALUE=needs[1], MAP_ALIGNMENT=math.gcd(pixels, 16),
+        **constants(tile, numbers_of(query), (query, grad), (key, value, a_map)),
+    )  # fmt: skip
 
 
 def _sum_over_pixels(out: Tensor, pixels: Tensor, region_map: Tensor, scale: float) -> None:
+    launch, shape = _sums_launch(pixels, region_map, scale=scale)
+    partial = pixels.new_empty(shape, dtype=statistics_dtype(pixels))
+    launch(partial, pixels, region_map)
+    sum_splits(out, partial)
+
+
+@prepared
+def _sums_launch(pixels: Tensor, region_map: Tensor, *, scale: float) -> tuple[Launch, tuple[int, ...]]:
+    """With the shape of what it fills."""
     batch, channels, length = pixels.shape
     regions = region_map.shape[1]
     numbers, device = numbers_of(pixels), device_facts(pixels.device)
@@ -508,11 +559,10 @@ def _sum_over_pixels(out: Tensor, pixels: Tensor, region_map: Tensor, scale: flo
     )
     programs = cdiv(channels, tile.channels) * cdiv(regions, tile.all_regions) * batch
     split_length, splits = split(length, tile.pixels, programs, tile.resident * device.multiprocessors)
-    shape = batch, splits, channels, round_up(regions)
-    partial = pixels.new_empty(shape, dtype=statistics_dtype(pixels))
-    pixel_region_attention_backward_regions_kernel[(programs * splits,)](
-        partial, pixels, pixels.stride(), region_map, region_map.stride(),
-        channels, regions, length, partial.shape[3], split_length, splits, scale,
+    row_length = round_up(regions)
+    launch = Launch(
+        pixel_region_attention_backward_regions_kernel, programs * splits,
+        pixels.stride(), region_map.stride(), channels, regions, length, row_length, split_length, splits, scale,
         MAP_ALIGNMENT=math.gcd(length, 16), **constants(tile, numbers, (pixels,), (region_map,)),
     )  # fmt: skip
-    sum_splits(out, partial)
+    return launch, (batch, splits, channels, row_length)

@@ -74,15 +74,24 @@ def difference(rule: TileRule, problem: Problem, tile: Tile) -> dict[str, int]:
     return {name: getattr(tile, name) for name in tuned.SIZES if getattr(tile, name) != getattr(own, name)}
 
 
+def _forget_launches() -> None:
+    """They were prepared with the tiles that were chosen before."""
+    from ocr_kernels.core.triton_launch import forget_launches  # which imports Triton
+
+    forget_launches()
+
+
 @contextmanager
 def taken(rule: TileRule, problem: Problem, tile: Tile | None) -> Iterator[None]:
     """Inside this context the rule chooses this tile."""
     before = rule.choose(problem)
     rule.chosen[problem] = tile
+    _forget_launches()
     try:
         yield
     finally:
         rule.chosen[problem] = before
+        _forget_launches()
 
 
 class Trial:
@@ -103,6 +112,7 @@ class Trial:
         """What is chosen on the way."""
         for rule in RULES:
             rule.chosen.clear()
+        _forget_launches()
         self.run()
         return [(rule, problem, tile) for rule in RULES for problem, tile in rule.chosen.items() if tile]
 

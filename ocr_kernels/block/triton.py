@@ -9,6 +9,7 @@ softmax are one kernel, as is the softmax's backward pass with what rho's norm t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -53,6 +54,7 @@ from ocr_kernels.core.triton_host import (
     round_up,
     split,
 )
+from ocr_kernels.core.triton_launch import Launch, prepared
 
 __all__ = ["backward", "forward", "infer"]
 
@@ -75,7 +77,8 @@ def masked(grad, taken, SLOPE: tl.constexpr):
 @triton.jit(do_not_specialize=["N", "splits"])
 def ocr_block_moments_kernel(
     partial,  # [B, splits, 2, C]: means, and sums of squares about them
-    h, h_strides,  # [B, C, N]
+    h,  # [B, C, N]
+    h_strides,
     C, N, split_length, splits,
     ACCUMULATOR: tl.constexpr, ALIGNMENT: tl.constexpr, INT64: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -146,10 +149,11 @@ def pixels_of_parts(p0, N, split_length, splits, parts, BLOCK_N: tl.constexpr, A
 
 @triton.jit(do_not_specialize=["N"])
 def ocr_block_apply_kernel(
-    out, out_strides,  # [B, C, N]
-    h, h_strides,  # [B, C, N]
+    out,  # [B, C, N]
+    h,  # [B, C, N]
     factor, offset,  # [C]
     mask,  # [B, C]
+    out_strides, h_strides,
     C, N,
     SLOPE: tl.constexpr, MASKED: tl.constexpr,
     ACCUMULATOR: tl.constexpr, ALIGNMENT: tl.constexpr, INT64: tl.constexpr,
@@ -185,10 +189,11 @@ def gradient_before_activation(
 @triton.jit(do_not_specialize=["N", "splits"])
 def ocr_block_gradient_sums_kernel(
     partial,  # [B, splits, 2, C]: sums of the gradients, and of those times h - mean
-    grad, grad_strides,  # [B, C, N]
-    h, h_strides,  # [B, C, N]
+    grad,  # [B, C, N]
+    h,  # [B, C, N]
     factor, offset, mean,  # [C]
     mask,  # [B, C]
+    grad_strides, h_strides,
     C, N, split_length, splits,
     SLOPE: tl.constexpr, MASKED: tl.constexpr,
     ACCUMULATOR: tl.constexpr, ALIGNMENT: tl.constexpr, INT64: tl.constexpr,
@@ -251,12 +256,13 @@ def ocr_block_norm_gradient_kernel(
 
 @triton.jit(do_not_specialize=["N"])
 def ocr_block_gradient_kernel(
-    out, out_strides,  # [B, C, N]: the gradient of h
-    grad, grad_strides,  # [B, C, N]
-    h, h_strides,  # [B, C, N]
+    out,  # [B, C, N]: the gradient of h
+    grad,  # [B, C, N]
+    h,  # [B, C, N]
     factor, offset,  # [C]
     slope, constant,  # [C]: it is factor * d + slope * h + constant
     mask,  # [B, C]
+    out_strides, grad_strides, h_strides,
     C, N,
     SLOPE: tl.constexpr, MASKED: tl.constexpr,
     ACCUMULATOR: tl.constexpr, ALIGNMENT: tl.constexpr, INT64: tl.constexpr,
@@ -276,10 +282,11 @@ def ocr_block_gradient_kernel(
 
 @triton.jit(do_not_specialize=["N"])
 def ocr_block_region_weights_kernel(
-    weights, weights_strides,  # [B, K, N]
-    h, h_strides,  # [B, D, N]
-    key, key_strides,  # [B, D, row_length], of which K are regions
+    weights,  # [B, K, N]
+    h,  # [B, D, N]
+    key,  # [B, D, row_length], of which K are regions
     factor, offset,  # [D]
+    weights_strides, h_strides, key_strides,
     D, K, N, row_length, scale: tl.float64,
     SLOPE: tl.constexpr,
     NUMBERS: tl.constexpr, ALIGNMENT: tl.constexpr, INT64: tl.constexpr,
@@ -304,10 +311,11 @@ def ocr_block_region_weights_kernel(
 
 @triton.jit(do_not_specialize=["N"])
 def ocr_block_contexts_kernel(
-    out, out_strides,  # [B, Y, N]
-    weights, weights_strides,  # [B, K, N]
-    u, u_strides,  # [B, Y, row_length], of which K are regions
+    out,  # [B, Y, N]
+    weights,  # [B, K, N]
+    u,  # [B, Y, row_length], of which K are regions
     offset,  # [B, Y]
+    out_strides, weights_strides, u_strides,
     Y, K, N, row_length,
     SLOPE: tl.constexpr,
     NUMBERS: tl.constexpr, ALIGNMENT: tl.constexpr, INT64: tl.constexpr,
@@ -328,11 +336,12 @@ def ocr_block_contexts_kernel(
 
 @triton.jit(do_not_specialize=["N"])
 def ocr_block_contexts_gradient_kernel(
-    dweights, dweights_strides,  # [B, K, N]: what dw is without rho's norm
-    dy, dy_strides,  # [B, Y, N]: the gradient of y, and afterwards that of u w + offset
-    weights, weights_strides,  # [B, K, N]
-    u, u_strides,  # [B, Y, row_length], of which K are regions
+    dweights,  # [B, K, N]: what dw is without rho's norm
+    dy,  # [B, Y, N]: the gradient of y, and afterwards that of u w + offset
+    weights,  # [B, K, N]
+    u,  # [B, Y, row_length], of which K are regions
     offset,  # [B, Y]
+    dweights_strides, dy_strides, weights_strides, u_strides,
     Y, K, N, row_length,
     SLOPE: tl.constexpr,
     NUMBERS: tl.constexpr, ALIGNMENT: tl.constexpr, INT64: tl.constexpr,
@@ -357,11 +366,12 @@ def ocr_block_contexts_gradient_kernel(
 
 @triton.jit(do_not_specialize=["N"])
 def ocr_block_softmax_gradient_kernel(
-    dscores, dscores_strides,  # [B, K, N]
-    dweights, dweights_strides,  # [B, K, N]: what dw is without rho's norm
-    weights, weights_strides,  # [B, K, N]
-    matrix, matrix_strides,  # [B, K, row_length], of which K are regions
+    dscores,  # [B, K, N]
+    dweights,  # [B, K, N]: what dw is without rho's norm
+    weights,  # [B, K, N]
+    matrix,  # [B, K, row_length], of which K are regions
     column,  # [B, K]
+    dscores_strides, dweights_strides, weights_strides, matrix_strides,
     K, N, row_length,
     NUMBERS: tl.constexpr, ALIGNMENT: tl.constexpr, INT64: tl.constexpr,
     BLOCK_C: tl.constexpr,  # regions of the product at a time
@@ -399,39 +409,51 @@ def _pass(*maps: Tensor) -> tuple[Tile, dict[str, object]]:
     return tile, arguments | {"ACCUMULATOR": numbers.accumulator}
 
 
-def _programs(tile: Tile, maps: Tensor) -> tuple[int]:
+def _programs(tile: Tile, maps: Tensor) -> int:
     batch, channels, pixels = maps.shape
-    return (batch * cdiv(channels, tile.channels) * cdiv(pixels, tile.pixels),)
+    return batch * cdiv(channels, tile.channels) * cdiv(pixels, tile.pixels)
 
 
-def _splits(tile: Tile, maps: Tensor, resident: int) -> tuple[tuple[int], int, Tensor]:
-    """The grid of a kernel that sums over pixels, the length of a split, and the memory that it fills.
+class Summing(NamedTuple):
+    """A kernel that sums over the pixels of splits, the shape of what it fills, and the pixels of a split."""
 
-    A multiprocessor holds so many of its programs at a time.
-    """
-    batch, channels, pixels = maps.shape
+    launch: Launch
+    shape: tuple[int, ...]  # [B, splits, 2, C]
+    length: int
+
+
+def _summing(kernel: Any, resident: int, *maps: Tensor, **flags: Any) -> Summing:
+    """A multiprocessor holds so many programs of the kernel at a time."""
+    batch, channels, pixels = maps[-1].shape
+    tile, arguments = _pass(*maps)
     programs = batch * cdiv(channels, tile.channels)
-    wanted = resident * device_facts(maps.device).multiprocessors
-    split_length, splits = split(pixels, tile.pixels, programs, wanted)
-    partial = maps.new_empty((batch, splits, 2, channels), dtype=statistics_dtype(maps))
-    return (programs * splits,), split_length, partial
+    wanted = resident * device_facts(maps[-1].device).multiprocessors
+    length, splits = split(pixels, tile.pixels, programs, wanted)
+    sizes = *(each.stride() for each in maps), channels, pixels, length, splits
+    launch = Launch(kernel, programs * splits, *sizes, **flags, **arguments)
+    return Summing(launch, (batch, splits, 2, channels), length)
 
 
-def _vectors(parts: Tensor) -> tuple[tuple[int], dict[str, object]]:
-    """The grid, and arguments, of a kernel that adds up parts `[parts, 2, C]`."""
+def _vectors(parts: Tensor) -> tuple[int, dict[str, object]]:
+    """The programs, and arguments, of a kernel that adds up parts `[parts, 2, C]`."""
     arguments = {"ACCUMULATOR": numbers_of(parts).accumulator}
-    return (cdiv(parts.shape[2], tiles.PARTS.channels),), arguments | tiles.PARTS.arguments
+    return cdiv(parts.shape[2], tiles.PARTS.channels), arguments | tiles.PARTS.arguments
+
+
+@prepared
+def _norm_launch(parts: Tensor, *, pixels: int, split_length: int, eps: float) -> Launch:
+    programs, arguments = _vectors(parts)
+    splits, all_parts, channels = cdiv(pixels, split_length), parts.shape[0], parts.shape[2]
+    sizes = channels, pixels, split_length, splits, all_parts
+    return Launch(ocr_block_norm_kernel, programs, *sizes, eps, **arguments)
 
 
 def _norm_of(layer: Layer, parts: Tensor, pixels: int, split_length: int) -> Norm:
     """That of the moments `[parts, 2, C]` of splits of the pixels of images, and of the layer's other processes."""
-    channels, splits = parts.shape[2], cdiv(pixels, split_length)
-    all_parts = parts.shape[0]
-    count = all_parts // splits * pixels
-    out, (grid, arguments) = parts.new_empty((5, channels, 1)), _vectors(parts)
-    ocr_block_norm_kernel[grid](
-        out, parts, layer.gain, layer.shift, channels, pixels, split_length, splits, all_parts, layer.eps, **arguments
-    )
+    count = parts.shape[0] // cdiv(pixels, split_length) * pixels
+    out = parts.new_empty((5, parts.shape[2], 1))
+    launch = _norm_launch(parts, pixels=pixels, split_length=split_length, eps=layer.eps)
+    launch(out, parts, layer.gain, layer.shift)
     mean, var, rstd, factor, offset = out.unbind()
     norm = Norm(layer, mean, var, rstd, factor, offset, count)
     if layer.group:
@@ -441,17 +463,19 @@ def _norm_of(layer: Layer, parts: Tensor, pixels: int, split_length: int) -> Nor
     return norm
 
 
+@prepared
+def _moments_launch(h: Tensor) -> Summing:
+    return _summing(ocr_block_moments_kernel, 4, h)
+
+
 def _norm(layer: Layer, h: Tensor) -> Norm:
     """With the statistics of the map that it is for."""
     if not layer.has_statistics or not h.numel():
         return Moments(layer).norm()
-    _, channels, pixels = h.shape
-    tile, arguments = _pass(h)
-    grid, split_length, partial = _splits(tile, h, resident=4)
-    ocr_block_moments_kernel[grid](
-        partial, h, h.stride(), channels, pixels, split_length, partial.shape[1], **arguments
-    )  # fmt: skip
-    return _norm_of(layer, partial.flatten(0, 1), pixels, split_length)
+    moments = _moments_launch(h)
+    partial = h.new_empty(moments.shape, dtype=statistics_dtype(h))
+    moments.launch(partial, h)
+    return _norm_of(layer, partial.flatten(0, 1), h.shape[2], moments.length)
 
 
 def _norm_of_contexts(layer: Layer, y: Contexts) -> Norm:
@@ -460,18 +484,29 @@ def _norm_of_contexts(layer: Layer, y: Contexts) -> Norm:
     return _norm_of(layer, y.moments(), y.pixels, y.pixels)
 
 
+@prepared
+def _apply_launch(out: Tensor, h: Tensor, *, slope: float, masked: bool) -> Launch:
+    tile, arguments = _pass(out, h)
+    sizes = out.stride(), h.stride(), *h.shape[1:]
+    return Launch(ocr_block_apply_kernel, _programs(tile, h), *sizes, SLOPE=slope, MASKED=masked, **arguments)
+
+
 def _apply(norm: Norm, h: Tensor, mask: Tensor | None = None, out: Tensor | None = None) -> Tensor:
     """rho of a map, times the mask where it has elements."""
     out = empty_maps(h, h.shape[1]) if out is None else out
-    _, channels, pixels = h.shape
     is_masked = mask is not None and mask.shape[0] > 0
+    factors: Any = mask if is_masked else norm.factor
     if h.numel():
-        tile, arguments = _pass(out, h)
-        ocr_block_apply_kernel[_programs(tile, h)](
-            out, out.stride(), h, h.stride(), norm.factor, norm.offset, mask if is_masked else norm.factor,
-            channels, pixels, SLOPE=norm.layer.slope, MASKED=is_masked, **arguments,
-        )  # fmt: skip
+        launch = _apply_launch(out, h, slope=norm.layer.slope, masked=is_masked)
+        launch(out, h, norm.factor, norm.offset, factors)
     return out
+
+
+@prepared
+def _norm_gradient_launch(parts: Tensor, *, statistics: bool) -> Launch:
+    programs, arguments = _vectors(parts)
+    sizes = parts.shape[2], parts.shape[0]
+    return Launch(ocr_block_norm_gradient_kernel, programs, *sizes, STATISTICS=statistics, **arguments)
 
 
 def _added(norm: Norm, parts: Tensor) -> tuple[Gradients, Tensor, Tensor, Tensor]:
@@ -479,12 +514,10 @@ def _added(norm: Norm, parts: Tensor) -> tuple[Gradients, Tensor, Tensor, Tensor
 
     The gradient of h is factor * d + slope * (h - mean) + offset, or factor * d + slope * h + constant.
     """
-    channels, gradients = parts.shape[2], Gradients(norm)
-    vectors, (grid, arguments) = parts.new_empty((5, channels, 1)), _vectors(parts)
-    ocr_block_norm_gradient_kernel[grid](
-        vectors, parts, norm.factor, norm.rstd, norm.mean, norm.pixels, channels, parts.shape[0],
-        STATISTICS=norm.layer.has_statistics, **arguments,
-    )  # fmt: skip
+    gradients, vectors = Gradients(norm), parts.new_empty((5, parts.shape[2], 1))
+    launch = _norm_gradient_launch(parts, statistics=norm.layer.has_statistics)
+    pixels: Any = norm.pixels  # a tensor, as `split_statistics` gives it
+    launch(vectors, parts, norm.factor, norm.rstd, norm.mean, pixels)
     gain, shift, slope, offset, constant = vectors.unbind()
     gradients.sums = gain, shift
     if norm.layer.group:
@@ -493,28 +526,32 @@ def _added(norm: Norm, parts: Tensor) -> tuple[Gradients, Tensor, Tensor, Tensor
     return gradients, slope, offset, constant
 
 
+@prepared
+def _gradient_sums_launch(grad: Tensor, h: Tensor, *, slope: float, masked: bool) -> Summing:
+    return _summing(ocr_block_gradient_sums_kernel, 3, grad, h, SLOPE=slope, MASKED=masked)
+
+
+@prepared
+def _gradient_launch(out: Tensor, grad: Tensor, h: Tensor, *, slope: float, masked: bool) -> Launch:
+    tile, arguments = _pass(out, grad, h)
+    sizes = out.stride(), grad.stride(), h.stride(), *h.shape[1:]
+    return Launch(ocr_block_gradient_kernel, _programs(tile, h), *sizes, SLOPE=slope, MASKED=masked, **arguments)
+
+
 def _gradients(norm: Norm, grad: Tensor, h: Tensor, out: Tensor, mask: Tensor | None = None) -> Gradients:
     """The sums of a layer's backward pass; `out` is filled with the gradient of h, of that after the activation."""
     gradients = Gradients(norm)
-    _, channels, pixels = h.shape
     is_masked = mask is not None and mask.shape[0] > 0
-    factors = mask if is_masked else norm.factor
-    flags = {"SLOPE": norm.layer.slope, "MASKED": is_masked}
+    factors: Any = mask if is_masked else norm.factor
+    flags: Any = {"slope": norm.layer.slope, "masked": is_masked}
     if not h.numel():
         gradients.centred()  # for which other processes wait
         return gradients
-    tile, arguments = _pass(grad, h)
-    grid, split_length, partial = _splits(tile, h, resident=3)
-    ocr_block_gradient_sums_kernel[grid](
-        partial, grad, grad.stride(), h, h.stride(), norm.factor, norm.offset, norm.mean, factors,
-        channels, pixels, split_length, partial.shape[1], **flags, **arguments,
-    )  # fmt: skip
+    sums = _gradient_sums_launch(grad, h, **flags)
+    partial = h.new_empty(sums.shape, dtype=statistics_dtype(h))
+    sums.launch(partial, grad, h, norm.factor, norm.offset, norm.mean, factors)
     gradients, slope, _, constant = _added(norm, partial.flatten(0, 1))
-    tile, arguments = _pass(out, grad, h)
-    ocr_block_gradient_kernel[_programs(tile, h)](
-        out, out.stride(), grad, grad.stride(), h, h.stride(), norm.factor, norm.offset, slope, constant, factors,
-        channels, pixels, **flags, **arguments,
-    )  # fmt: skip
+    _gradient_launch(out, grad, h, **flags)(out, grad, h, norm.factor, norm.offset, slope, constant, factors)
     return gradients
 
 
@@ -544,9 +581,21 @@ def _over_pixels(a: Tensor, b: Tensor, out: Tensor) -> None:
         torch.sum(_wide_product(a, b.mT), 0, out=out)
 
 
+@prepared
+def _region_weights_launch(weights: Tensor, hidden: Tensor, rows: Tensor, *, scale: float, slope: float) -> Launch:
+    batch, depth, pixels = hidden.shape
+    regions, numbers, scattered = weights.shape[1], numbers_of(hidden), has_scattered_pixels(hidden)
+    problem = Problem(numbers.itemsize, device_facts(hidden.device), depth, regions, scattered=scattered)
+    tile = tiles.REGION_WEIGHTS.choose(problem)
+    return Launch(
+        ocr_block_region_weights_kernel, batch * cdiv(pixels, tile.pixels),
+        weights.stride(), hidden.stride(), rows.stride(), depth, regions, pixels, rows.shape[2], scale,
+        SLOPE=slope, **constants(tile, numbers, (weights, hidden), (rows,)),
+    )  # fmt: skip
+
+
 def _region_weights(query: Norm, hidden: Tensor, key: Tensor, scale: float) -> Tensor:
     """w `[B, K, N]`."""
-    batch, depth, pixels = hidden.shape
     regions = key.shape[2]
     weights = empty_maps(hidden, regions)
     if regions > tiles.MOST:
@@ -554,14 +603,8 @@ def _region_weights(query: Norm, hidden: Tensor, key: Tensor, scale: float) -> T
         return weights.copy_(torch.softmax(scale * scores, 1))
     if hidden.numel():
         rows, _ = aligned_rows(key, key[:, :0])
-        numbers, scattered = numbers_of(hidden), has_scattered_pixels(hidden)
-        problem = Problem(numbers.itemsize, device_facts(hidden.device), depth, regions, scattered=scattered)
-        tile = tiles.REGION_WEIGHTS.choose(problem)
-        ocr_block_region_weights_kernel[(batch * cdiv(pixels, tile.pixels),)](
-            weights, weights.stride(), hidden, hidden.stride(), rows, rows.stride(), query.factor, query.offset,
-            depth, regions, pixels, rows.shape[2], scale, SLOPE=query.layer.slope,
-            **constants(tile, numbers, (weights, hidden), (rows,)),
-        )  # fmt: skip
+        launch = _region_weights_launch(weights, hidden, rows, scale=scale, slope=query.layer.slope)
+        launch(weights, hidden, rows, query.factor, query.offset)
     return weights
 
 
@@ -579,35 +622,44 @@ def _normalised(y: Contexts, up: Norm, dtype: torch.dtype) -> tuple[Tensor, Tens
     return y.normalised(up, dtype, round_up(y.mean_weights.shape[1]))
 
 
+@prepared
+def _contexts_launch(out: Tensor, weights: Tensor, rows: Tensor, *, slope: float) -> Launch:
+    batch, channels, pixels = out.shape
+    regions, numbers, scattered = weights.shape[1], numbers_of(out), has_scattered_pixels(out, weights)
+    problem = Problem(numbers.itemsize, device_facts(out.device), channels, regions, scattered=scattered)
+    tile = tiles.CONTEXTS.choose(problem)
+    return Launch(
+        ocr_block_contexts_kernel, batch * cdiv(channels, tile.channels) * cdiv(pixels, tile.pixels),
+        out.stride(), weights.stride(), rows.stride(), channels, regions, pixels, rows.shape[2],
+        SLOPE=slope, **constants(tile, numbers, (out, weights), (rows,)),
+    )  # fmt: skip
+
+
 def _contexts(rows: Tensor, offset: Tensor, slope: float, weights: Tensor, out: Tensor) -> Tensor:
     """Fill `out` `[B, Y, N]` with y = rho(u w + offset), u the first K columns of the rows."""
-    batch, channels, pixels = out.shape
-    regions = weights.shape[1]
     if out.numel():
-        numbers, scattered = numbers_of(out), has_scattered_pixels(out, weights)
-        problem = Problem(numbers.itemsize, device_facts(out.device), channels, regions, scattered=scattered)
-        tile = tiles.CONTEXTS.choose(problem)
-        ocr_block_contexts_kernel[(batch * cdiv(channels, tile.channels) * cdiv(pixels, tile.pixels),)](
-            out, out.stride(), weights, weights.stride(), rows, rows.stride(), offset,
-            channels, regions, pixels, rows.shape[2], SLOPE=slope, **constants(tile, numbers, (out, weights), (rows,)),
-        )  # fmt: skip
+        _contexts_launch(out, weights, rows, slope=slope)(out, weights, rows, offset)
     return out
+
+
+@prepared
+def _contexts_gradient_launch(dweights: Tensor, dy: Tensor, weights: Tensor, rows: Tensor, *, slope: float) -> Launch:
+    batch, channels, pixels = dy.shape
+    regions, numbers, scattered = weights.shape[1], numbers_of(dy), has_scattered_pixels(dweights, dy, weights)
+    problem = Problem(numbers.itemsize, device_facts(dy.device), channels, regions, scattered=scattered)
+    tile = tiles.CONTEXTS_GRADIENT.choose(problem)
+    return Launch(
+        ocr_block_contexts_gradient_kernel, batch * cdiv(pixels, tile.pixels),
+        dweights.stride(), dy.stride(), weights.stride(), rows.stride(), channels, regions, pixels, rows.shape[2],
+        SLOPE=slope, **constants(tile, numbers, (dweights, dy, weights), (rows,)),
+    )  # fmt: skip
 
 
 def _contexts_gradient_(dy: Tensor, rows: Tensor, offset: Tensor, slope: float, weights: Tensor) -> Tensor:
     """u' d `[B, K, N]` in the dtype of statistics; d, dy through the activation of u w + offset, takes its place."""
-    batch, channels, pixels = dy.shape
-    regions = weights.shape[1]
-    dweights = empty_maps(dy, regions, statistics_dtype(dy))
+    dweights = empty_maps(dy, weights.shape[1], statistics_dtype(dy))
     if dweights.numel():
-        numbers, scattered = numbers_of(dy), has_scattered_pixels(dweights, dy, weights)
-        problem = Problem(numbers.itemsize, device_facts(dy.device), channels, regions, scattered=scattered)
-        tile = tiles.CONTEXTS_GRADIENT.choose(problem)
-        ocr_block_contexts_gradient_kernel[(batch * cdiv(pixels, tile.pixels),)](
-            dweights, dweights.stride(), dy, dy.stride(), weights, weights.stride(), rows, rows.stride(), offset,
-            channels, regions, pixels, rows.shape[2], SLOPE=slope,
-            **constants(tile, numbers, (dweights, dy, weights), (rows,)),
-        )  # fmt: skip
+        _contexts_gradient_launch(dweights, dy, weights, rows, slope=slope)(dweights, dy, weights, rows, offset)
     return dweights
 
 
@@ -623,9 +675,22 @@ def _outer_sums(dy: Tensor, weights: Tensor, mean_weights: Tensor) -> tuple[Tens
     return sums[..., :regions], sums[..., regions : regions + 1]
 
 
+@prepared
+def _softmax_gradient_launch(dscores: Tensor, dweights: Tensor, weights: Tensor, rows: Tensor) -> Launch:
+    batch, regions, pixels = weights.shape
+    numbers, scattered = numbers_of(weights), has_scattered_pixels(dscores, dweights, weights)
+    problem = Problem(numbers.itemsize, device_facts(weights.device), regions, regions, scattered=scattered)
+    tile = tiles.SOFTMAX_GRADIENT.choose(problem)
+    return Launch(
+        ocr_block_softmax_gradient_kernel, batch * cdiv(pixels, tile.pixels),
+        dscores.stride(), dweights.stride(), weights.stride(), rows.stride(), regions, pixels, rows.shape[2],
+        **constants(tile, numbers, (dscores, dweights, weights), (rows,)),
+    )  # fmt: skip
+
+
 def _softmax_gradient(dweights: Tensor, weights: Tensor, matrix: Tensor, column: Tensor) -> Tensor:
     """That of the scores `[B, K, N]`, in the dtype of the weights."""
-    batch, regions, pixels = weights.shape
+    regions = weights.shape[1]
     dscores = empty_maps(weights, regions)
     if regions > tiles.MOST:
         w = weights.to(dweights.dtype)
@@ -635,14 +700,8 @@ def _softmax_gradient(dweights: Tensor, weights: Tensor, matrix: Tensor, column:
     if weights.numel():
         matrix = matrix.to(weights.dtype)
         rows, _ = aligned_rows(matrix, matrix[:, :0])
-        numbers, scattered = numbers_of(weights), has_scattered_pixels(dscores, dweights, weights)
-        problem = Problem(numbers.itemsize, device_facts(weights.device), regions, regions, scattered=scattered)
-        tile = tiles.SOFTMAX_GRADIENT.choose(problem)
-        ocr_block_softmax_gradient_kernel[(batch * cdiv(pixels, tile.pixels),)](
-            dscores, dscores.stride(), dweights, dweights.stride(), weights, weights.stride(), rows, rows.stride(),
-            column.contiguous(), regions, pixels, rows.shape[2],
-            **constants(tile, numbers, (dscores, dweights, weights), (rows,)),
-        )  # fmt: skip
+        maps = dscores, dweights, weights, rows
+        _softmax_gradient_launch(*maps)(*maps, column.contiguous())
     return dscores
 
 

@@ -11,6 +11,7 @@ Tiles are `[pixels, channels]`: what one product leaves in registers then enters
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -40,6 +41,7 @@ from ocr_kernels.core.triton_host import (
     numbers_of,
     round_up,
 )
+from ocr_kernels.core.triton_launch import Launch, prepared
 
 
 @triton.jit
@@ -80,12 +82,13 @@ def activated(x, SLOPE: tl.constexpr):
 @triton.jit(do_not_specialize=["N"])
 def ocr_block_weights_kernel(
     weights,  # [B, N, row_length]: the softmax over K regions, lifted, and zeros after them
-    feats, feats_strides,  # [B, C, N]
-    key, key_strides,  # [B, D, row_length]
+    feats,  # [B, C, N]
+    key,  # [B, D, row_length]
     pixel_in,  # [D, C]
     pixel_in_bias,  # [D]
     pixel_out,  # [D, D], of the second layer of phi
     pixel_out_bias,  # [D]
+    feats_strides, key_strides,
     C, D, K, N, row_length, scale: tl.float64,
     LAYERS: tl.constexpr,  # of phi; pixel_out is not read where it is 1
     SLOPE: tl.constexpr, OUT_SLOPE: tl.constexpr,  # of the first layer and the second
@@ -122,14 +125,15 @@ def ocr_block_weights_kernel(
 
 @triton.jit(do_not_specialize=["N"])
 def ocr_block_fuse_kernel(
-    out, out_strides,  # [B, O, N]
-    feats, feats_strides,  # [B, C, N]
+    out,  # [B, O, N]
+    feats,  # [B, C, N]
     weights,  # [B, N, row_length], lifted
-    contexts, context_strides,  # [B, Y, row_length]: u
+    contexts,  # [B, Y, row_length]: u
     up_bias,  # [Y]
     context,  # [O, Y]: G_y
     pixels,  # [O, C]: G_x
     bias,  # [O]
+    out_strides, feats_strides, context_strides,
     C, Y, OUTPUTS, N, row_length,
     REGION_TILES: tl.constexpr,  # ceil(K / BLOCK_K)
     UP_SLOPE: tl.constexpr, SLOPE: tl.constexpr,  # of y and of z
@@ -162,10 +166,11 @@ def ocr_block_fuse_kernel(
 
 @triton.jit(do_not_specialize=["N"])
 def ocr_block_linear_kernel(
-    out, out_strides,  # [B, O, N]
-    pixels, pixels_strides,  # [B, C, N]
+    out,  # [B, O, N]
+    pixels,  # [B, C, N]
     weight,  # [O, C]
     bias,  # [O]
+    out_strides, pixels_strides,
     C, OUTPUTS, N,
     NUMBERS: tl.constexpr, ALIGNMENT: tl.constexpr, OUT_ALIGNMENT: tl.constexpr, INT64: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -236,6 +241,23 @@ def _empty_pixels(like: Tensor, channels: int, pixels: int, dtype: torch.dtype) 
     return like.new_empty((len(like), channels, pixels), dtype=dtype)
 
 
+@prepared
+def _region_weights_launch(
+    feats: Tensor, key: Tensor, *, regions: int, layers: int, scale: float, slope: float, out_slope: float
+) -> Launch:
+    batch, channels, pixels = feats.shape
+    _, key_channels, row_length = key.shape
+    numbers = numbers_of(feats)
+    problem = Problem(numbers.itemsize, device_facts(feats.device), channels, regions, outputs=key_channels)
+    tile = tiles.WEIGHTS.choose(problem)
+    return Launch(
+        ocr_block_weights_kernel, batch * cdiv(pixels, tile.pixels),
+        feats.stride(), key.stride(), channels, key_channels, regions, pixels, row_length, scale,
+        LAYERS=layers, SLOPE=slope, OUT_SLOPE=out_slope,
+        BLOCK_D=padded(key_channels), **constants(tile, numbers, (feats,)),
+    )  # fmt: skip
+
+
 def _region_weights(
     feats: Tensor,
     key: Tensor,
@@ -245,19 +267,28 @@ def _region_weights(
     slopes: Sequence[float],
 ) -> Tensor:
     """w [B, N, row_length], lifted."""
-    batch, channels, pixels = feats.shape
-    _, key_channels, row_length = key.shape
-    weights = feats.new_empty((batch, pixels, row_length))
-    numbers = numbers_of(feats)
-    problem = Problem(numbers.itemsize, device_facts(feats.device), channels, regions, outputs=key_channels)
-    tile = tiles.WEIGHTS.choose(problem)
-    ocr_block_weights_kernel[(batch * cdiv(pixels, tile.pixels),)](
-        weights, feats, feats.stride(), key, key.stride(), *layers[0], *layers[-1],
-        channels, key_channels, regions, pixels, row_length, scale,
-        LAYERS=len(layers), SLOPE=slopes[0], OUT_SLOPE=slopes[1],
-        BLOCK_D=padded(key_channels), **constants(tile, numbers, (feats,)),
-    )  # fmt: skip
+    weights = feats.new_empty((feats.shape[0], feats.shape[2], key.shape[2]))
+    options: Any = {"regions": regions, "layers": len(layers), "scale": scale}
+    launch = _region_weights_launch(feats, key, slope=slopes[0], out_slope=slopes[1], **options)
+    launch(weights, feats, key, *layers[0], *layers[-1])
     return weights
+
+
+@prepared
+def _fuse_launch(
+    out: Tensor, feats: Tensor, contexts: Tensor, *, regions: int, up: int, up_slope: float, slope: float
+) -> Launch:
+    batch, channels, length = feats.shape
+    outputs = out.shape[1]
+    numbers, device = numbers_of(feats), device_facts(feats.device)
+    scattered = has_scattered_pixels(feats, out)
+    tile = tiles.FUSE.choose(Problem(numbers.itemsize, device, channels, regions, outputs, scattered))
+    return Launch(
+        ocr_block_fuse_kernel, batch * cdiv(length, tile.pixels) * cdiv(outputs, tile.outputs),
+        out.stride(), feats.stride(), contexts.stride(), channels, up, outputs, length, contexts.shape[2],
+        REGION_TILES=cdiv(regions, tile.regions), UP_SLOPE=up_slope, SLOPE=slope,
+        **constants(tile, numbers, (feats, out)),
+    )  # fmt: skip
 
 
 def _fuse(
@@ -265,26 +296,24 @@ def _fuse(
     up_bias: Tensor, context: Tensor, pixels: Tensor, bias: Tensor, slopes: Sequence[float],
 ) -> None:  # fmt: skip
     """Fill out [B, O, N]."""
-    batch, channels, length = feats.shape
+    options: Any = {"regions": regions, "up": len(up_bias), "up_slope": slopes[2], "slope": slopes[3]}
+    launch = _fuse_launch(out, feats, contexts, **options)
+    launch(out, feats, weights, contexts, up_bias, context, pixels, bias)
+
+
+@prepared
+def _linear_launch(out: Tensor, pixels: Tensor) -> Launch:
+    batch, channels, length = pixels.shape
     outputs = out.shape[1]
-    numbers, device = numbers_of(feats), device_facts(feats.device)
-    scattered = has_scattered_pixels(feats, out)
-    tile = tiles.FUSE.choose(Problem(numbers.itemsize, device, channels, regions, outputs, scattered))
-    ocr_block_fuse_kernel[(batch * cdiv(length, tile.pixels) * cdiv(outputs, tile.outputs),)](
-        out, out.stride(), feats, feats.stride(), weights, contexts, contexts.stride(),
-        up_bias, context, pixels, bias, channels, len(up_bias), outputs, length, weights.shape[2],
-        REGION_TILES=cdiv(regions, tile.regions), UP_SLOPE=slopes[2], SLOPE=slopes[3],
-        **constants(tile, numbers, (feats, out)),
+    numbers = numbers_of(pixels)
+    tile = tiles.LINEAR.choose(Problem(numbers.itemsize, device_facts(pixels.device), channels, outputs=outputs))
+    return Launch(
+        ocr_block_linear_kernel, batch * cdiv(length, tile.pixels) * cdiv(outputs, tile.outputs),
+        out.stride(), pixels.stride(), channels, outputs, length,
+        OUT_ALIGNMENT=alignment(out), **constants(tile, numbers, (pixels,), (out,)),
     )  # fmt: skip
 
 
 def _linear(out: Tensor, pixels: Tensor, weight: Tensor, bias: Tensor) -> None:
     """Fill out [B, O, N] with weight @ pixels + bias."""
-    batch, channels, length = pixels.shape
-    outputs = out.shape[1]
-    numbers = numbers_of(pixels)
-    tile = tiles.LINEAR.choose(Problem(numbers.itemsize, device_facts(pixels.device), channels, outputs=outputs))
-    ocr_block_linear_kernel[(batch * cdiv(length, tile.pixels) * cdiv(outputs, tile.outputs),)](
-        out, out.stride(), pixels, pixels.stride(), weight, bias, channels, outputs, length,
-        OUT_ALIGNMENT=alignment(out), **constants(tile, numbers, (pixels,), (out,)),
-    )  # fmt: skip
+    _linear_launch(out, pixels)(out, pixels, weight, bias)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -120,7 +119,7 @@ class Tile:
         others: dict[str, Any] = {**sizes}
         return replace(self, **others)
 
-    @functools.cached_property
+    @property
     def arguments(self) -> dict[str, int]:
         """As arguments of a launch."""
         sizes = {"BLOCK_K": self.regions, "BLOCK_L": self.last_regions, "BLOCK_C": self.channels}

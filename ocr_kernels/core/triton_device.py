@@ -155,9 +155,10 @@ def split_of_program(C, K, splits, split_length, BLOCK_C: tl.constexpr, BLOCK_K:
 
 @triton.jit(do_not_specialize=["splits"])
 def sum_splits_kernel(
-    out, out_strides,  # [B, C, K]
-    below, below_strides,  # [B, V, K]: of the rows from `top` on
-    partial, partial_strides,  # [B, splits, at least top + V, row_length]
+    out,  # [B, C, K]
+    below,  # [B, V, K]: of the rows from `top` on
+    partial,  # [B, splits, at least top + V, row_length]
+    out_strides, below_strides, partial_strides,
     C, K, top, V, splits,
     BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip

@@ -6,7 +6,7 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 import triton
@@ -17,6 +17,7 @@ from ocr_kernels.core.backends import interpreting
 from ocr_kernels.core.layout import statistics_dtype
 from ocr_kernels.core.tiles import NEVER_FUSED, DeviceFacts, Tile, padded
 from ocr_kernels.core.triton_device import sum_splits_kernel
+from ocr_kernels.core.triton_launch import Launch, float32_precision, prepared
 
 TL = {torch.float64: tl.float64, torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -46,7 +47,7 @@ class Numbers:
     dot: tl.dtype  # of tiles that enter products
     accumulator: tl.dtype  # of sums and softmax statistics
     lift: float  # what softmax weights are multiplied by where they are rounded
-    input_precision: str  # of float32 tiles: as PyTorch's own float32 matrix products have it, IEEE by default
+    input_precision: str  # of float32 tiles, as `float32_precision` has it
 
     @property
     def itemsize(self) -> int:
@@ -57,9 +58,9 @@ class Numbers:
 def numbers_of(*tensors: Tensor) -> Numbers:
     """Products in float64 if any tensor's dtype is that, else in that of the first; sums in the statistics' dtype."""
     dtype = tensors[0].dtype
-    is_tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    precision = float32_precision() if dtype == torch.float32 else "ieee"
     has_matrix_units = device_facts(tensors[0].device).has_matrix_units
-    return _numbers_of(dtype, statistics_dtype(*tensors), has_matrix_units, "tf32" if is_tf32 else "ieee")
+    return _numbers_of(dtype, statistics_dtype(*tensors), has_matrix_units, precision)
 
 
 @functools.cache
@@ -79,26 +80,12 @@ def tl_dtype(dtype: torch.dtype) -> tl.dtype:
 # Addresses
 
 
-# A step asks some of these 100 times, so they are remembered by shapes and strides.
-
-Geometry: TypeAlias = tuple[Sequence[int], Sequence[int]]
-
-
-def _geometry(tensors: Sequence[Tensor]) -> tuple[Geometry, ...]:
-    return tuple([(t.shape, t.stride()) for t in tensors])
-
-
 def alignment(*tensors: Tensor) -> int:
     """The largest power of two up to 16 that divides the pixels and the strides of tensors [B, channels, N].
 
     It is 1 in channels last, where the channels' own number decides how many are loaded at once.
     """
-    return _alignment(_geometry(tensors))
-
-
-@functools.lru_cache(4096)
-def _alignment(tensors: Sequence[Geometry]) -> int:
-    return math.gcd(16, *(length for shape, strides in tensors for length in (shape[2], *strides[:2])))
+    return math.gcd(16, *(length for t in tensors for length in (t.shape[2], *t.stride()[:2])))
 
 
 def has_scattered_pixels(*tensors: Tensor) -> bool:
@@ -108,13 +95,8 @@ def has_scattered_pixels(*tensors: Tensor) -> bool:
 
 def requires_int64_offsets(tile: Tile, *tensors: Tensor) -> bool:
     """Whether an offset inside a tile of tensors [B, rows, columns] can pass 2**31."""
-    return _requires_int64_offsets(tile, _geometry(tensors))
-
-
-@functools.lru_cache(4096)
-def _requires_int64_offsets(tile: Tile, tensors: Sequence[Geometry]) -> bool:
     last = max(tile.regions, tile.channels, tile.outputs, tile.pixels) - 1
-    return any(last * (strides[1] + strides[2]) >= 2**31 for _, strides in tensors)
+    return any(last * (strides[1] + strides[2]) >= 2**31 for strides in map(Tensor.stride, tensors))
 
 
 def constants(
@@ -167,14 +149,19 @@ def sum_splits(out: Tensor, partial: Tensor, below: Tensor | None = None, top: i
 
     `below` [B, V, K] is filled with those of the rows from `top` on, a multiple of 16.
     """
+    top = out.shape[1] if below is None else top
+    tensors = out, out if below is None else below, partial
+    _sum_splits_launch(*tensors, top=top, rows_below=0 if below is None else below.shape[1])(*tensors)
+
+
+@prepared
+def _sum_splits_launch(out: Tensor, below: Tensor, partial: Tensor, *, top: int, rows_below: int) -> Launch:
     batch, channels, regions = out.shape
-    top, rows_below = (channels, 0) if below is None else (top, below.shape[1])
-    below = out if below is None else below
     splits = partial.shape[1]
     block_s, block_k = padded(splits, 128), padded(regions, 32)
     block_c = min(16, 65536 // (block_s * block_k * partial.itemsize))  # many independent loads
-    sum_splits_kernel[(batch * cdiv(top + rows_below, block_c) * cdiv(regions, block_k),)](
-        out, out.stride(), below, below.stride(), partial, partial.stride(),
-        channels, regions, top, rows_below, splits,
+    return Launch(
+        sum_splits_kernel, batch * cdiv(top + rows_below, block_c) * cdiv(regions, block_k),
+        out.stride(), below.stride(), partial.stride(), channels, regions, top, rows_below, splits,
         BLOCK_S=block_s, BLOCK_C=block_c, BLOCK_K=block_k, num_warps=8, **NEVER_FUSED,
     )  # fmt: skip

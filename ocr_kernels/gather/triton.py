@@ -6,11 +6,14 @@ A program holds all K regions up to 256, so feats pass through memory once in ei
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ocr_kernels.core.layout import statistics_dtype
 from ocr_kernels.core.tiles import NEVER_FUSED, Problem, padded
 from ocr_kernels.core.triton_device import (
     add_product,
@@ -36,6 +39,7 @@ from ocr_kernels.core.triton_host import (
     round_up,
     split,
 )
+from ocr_kernels.core.triton_launch import Launch, prepared
 from ocr_kernels.gather import tiles
 
 
@@ -74,8 +78,9 @@ def store_split(
 def spatial_gather_forward_kernel(
     partial,  # [B, splits, C, row_length]: sum over the split's pixels of exp(score - maximum) x, not normalised
     partial_stats,  # [B, splits, 3, K]: the split's maximum, sum of weights, sum of weights as they were rounded
-    feats, feats_strides,  # [B, C, N]
-    logits, logits_strides,  # [B, K, N]
+    feats,  # [B, C, N]
+    logits,  # [B, K, N]
+    feats_strides, logits_strides,
     C, K, N, row_length, split_length, splits, scale: tl.float64,
     NUMBERS: tl.constexpr, ALIGNMENT: tl.constexpr, INT64: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -113,8 +118,9 @@ def highest_scores(extremes, k0, K, factor, BLOCK_K: tl.constexpr):
 def spatial_gather_forward_many_kernel(
     partial, partial_stats,  # as above, of the whole image's maximum
     extremes,  # [B, K]: the logit with the highest score
-    feats, feats_strides,  # [B, C, N]
-    logits, logits_strides,  # [B, K, N]
+    feats,  # [B, C, N]
+    logits,  # [B, K, N]
+    feats_strides, logits_strides,
     C, K, N, row_length, split_length, splits, scale: tl.float64,
     NUMBERS: tl.constexpr, ALIGNMENT: tl.constexpr, INT64: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -153,10 +159,11 @@ def spatial_gather_forward_many_kernel(
 
 @triton.jit(do_not_specialize=["splits"])
 def spatial_gather_merge_kernel(
-    out, out_strides,  # [B, C, K]
+    out,  # [B, C, K]
     stats,  # [B, C + 2, K]: `out` before its rounding, the softmax's maxima and its sums
     partial,  # [B, splits, C, row_length]
     partial_stats,  # [B, splits, 3, K]
+    out_strides,
     C, K, row_length, splits,
     BLOCK_S: tl.constexpr,  # >= splits: all at once, for many independent loads
     BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -190,35 +197,44 @@ def spatial_gather_merge_kernel(
 def forward(out: Tensor, stats: Tensor, feats: Tensor, logits: Tensor, scale: float) -> None:
     """Fill `out` [B, C, K], and `stats` [B, C + 2, K]: `out` before its rounding, the softmax's maxima and its sums."""
     x, m = feats.flatten(2), logits.flatten(2)
+    batch, regions = m.shape[:2]
+    with torch.cuda.device_of(x):
+        launch, merge, splits = _forward_launches(out, x, m, scale=scale)
+        partial = stats.new_empty((batch, splits, x.shape[1], round_up(regions)))
+        partial_stats = stats.new_empty((batch, splits, 3, regions))
+        if regions <= tiles.FEW:
+            launch(partial, partial_stats, x, m)
+        else:
+            launch(partial, partial_stats, m.amax(2) if scale >= 0 else m.amin(2), x, m)
+        merge(out, stats, partial, partial_stats)
+
+
+@prepared
+def _forward_launches(out: Tensor, x: Tensor, m: Tensor, *, scale: float) -> tuple[Launch, Launch, int]:
+    """That of the splits, that of their sum, and how many there are of each image."""
     batch, channels, pixels = x.shape
-    regions = m.shape[1]
+    regions, row_length = m.shape[1], round_up(m.shape[1])
     numbers, device = numbers_of(x, m), device_facts(x.device)
     scattered = alignment(x, m) == 1 or m.dtype.itemsize > numbers.itemsize
     problem = Problem(numbers.itemsize, device, channels, regions, scattered=scattered)
     few = regions <= tiles.FEW
+    kernel = spatial_gather_forward_kernel if few else spatial_gather_forward_many_kernel
     tile = (tiles.FORWARD if few else tiles.FORWARD_MANY).choose(problem)
     programs = cdiv(channels, tile.channels) * cdiv(regions, tile.all_regions) * batch
     split_length, splits = split(pixels, tile.pixels, programs, tile.resident * device.multiprocessors)
-    partial = stats.new_empty((batch, splits, channels, round_up(regions)))
-    partial_stats = stats.new_empty((batch, splits, 3, regions))
     block_s, block_k = padded(splits), padded(regions, 32)
-    block_c = max(1, 65536 // (block_s * block_k * stats.itemsize))
-    with torch.cuda.device_of(x):
-        arguments = (
-            x, x.stride(), m, m.stride(), channels, regions, pixels, partial.shape[3], split_length, splits, scale
-        )  # fmt: skip
-        options = constants(tile, numbers, (x, m))
-        if few:
-            spatial_gather_forward_kernel[(programs * splits,)](partial, partial_stats, *arguments, **options)
-        else:
-            extremes = m.amax(2) if scale >= 0 else m.amin(2)
-            spatial_gather_forward_many_kernel[(programs * splits,)](
-                partial, partial_stats, extremes, *arguments, **options
-            )
-        spatial_gather_merge_kernel[(batch * cdiv(channels, block_c) * cdiv(regions, block_k),)](
-            out, out.stride(), stats, partial, partial_stats, channels, regions, partial.shape[3], splits,
-            BLOCK_S=block_s, BLOCK_C=block_c, BLOCK_K=block_k, num_warps=8, **NEVER_FUSED,
-        )  # fmt: skip
+    block_c = max(1, 65536 // (block_s * block_k * statistics_dtype(x, m).itemsize))
+    launch = Launch(
+        kernel, programs * splits,
+        x.stride(), m.stride(), channels, regions, pixels, row_length, split_length, splits, scale,
+        **constants(tile, numbers, (x, m)),
+    )  # fmt: skip
+    merge = Launch(
+        spatial_gather_merge_kernel, batch * cdiv(channels, block_c) * cdiv(regions, block_k),
+        out.stride(), channels, regions, row_length, splits,
+        BLOCK_S=block_s, BLOCK_C=block_c, BLOCK_K=block_k, num_warps=8, **NEVER_FUSED,
+    )  # fmt: skip
+    return launch, merge, splits
 
 
 @triton.jit
@@ -226,8 +242,9 @@ def spatial_gather_delta_kernel(
     padded_grad,  # [B, C, row_length]: grad with zeros after its K regions
     delta,  # [B, K]: sum over c of grad * F, the term that all pixels of a region share in the softmax's derivative
     peaks,  # [B, K], filled with -1
-    grad, grad_strides,  # [B, C, K]
+    grad,  # [B, C, K]
     stats,  # [B, C + 2, K], of which the first C rows are F
+    grad_strides,
     C, K, row_length,
     BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -258,15 +275,16 @@ def softmax_over_pixels(logits, stats, k0, n0, factor, K, BLOCK_K: tl.constexpr,
 
 @triton.jit
 def spatial_gather_backward_kernel(
-    dfeats, dfeats_strides,  # [B, C, N]
-    dlogits, dlogits_strides,  # [B, K, N]
+    dfeats,  # [B, C, N]
+    dlogits,  # [B, K, N]
     grad,  # [B, C, row_length]
-    feats, feats_strides,  # [B, C, N]
-    logits, logits_strides,  # [B, K, N]
+    feats,  # [B, C, N]
+    logits,  # [B, K, N]
     stats,  # [B, C + 2, K], of which the last two rows are maxima and sums
     delta,  # [B, K]
     peaks,  # [B, K]: the pixel with more than half of a region's weight, if there is one
     others,  # [B, tiles of pixels, K]: sum over the tile of P * (dF^T X - delta), less the peak's
+    dfeats_strides, dlogits_strides, feats_strides, logits_strides,
     C, K, N, row_length, scale: tl.float64,
     NEED_FEATS: tl.constexpr,  # only of one tile of regions
     NEED_LOGITS: tl.constexpr,
@@ -315,9 +333,10 @@ def spatial_gather_backward_kernel(
 
 @triton.jit(do_not_specialize=["pixel_tiles"])
 def spatial_gather_peaks_kernel(
-    dlogits, dlogits_strides,  # [B, K, N]
+    dlogits,  # [B, K, N]
     peaks,  # [B, K]
     others,  # [B, pixel_tiles, K]
+    dlogits_strides,
     K, pixel_tiles, scale: tl.float64,
     BLOCK_K: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
@@ -338,10 +357,11 @@ def spatial_gather_peaks_kernel(
 
 @triton.jit
 def spatial_gather_backward_feats_kernel(
-    dfeats, dfeats_strides,  # [B, C, N]
+    dfeats,  # [B, C, N]
     grad,  # [B, C, row_length]
-    logits, logits_strides,  # [B, K, N]
+    logits,  # [B, K, N]
     stats,  # [B, C + 2, K]
+    dfeats_strides, logits_strides,
     C, K, N, row_length, scale: tl.float64,
     NUMBERS: tl.constexpr, ALIGNMENT: tl.constexpr, INT64: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -374,40 +394,67 @@ def backward(
 ) -> None:
     """Fill the gradients that are wanted, in their own strides."""
     x, m, stats = feats.flatten(2), logits.flatten(2), stats.contiguous()  # an image's are expanded by vmap
-    batch, channels, pixels = x.shape
-    regions = m.shape[1]
+    batch, regions = m.shape[:2]
     dx = x if dfeats is None else dfeats.flatten(2)
     dm = m if dlogits is None else dlogits.flatten(2)
+    needs = dfeats is not None, dlogits is not None
+    with torch.cuda.device_of(x):
+        launches = _backward_launches(dx, dm, grad, x, m, needs=needs, scale=scale)
+        rows = grad.new_empty((batch, x.shape[1], round_up(regions)))
+        delta = stats.new_empty((batch, regions))
+        peaks = stats.new_empty((batch, regions), dtype=torch.int32)
+        others = stats.new_empty((batch, launches.pixel_tiles, regions) if needs[1] else 1)
+        launches.delta(rows, delta, peaks, grad, stats)
+        if launches.pixels is not None:
+            launches.pixels(dx, dm, rows, x, m, stats, delta, peaks, others)
+        if launches.peaks is not None:
+            launches.peaks(dm, peaks, others)
+        if launches.feats is not None:
+            launches.feats(dx, rows, m, stats)
+
+
+class Backward(NamedTuple):
+    """The launches of a backward pass that are wanted, in their order, and how many tiles of pixels there are."""
+
+    delta: Launch
+    pixels: Launch | None
+    peaks: Launch | None
+    feats: Launch | None
+    pixel_tiles: int
+
+
+@prepared
+def _backward_launches(
+    dx: Tensor, dm: Tensor, grad: Tensor, x: Tensor, m: Tensor, *, needs: tuple[bool, bool], scale: float
+) -> Backward:
+    batch, channels, pixels = x.shape
+    regions, row_length = m.shape[1], round_up(m.shape[1])
+    need_feats, need_logits = needs
     numbers = numbers_of(x, m)
     scattered = has_scattered_pixels(x, m, dx, dm)
     problem = Problem(numbers.itemsize, device_facts(x.device), channels, regions, scattered=scattered)
     tile = tiles.BACKWARD.choose(problem)
-    region_tiles = cdiv(regions, tile.regions)
-    rows = grad.new_empty((batch, channels, round_up(regions)))
-    delta = stats.new_empty((batch, regions))
-    peaks = stats.new_empty((batch, regions), dtype=torch.int32)
-    pixel_tiles = cdiv(pixels, tile.pixels)
-    others = stats.new_empty((batch, pixel_tiles, regions) if dlogits is not None else 1)
-    sizes = channels, regions, pixels, rows.shape[2], scale
+    region_tiles, pixel_tiles = cdiv(regions, tile.regions), cdiv(pixels, tile.pixels)
+    sizes = channels, regions, pixels, row_length, scale
     options = constants(tile, numbers, (x, m, dx, dm))
-    with torch.cuda.device_of(x):
-        spatial_gather_delta_kernel[(batch * cdiv(regions, 16),)](
-            rows, delta, peaks, grad, grad.stride(), stats, channels, regions, rows.shape[2],
-            BLOCK_C=2048 // stats.itemsize, BLOCK_K=16, num_warps=8, **NEVER_FUSED,
+    delta = Launch(
+        spatial_gather_delta_kernel, batch * cdiv(regions, 16), grad.stride(), channels, regions, row_length,
+        BLOCK_C=2048 // statistics_dtype(x, m).itemsize, BLOCK_K=16, num_warps=8, **NEVER_FUSED,
+    )  # fmt: skip
+    over_pixels = over_peaks = over_feats = None
+    if region_tiles == 1 or need_logits:
+        over_pixels = Launch(
+            spatial_gather_backward_kernel, batch * pixel_tiles * region_tiles,
+            dx.stride(), dm.stride(), x.stride(), m.stride(), *sizes,
+            NEED_FEATS=region_tiles == 1 and need_feats, NEED_LOGITS=need_logits, REGION_TILES=region_tiles, **options,
         )  # fmt: skip
-        if region_tiles == 1 or dlogits is not None:
-            spatial_gather_backward_kernel[(batch * pixel_tiles * region_tiles,)](
-                dx, dx.stride(), dm, dm.stride(), rows, x, x.stride(), m, m.stride(), stats, delta, peaks, others,
-                *sizes,
-                NEED_FEATS=region_tiles == 1 and dfeats is not None, NEED_LOGITS=dlogits is not None,
-                REGION_TILES=region_tiles, **options,
-            )  # fmt: skip
-        if dlogits is not None:  # few regions a program, since there are few programs, and many tiles at once
-            spatial_gather_peaks_kernel[(batch * cdiv(regions, 4),)](
-                dm, dm.stride(), peaks, others, regions, pixel_tiles, scale,
-                BLOCK_K=4, BLOCK_T=512, num_warps=8, **NEVER_FUSED,
-            )  # fmt: skip
-        if region_tiles > 1 and dfeats is not None:
-            spatial_gather_backward_feats_kernel[(batch * pixel_tiles * cdiv(channels, tile.channels),)](
-                dx, dx.stride(), rows, m, m.stride(), stats, *sizes, **options
-            )
+    if need_logits:  # few regions a program, since there are few programs, and many tiles at once
+        over_peaks = Launch(
+            spatial_gather_peaks_kernel, batch * cdiv(regions, 4), dm.stride(), regions, pixel_tiles, scale,
+            BLOCK_K=4, BLOCK_T=512, num_warps=8, **NEVER_FUSED,
+        )  # fmt: skip
+    if region_tiles > 1 and need_feats:
+        programs = batch * pixel_tiles * cdiv(channels, tile.channels)
+        strides = dx.stride(), m.stride()
+        over_feats = Launch(spatial_gather_backward_feats_kernel, programs, *strides, *sizes, **options)
+    return Backward(delta, over_pixels, over_peaks, over_feats, pixel_tiles)
