@@ -20,6 +20,7 @@ T = TypeVar("T")
 MOST = 4096  # different launches that are kept
 
 _prepared: dict[Any, Any] = {}
+_MISSING = object()
 
 
 def prepared(prepare: Callable[P, T]) -> Callable[P, T]:
@@ -34,11 +35,12 @@ def prepared(prepare: Callable[P, T]) -> Callable[P, T]:
         precision = float32_precision() if torch.float32 in dtypes else None
         alike = [(t.shape, t.stride(), t.device) for t in tensors]
         key = (prepare, precision, *dtypes, *alike, *others.values())
-        if key not in _prepared:
+        found = _prepared.get(key, _MISSING)  # in one step, since other threads may forget it
+        if found is _MISSING:
             if len(_prepared) >= MOST:
                 _prepared.clear()
-            _prepared[key] = prepare(*tensors, **others)
-        return _prepared[key]
+            found = _prepared[key] = prepare(*tensors, **others)
+        return found
 
     return recall
 
