@@ -258,10 +258,12 @@ def _as_a_block(
         not_in_training = block.plan_training(module)
         if not is_used_on(device_of(module)):
             not_in_training = not_in_training or f"it has no kernels for {device_of(module).type}"
-        if plan.folds or block.training is None:
-            errors = verify(module, plan, example) if plan.folds else not_in_training
+        errors: tuple[float, float, float] | str
+        if plan.folds:
+            errors = verify(module, plan, example)
         else:
-            errors = not_in_training or verify(module, plan, example, compute=block.training.compute)
+            compute = None if block.training is None else block.training.compute
+            errors = not_in_training or verify(module, plan, example, compute=compute)
         if not isinstance(errors, str):
             replacement.block = block
             block.watch(module)
