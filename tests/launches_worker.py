@@ -12,49 +12,24 @@ from typing import Any
 from unittest import mock
 
 import torch
-import triton
 from torch import Tensor
-from triton.backends.compiler import GPUTarget
-from triton.compiler import CompiledKernel
-from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from benchmarks.host import Compiled, without_gpu
 from ocr_kernels import ocr_block, pixel_region_attention, spatial_gather
 from ocr_kernels.block.layers import Layer, Norm
-from ocr_kernels.core import backends
 
 launched: list[Any] = []
 through_triton: list[str] = []
 own_run = JITFunction.run
 
 
-class Driver:
-    """Of a GPU that is not there."""
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
-
-
-class Compiled(CompiledKernel):  # type: ignore[misc]
-    def __init__(self, kernel: JITFunction[Any], signature: dict[str, str], attributes: Any) -> None:
-        self.name, self.module, self.function, self.packed_metadata, self.src = kernel.fn.__name__, 0, 0, (), None
-        self.specialised = str(sorted((str(key), str(value)) for key, value in attributes.items()))
-        self.signature = str(signature)
-
-    def _init_handles(self) -> None:
-        pass
-
+class Recorded(Compiled):
     @property
     def run(self) -> Callable[..., None]:
         def record(x: int, y: int, z: int, stream: int, function: int, packed: Any, *rest: Any) -> None:
             arguments = rest[3:]  # after the metadata and the hooks
-            launched.append([self.name, self.signature, self.specialised, (x, y, z), list(map(described, arguments))])
+            launched.append([self.name, *self.types, (x, y, z), list(map(described, arguments))])
 
         return record
 
@@ -63,13 +38,6 @@ def described(argument: Any) -> str:
     if isinstance(argument, Tensor):
         return f"{argument.dtype} {tuple(argument.shape)} {argument.data_ptr() % 16 == 0}"
     return repr(argument)
-
-
-def compile(
-    kernel: Any, key: Any, signature: Any, device: int, constants: Any, options: Any, attributes: Any, warmup: bool
-) -> Any:
-    compiled = kernel.device_caches[device][0][key] = Compiled(kernel, signature, attributes)
-    return compiled
 
 
 def run(kernel: JITFunction[Any], *args: Any, **kwargs: Any) -> Any:
@@ -90,18 +58,16 @@ def ops(place: Callable[[Tensor], Tensor], regions: int, dtype: torch.dtype) -> 
         return place(torch.randn(shape, dtype=dtype)).requires_grad_()
 
     def gather() -> None:
-        spatial_gather(given(2, 16, 6, 7), given(2, regions, 6, 7), backend="triton").sum().backward()
+        spatial_gather(given(2, 16, 6, 7), given(2, regions, 6, 7)).sum().backward()
 
     def attention() -> None:
         query, key, value = given(2, 16, 6, 7), given(2, 16, regions), given(2, 24, regions)
-        pixel_region_attention(query, key, value, backend="triton").sum().backward()
+        pixel_region_attention(query, key, value).sum().backward()
 
     def block(norm: Norm | None) -> Tensor:
         layers = [Layer(given(*shape), norm=norm) for shape in ((16, 24), (16, 16), (24, 16), (32, 48))]
         *pixel, up, fusing = layers
-        return ocr_block(
-            given(2, 24, 6, 7), given(2, 16, regions), given(2, 16, regions), pixel, up, fusing, backend="triton"
-        )
+        return ocr_block(given(2, 24, 6, 7), given(2, 16, regions), given(2, 16, regions), pixel, up, fusing)
 
     def infer() -> None:
         with torch.no_grad():
@@ -112,10 +78,8 @@ def ops(place: Callable[[Tensor], Tensor], regions: int, dtype: torch.dtype) -> 
 
 def main() -> None:
     torch.manual_seed(0)
-    driver.set_active(Driver())
-    backends._problems["triton", None] = backends._problems["triton", "cpu"] = None
     steps = []
-    with mock.patch.object(JITFunction, "_do_compile", compile), mock.patch.object(JITFunction, "run", run):
+    with without_gpu(Recorded), mock.patch.object(JITFunction, "run", run):
         for place in (Tensor.clone, unaligned):
             for regions in (5, 150, 700):
                 for dtype in (torch.float32, torch.bfloat16):
@@ -124,7 +88,7 @@ def main() -> None:
                             launched.clear(), through_triton.clear()
                             op()
                             steps.append([list(launched), len(through_triton)])
-    json.dump({"triton": triton.__version__, "steps": steps}, sys.stdout)
+    json.dump(steps, sys.stdout)
 
 
 if __name__ == "__main__":

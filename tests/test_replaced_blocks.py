@@ -468,6 +468,24 @@ def test_a_layer_that_came_later_is_checked_too() -> None:
         torch.testing.assert_close(module(feats, regions), plain(feats, regions), rtol=1e-4, atol=1e-5)
 
 
+def test_a_mode_changes_no_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model is replaced, trained and validated: its blocks are not looked for again."""
+    plain: Any = Head()
+    module: Any = replaced(copy.deepcopy(plain)).train()
+    monkeypatch.setattr("ocr_kernels.models.block_cache.plan_block", lambda *_, **__: pytest.fail("planned anew"))
+    args = inputs(plain)
+    for _ in range(2):
+        module(*args).sum().backward()
+        plain.load_state_dict(module.state_dict())
+        agree(module.eval(), plain.eval(), *args)
+        module.train(), plain.train()
+    module.eval().fuse[1].train()
+    with torch.no_grad():
+        assert runs(module, *args) == 0
+        module.eval()
+        agree(module, plain.eval(), *args)
+
+
 @native_on("cpu")
 def test_a_backend_that_has_no_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """The module's own forward runs on it."""

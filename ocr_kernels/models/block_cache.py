@@ -28,6 +28,7 @@ from ocr_kernels.models.block_weights import DTYPES, BlockPlan, Folded, globals_
 from ocr_kernels.models.maps import Recorder
 
 _version_of = operator.attrgetter("_version")
+_mode_of = operator.attrgetter("training")
 
 
 class BlockCache:
@@ -164,6 +165,7 @@ class Structure:
         self.classes: list[type[nn.Module]] = list(map(type, self.layers))
         self.attributes: list[dict[str, Any]] = list(map(vars, self.layers))
         self.sizes: list[int] = list(map(len, self.attributes))
+        self.modes: list[bool] = list(map(_mode_of, self.layers))
         self.settings: Reads = _reads((vars(layer), _settings_of(layer)) for layer in self.layers)
         self.settings += [(operator.itemgetter(*names), [globals]) for globals, names in globals_of(module)]
         self.settings_before: list[list[Any]] = [list(map(_kept, map(get, owners))) for get, owners in self.settings]
@@ -192,6 +194,7 @@ class Structure:
         """Whether nothing but values of tensors changed: a few passes in C, since every call asks."""
         return (
             self.has_settings()
+            and list(map(_mode_of, self.layers)) == self.modes
             and self.has_tensors_and_layers()
             and not any(self.empty)
             and list(map(len, self.attributes)) == self.sizes
@@ -200,7 +203,7 @@ class Structure:
         )
 
     def is_planned(self, module: nn.Module) -> bool:
-        """Whether there are the same layers with the classes and settings that they had: the plan holds."""
+        """Whether there are the same layers with the classes and settings that they had: the plan holds in any mode."""
         return (
             list(module.modules()) == self.layers
             and list(map(type, self.layers)) == self.classes
@@ -209,7 +212,7 @@ class Structure:
         )
 
     def has_settings(self) -> bool:
-        """Whether the layers' attributes are what they were."""
+        """Whether the layers' attributes are what they were, but for their modes."""
         try:
             return [list(map(get, owners)) for get, owners in self.settings] == self.settings_before
         except Exception:  # one is gone, or another tensor, which has no truth value
@@ -268,7 +271,7 @@ Reads = list[tuple[Callable[[Any], Any], list[dict[str, Any]]]]
 
 def _settings_of(layer: nn.Module) -> tuple[str, ...]:
     """The names of a layer's attributes that its code may read."""
-    names = "training", *(name for name in vars(layer) if name not in _BASE)
+    names = tuple(name for name in vars(layer) if name not in _BASE)
     if own_classes(layer):
         return names
     read = _read_by_forward(type(layer))  # type: ignore[arg-type]  # classes can be hashed
