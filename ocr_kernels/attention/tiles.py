@@ -13,6 +13,7 @@ from ocr_kernels.core.tiles import (
     TileTable,
     has_asynchronous_copies,
     has_wgmma,
+    is_amd,
     is_rdna,
     padded,
 )
@@ -20,7 +21,7 @@ from ocr_kernels.core.tiles import (
 
 def is_not_turing(problem: Problem) -> bool:
     """Whether a multiprocessor has more than 64 KiB of shared memory, or AMD's registers."""
-    return has_asynchronous_copies(problem) or problem.device.capability is None
+    return has_asynchronous_copies(problem) or is_amd(problem)
 
 
 def has_vectors(problem: Problem) -> bool:
@@ -174,7 +175,7 @@ def _backward_in_one_pass(problem: Problem) -> Tile | None:
     if scattered == 2 and not is_float32:
         regions = max(32, regions)  # of 16 it spills
     pixels = min(
-        32 if problem.device.capability is None else 64,
+        32 if is_amd(problem) else 64,
         (1024 if is_float32 or scattered == 2 else 2048) // regions,
         step // (2 * max(channels, outputs) * problem.itemsize),
     )

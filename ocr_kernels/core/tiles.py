@@ -62,6 +62,10 @@ def has_asynchronous_copies(problem: Problem) -> bool:
     return capability is not None and capability >= (8, 0)
 
 
+def is_amd(problem: Problem) -> bool:
+    return problem.device.capability is None
+
+
 def is_rdna(problem: Problem) -> bool:
     return problem.device.is_rdna
 

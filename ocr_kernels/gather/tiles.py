@@ -4,21 +4,17 @@ from __future__ import annotations
 
 from ocr_kernels.core.tiles import (
     ANY,
-    Problem,
     Tile,
     TileTable,
     has_asynchronous_copies,
     has_wgmma,
+    is_amd,
     is_rdna,
     is_scattered,
 )
 
 FEW = 64
 """Regions up to which their maxima are found on the way."""
-
-
-def is_amd(problem: Problem) -> bool:
-    return problem.device.capability is None
 
 
 # All regions, then as many channels as registers hold.

@@ -170,7 +170,7 @@ def plan_block(
     try:
         with quiet([*module.parameters(), *module.buffers()]):
             trial = copied(module)
-            _let_run(trial)
+            _fill_in_statistics(trial)
             for inputs, transposed in _shapes(module, example):
                 try:
                     tracer, out = _traced(trial, own, inputs, transposed)
@@ -288,7 +288,7 @@ def _is_of_batch(part: nn.Module) -> bool:
     return isinstance(part, _BatchNorm) and part.running_mean is None and part.running_var is None
 
 
-def _let_run(module: nn.Module) -> None:
+def _fill_in_statistics(module: nn.Module) -> None:
     """Give norms statistics that run where they have none: the trace of what follows shows the layers as ever."""
     for part in filter(_is_of_batch, module.modules()):
         assert isinstance(part, _BatchNorm)
