@@ -1,13 +1,13 @@
 """What the block's norms do to channels: statistics, what follows from them, and the sums of the backward pass.
 
-All that is here is as small as the channels and regions are; pixels are the backends' own. Vectors are `[channels, 1]`,
-in the dtype of statistics.
+All that is here is as small as the channels and regions are; pixels are the backends' own. Vectors are `[channels]`, in
+the dtype of statistics.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, distributed
@@ -63,23 +63,22 @@ class Norm(NamedTuple):
         cls, layer: Layer, mean: Tensor | None = None, squares: Tensor | None = None, pixels: Tensor | int = 1
     ) -> Norm:
         """Of a layer's mean and sum of squares about it; one that has no statistics takes none."""
-        gain, shift = layer.gain[:, None], layer.shift[:, None]
         if mean is None or squares is None or not layer.has_statistics:
-            ones = torch.ones_like(gain)
-            return cls(layer, torch.zeros_like(gain), ones, ones, gain, shift, pixels)
+            ones = torch.ones_like(layer.gain)
+            return cls(layer, torch.zeros_like(ones), ones, ones, layer.gain, layer.shift, pixels)
         rstd = (squares / pixels + layer.eps).rsqrt()
-        factor, var = gain * rstd, squares / others_of(pixels)
-        return cls(layer, mean, var, rstd, factor, torch.addcmul(shift, mean, factor, value=-1), pixels)
+        factor, var = layer.gain * rstd, squares / others_of(pixels)
+        return cls(layer, mean, var, rstd, factor, torch.addcmul(layer.shift, mean, factor, value=-1), pixels)
 
     def vectors(self, mask: Tensor | None = None, *more: Tensor) -> Tensor:
         """What passes over tiles take, `[3 + len(more), channels]`: factor, offset, what follows is multiplied by."""
-        mask = torch.ones_like(self.factor) if mask is None else mask[:, None]
-        return torch.cat((self.factor, self.offset, mask, *more), 1).t().contiguous()
+        mask = torch.ones_like(self.factor) if mask is None else mask
+        return torch.stack((self.factor, self.offset, mask, *more))
 
     def of_images(self, masks: Tensor, images: int, *more: Tensor) -> list[Tensor]:
         """The vectors for each image; masks are `[B, channels]`, or have no elements."""
-        if len(masks):
-            return [self.vectors(mask, *more) for mask in masks]
+        if masks.shape[0]:
+            return [self.vectors(mask, *more) for mask in masks.unbind()]
         return [self.vectors(None, *more)] * images
 
 
@@ -90,10 +89,11 @@ def others_of(pixels: Tensor | int) -> Tensor | int:
 
 def split_statistics(layers: Sequence[Layer], statistics: Tensor) -> list[Norm]:
     """The norms that `statistics_of` has put into one vector."""
-    *vectors, counts = statistics.split([*(5 * layer.gain.shape[0] for layer in layers), len(layers)])
+    lengths = [layer.gain.shape[0] for layer in layers for _ in range(5)]
+    vectors = torch.split_with_sizes(statistics, [*lengths, *(1 for _ in layers)])
     norms = []
-    for layer, each, count in zip(layers, vectors, counts, strict=True):
-        mean, var, rstd, factor, offset = each.view(5, -1, 1).unbind()
+    for i, (layer, count) in enumerate(zip(layers, vectors[len(lengths) :], strict=True)):
+        mean, var, rstd, factor, offset = vectors[5 * i : 5 * i + 5]
         norms.append(Norm(layer, mean, var, rstd, factor, offset, count))
     return norms
 
@@ -103,8 +103,8 @@ def statistics_of(norms: Sequence[Norm]) -> Tensor:
     vectors = [vector for norm in norms for vector in norm[1:6]]
     counts = [norm.pixels for norm in norms]
     if len(set(counts)) == 1 and isinstance(counts[0], int):
-        return torch.cat([*vectors, vectors[0].new_full((len(counts), 1), counts[0])]).flatten()
-    return torch.cat([*vectors, *(_on_device(count, vectors[0]).view(1, 1) for count in counts)]).flatten()
+        return torch.cat([*vectors, vectors[0].new_full((len(counts),), counts[0])])
+    return torch.cat([*vectors, *(_on_device(count, vectors[0]) for count in counts)])
 
 
 def _on_device(count: Tensor | int, like: Tensor) -> Tensor:
@@ -113,74 +113,69 @@ def _on_device(count: Tensor | int, like: Tensor) -> Tensor:
 
 
 class Moments:
-    """Means, and sums of squares about them, of parts that are added one after the other."""
+    """Means, and sums of squares about them, of the tiles of a map."""
 
     def __init__(self, layer: Layer) -> None:
         self.layer = layer
-        self.count: Tensor | int | None = None  # until a part is added
-        self.mean: Tensor
-        self.squares: Tensor
+        self.counts: list[int] = []
+        self.parts: list[Tensor] = []  # [2, channels]
 
-    def add_tile(self, h: Tensor, tiles: Passes) -> None:
+    def add(self, h: Tensor, tiles: Passes) -> None:
         if self.layer.has_statistics:
-            mean, squares = tiles.moments(h).unsqueeze(2)
-            self.add(h.shape[1], mean, squares)
-
-    def add(self, count: Tensor | int, mean: Tensor, squares: Tensor) -> None:
-        if self.count is None:
-            self.count, self.mean, self.squares = count, mean, squares
-            return
-        total, difference = self.count + count, mean - self.mean
-        self.squares = self.squares + squares + difference.square() * (self.count * count / total)
-        self.mean = self.mean + difference * (count / total)
-        self.count = total
-
-    def add_all(self, counts: Tensor, means: Tensor, squares: Tensor) -> None:
-        """Parts `[parts, channels, 1]`, and how many pixels `[parts, 1, 1]` each has, some perhaps none."""
-        total = counts.sum(0)
-        mean = (counts * means).sum(0) / total
-        self.add(total, mean, (squares + counts * (means - mean).square()).sum(0))
+            self.counts.append(h.shape[1])
+            self.parts.append(tiles.moments(h))
 
     def norm(self) -> Norm:
-        """With the statistics of all processes of the layer's group."""
-        if not self.layer.has_statistics:
-            return Norm.of(self.layer)
-        if self.count is None:
-            zeros = torch.zeros_like(self.layer.gain[:, None])
-            self.add(0, zeros, zeros)
-        assert self.count is not None
-        if self.layer.group:
-            count = _on_device(self.count, self.mean).expand_as(self.mean)
-            parts = _gathered(torch.stack((count, self.mean, self.squares)), self.layer.group)
-            everywhere = Moments(self.layer._replace(group=""))
-            everywhere.add_all(parts[:, 0, :1], parts[:, 1], parts[:, 2])
-            return everywhere.norm()
-        taken = self.count if isinstance(self.count, Tensor) else max(self.count, 1)
-        return Norm.of(self.layer, self.mean, self.squares, taken)
+        if len(self.parts) < 2:
+            part = self.parts[0] if self.parts else self.layer.gain.new_zeros((2, self.layer.gain.shape[0]))
+            return norm_of(self.layer, sum(self.counts), *part.unbind())
+        means, squares = torch.stack(self.parts).unbind(1)
+        if len(set(self.counts)) == 1:
+            return norm_of(self.layer, *merged(self.counts[0], means, squares))
+        counts = torch.stack([_on_device(count, means) for count in self.counts])
+        _, mean, squares = merged(counts, means, squares)
+        return norm_of(self.layer, sum(self.counts), mean, squares)
 
 
-class Gradients:
-    """The two sums over pixels of a layer's backward pass, and what follows from them for each pixel."""
+def merged(counts: Any, means: Tensor, squares: Tensor) -> tuple[Any, Tensor, Tensor]:
+    """Those of all parts `[parts, channels]`, of as many pixels each, or as `[parts, 1]` has it, some perhaps none."""
+    total = counts.sum(0) if isinstance(counts, Tensor) else counts * means.shape[0]
+    off = means - means[0]  # means may be large, and differ little
+    mean_off = (counts * off).sum(0) / total
+    return total, means[0] + mean_off, (squares + counts * (off - mean_off).square()).sum(0)
 
-    def __init__(self, norm: Norm) -> None:
-        self.norm = norm
-        self.sums: tuple[Tensor, Tensor] | None = None  # until pixels are added
 
-    @property
-    def gain(self) -> Tensor:
-        """The sum over pixels of the gradients of what the activation is taken of, times what is normalised."""
-        return torch.zeros_like(self.norm.factor) if self.sums is None else self.sums[0]
+def norm_of(layer: Layer, count: int, mean: Tensor, squares: Tensor) -> Norm:
+    """With the statistics of all processes of the layer's group, of which these are one's."""
+    if not layer.has_statistics:
+        return Norm.of(layer)
+    if not layer.group:
+        return Norm.of(layer, mean, squares, max(count, 1))
+    parts = _gathered(torch.stack((torch.full_like(mean, count), mean, squares)), layer.group)
+    counts, means, everywhere = parts.unbind(1)
+    total, mean, squares = merged(counts[:, :1], means, everywhere)
+    return Norm.of(layer, mean, squares, total)
 
-    @property
-    def shift(self) -> Tensor:
-        """The sum of those gradients."""
-        return torch.zeros_like(self.norm.factor) if self.sums is None else self.sums[1]
 
-    def add(self, sums: Tensor) -> None:
-        """Sums over pixels of the gradients, and of those times h - mean, `[2, channels]`."""
-        grad, grad_h = sums.unsqueeze(2)
-        gain = grad_h * self.norm.rstd
-        self.sums = (gain, grad) if self.sums is None else (self.sums[0] + gain, self.sums[1] + grad)
+class Gradients(NamedTuple):
+    """Sums over pixels of a layer's backward pass, of the gradients of what the activation is taken of."""
+
+    norm: Norm
+    gain: Tensor  # of those times what is normalised
+    shift: Tensor
+
+    @classmethod
+    def of(cls, norm: Norm, sums: list[Tensor]) -> Gradients:
+        """Of tiles' sums of the gradients, and of those times h - mean, `[2, channels]` each."""
+        if not sums:
+            return cls(norm, torch.zeros_like(norm.factor), torch.zeros_like(norm.factor))
+        shift, products = (sums[0] if len(sums) == 1 else torch.stack(sums).sum(0)).unbind()
+        return cls(norm, products * norm.rstd, shift)
+
+    @classmethod
+    def anything(cls, norm: Norm) -> Gradients:
+        """Where none are needed."""
+        return cls(norm, torch.empty_like(norm.factor), torch.empty_like(norm.factor))
 
     def centred(self) -> tuple[Tensor, Tensor]:
         """a, b of the gradient of h: factor * grad + a * (h - mean) + b, from the sums of the layer's processes."""
@@ -223,40 +218,36 @@ class Contexts:
         self.mean_weights = mean_weights  # [B, K, 1]
         self.scatter = scatter  # [B, K, K]: sums of outer products of weights less their means
         self.pixels = pixels  # of an image
-        self.means: Tensor = u @ mean_weights  # [B, Y, 1]
-        self.centred: Tensor = u - self.means  # [B, Y, K]
+        means = u @ mean_weights
+        self.means: Tensor = means.squeeze(2)  # [B, Y]
+        self.centred: Tensor = u - means  # [B, Y, K]
 
-    def moments(self) -> Tensor:
-        """Means of u w, and sums of squares about them, image by image `[B, 2, Y]`."""
-        squares = ((self.centred @ self.scatter) * self.centred).sum(2)
-        return torch.stack((self.means.squeeze(2), squares), 1)
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """Means of u w, and sums of squares about them, image by image `[B, Y]`."""
+        return self.means, ((self.centred @ self.scatter) * self.centred).sum(2)
 
     def norm(self, layer: Layer) -> Norm:
-        moments = Moments(layer)
-        if layer.has_statistics and self.means.numel() and self.pixels:
-            means, squares = self.moments().unsqueeze(3).unbind(1)
-            mean = means.mean(0)
-            squares = (squares + (means - mean).square() * self.pixels).sum(0)
-            moments.add(len(means) * self.pixels, mean, squares)
-        return moments.norm()
+        if not (layer.has_statistics and self.means.numel() and self.pixels):
+            return Moments(layer).norm()
+        return norm_of(layer, *merged(self.pixels, *self.moments()))
 
     def normalised(self, norm: Norm, dtype: torch.dtype, columns: int = 0) -> tuple[Tensor, Tensor]:
-        """A `[B, Y, K]` in a dtype, and b `[B, Y, 1]`: what rho's activation is taken of is A w + b.
+        """A `[B, Y, K]` in a dtype, and b `[B, Y]`: what rho's activation is taken of is A w + b.
 
         A has at least so many columns, zeros after its own.
         """
         batch, channels, regions = self.centred.shape
         matrix = self.centred.new_zeros((batch, channels, max(columns, regions)), dtype=dtype)
-        torch.mul(norm.factor, self.centred, out=matrix[..., :regions])
-        return matrix, torch.addcmul(norm.layer.shift[:, None], norm.factor, self.means - norm.mean)
+        torch.mul(norm.factor[:, None], self.centred, out=matrix[..., :regions])
+        return matrix, torch.addcmul(norm.layer.shift, norm.factor, self.means - norm.mean)
 
     def gradient_sums(self, norm: Norm, outer: Tensor, total: Tensor) -> Tensor:
         """Of dy after the activation's backward pass, and of that times u w - mean, image by image `[B, 2, Y]`.
 
-        `outer` is sum_i dy_i (w_i - mean)' `[B, Y, K]`, and `total` sum_i dy_i `[B, Y, 1]`.
+        `outer` is sum_i dy_i (w_i - mean)' `[B, Y, K]`, and `total` sum_i dy_i `[B, Y]`.
         """
-        products = torch.addcmul((self.centred * outer).sum(2, keepdim=True), self.means - norm.mean, total)
-        return torch.stack((total.squeeze(2), products.squeeze(2)), 1)
+        products = torch.addcmul((self.centred * outer).sum(2), self.means - norm.mean, total)
+        return torch.stack((total, products), 1)
 
     def backward(
         self, norm: Norm, outer: Tensor, total: Tensor, slope: Tensor, offset: Tensor
@@ -267,6 +258,7 @@ class Contexts:
         `slope` and `offset` are what `Gradients.centred` gives.
         """
         off = torch.addcmul(offset, slope, self.means - norm.mean)  # of a pixel whose weights are the mean ones
-        du = torch.addcmul(norm.factor * outer, slope, self.centred @ self.scatter)
-        du.addcmul_(torch.add(norm.factor * total, off, alpha=self.pixels), self.mean_weights.mT)
-        return du, self.centred.mT @ (slope * self.centred), self.centred.mT @ off
+        factors, slopes = norm.factor[:, None], slope[:, None]
+        du = torch.addcmul(factors * outer, slopes, self.centred @ self.scatter)
+        du.addcmul_(torch.add(norm.factor * total, off, alpha=self.pixels)[..., None], self.mean_weights.mT)
+        return du, self.centred.mT @ (slopes * self.centred), self.centred.mT @ off[..., None]

@@ -54,22 +54,25 @@ class Passes:
         self.exact: torch.dtype = statistics_dtype(maps)
         self.memory: dict[tuple[str, int, torch.dtype], Tensor] = {}
 
-    def __iter__(self) -> Iterator[tuple[int, slice]]:
-        """Images, and ranges of their pixels."""
-        for image in range(self.maps.shape[0]):
-            for start in range(0, self.maps.shape[2], self.pixels):
-                yield image, slice(start, min(start + self.pixels, self.maps.shape[2]))
+    def of(self, *maps: Tensor) -> Iterator[tuple[Any, ...]]:
+        """The tiles of maps `[B, channels, N]`: the number of the image, and a tile of each map."""
+        pixels = maps[0].shape[2]
+        for image, whole in enumerate(zip(*map(Tensor.unbind, maps), strict=True)):
+            for start in range(0, pixels, self.pixels):
+                length = min(self.pixels, pixels - start)
+                yield image, *(whole if length == pixels else (each.narrow(1, start, length) for each in whole))
 
-    def empty(self, name: str, channels: int, part: slice, dtype: torch.dtype) -> Tensor:
-        """`[channels, pixels of part]`, for as long as no other tile goes by that name."""
+    def empty(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """`[channels, pixels]`, for as long as no other tile goes by that name."""
+        channels, pixels = shape
         found = self.memory.get((name, channels, dtype))
         if found is None:
             found = self.memory[name, channels, dtype] = empty_maps(self.maps, channels, dtype, 1, self.pixels)[0]
-        return found[:, : part.stop - part.start]
+        return found if pixels == self.pixels else found[:, :pixels]
 
     def product(self, name: str, matrix: Tensor, tile: Tensor) -> Tensor:
         """matrix @ tile, of one dtype, in memory that may be that of other tiles of that name."""
-        return torch.mm(matrix, tile, out=self.empty(name, len(matrix), slice(0, tile.shape[1]), tile.dtype))
+        return torch.mm(matrix, tile, out=self.empty(name, (matrix.shape[0], tile.shape[1]), tile.dtype))
 
     def multiply(self, matrix: Tensor, tile: Tensor, out: Tensor, *, accumulate: bool = False) -> Tensor:
         """Fill `out`, a part of a map in any dtype, with the product, or add it to that."""
@@ -84,9 +87,8 @@ class Passes:
 
     def layer(self, name: str, weight: Tensor, bias: Tensor, tile: Tensor, slope: float) -> Tensor:
         """activation(W tile + bias), in memory that may be that of other tiles of that name."""
-        return self.layer_into(
-            self.empty(name, len(weight), slice(0, tile.shape[1]), tile.dtype), weight, bias, tile, slope
-        )
+        out = self.empty(name, (weight.shape[0], tile.shape[1]), tile.dtype)
+        return self.layer_into(out, weight, bias, tile, slope)
 
     def layer_into(self, out: Tensor, weight: Tensor, bias: Tensor, tile: Tensor, slope: float) -> Tensor:
         """The same in `out`, which may be part of a map; the bias may be in the dtype of statistics."""
@@ -139,4 +141,4 @@ class Passes:
         return activation_backward_(d, torch.mul(h, factor, out=self._spare(h, "h")).add_(offset), slope)
 
     def _spare(self, like: Tensor, name: str = "exact") -> Tensor:
-        return self.empty(name, len(like), slice(0, like.shape[1]), self.exact)
+        return self.empty(name, like.shape, self.exact)

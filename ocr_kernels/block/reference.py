@@ -53,9 +53,8 @@ def ocr_block(
     def applied(layer: Layer, h: Tensor) -> Tensor:
         norm = Norm.of(layer)
         if layer.has_statistics:
-            squares = count * h.var((0, 2), correction=0)[:, None]
-            norm = Norm.of(layer, h.mean((0, 2))[:, None], squares, count)
-            h = (h - norm.mean) * norm.rstd
+            norm = Norm.of(layer, h.mean((0, 2)), count * h.var((0, 2), correction=0), count)
+            h = (h - norm.mean[:, None]) * norm.rstd[:, None]
         statistics.extend(norm[1:6])
         return F.leaky_relu(layer.gain[:, None] * h + layer.shift[:, None], layer.slope)
 
@@ -63,14 +62,13 @@ def ocr_block(
     if len(pixel_out):
         query = applied(second, pixel_out @ query)
     else:
-        statistics += [second.shift[:, None]] * 5
+        statistics += [second.shift] * 5
     weights = F.softmax(settings.scale * (key.mT @ query), dim=1)  # [B, K, N]
     context = applied(up, contexts @ weights)
     z = applied(last, fusing @ torch.cat([context, x] if settings.context_first else [x, context], 1))
     if len(mask):
         z = z * mask[:, :, None]
-    counts = z.new_full((4, 1), count)
-    return z.view(*z.shape[:2], *feats.shape[2:]), torch.cat([*statistics, counts]).flatten()
+    return z.view(*z.shape[:2], *feats.shape[2:]), torch.cat([*statistics, z.new_full((4,), count)])
 
 
 # Products
@@ -92,13 +90,20 @@ def product_dtype(feats: Tensor) -> torch.dtype:
     return feats.dtype if not feats.is_cpu or _has_products(feats.dtype) else torch.float32
 
 
+def of_each(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
+    """Image by image, of tensors `[B, ...]`."""
+    return list(zip(*map(Tensor.unbind, tensors), strict=True))
+
+
 def contexts_of(u: Tensor, weights: Tensor, tiles: Passes) -> Contexts:
     batch, regions, pixels = weights.shape
     mean_weights = weights.mean(2, keepdim=True, dtype=u.dtype) if pixels else u.new_zeros((batch, regions, 1))
     scatter = u.new_zeros((batch, regions, regions))
-    for image, part in tiles:
-        centred = weights[image][:, part] - mean_weights[image]
-        scatter[image].addmm_(centred, centred.t())
+    of_images = of_each(scatter, mean_weights)
+    for image, w in tiles.of(weights):
+        total, mean = of_images[image]
+        centred = w - mean
+        total.addmm_(centred, centred.t())
     return Contexts(u, mean_weights, scatter, pixels)
 
 
@@ -114,59 +119,54 @@ def forward(
     pixel_in, pixel_out, fusing = (each.to(dtype).contiguous() for each in (pixel_in, pixel_out, fusing))
     tiles = kind(x)
     layers = settings.layers(vectors)
-    depth, outputs, regions = len(pixel_in), len(fusing), key.shape[2]
-    hidden_in, hidden_out = empty_maps(x, depth), empty_maps(x, len(pixel_out))
+    depth, outputs, regions = pixel_in.shape[0], fusing.shape[0], key.shape[2]
+    hidden_in, hidden_out = empty_maps(x, depth), empty_maps(x, pixel_out.shape[0])
     weights, fused, z = empty_maps(x, regions), empty_maps(x, outputs), empty_in_format(feats, outputs)
 
     moments = Moments(layers[0])
-    for image, part in tiles:
-        h = tiles.multiply(pixel_in, x[image][:, part].to(dtype), hidden_in[image][:, part])
-        moments.add_tile(h, tiles)
+    for _, of_x, h in tiles.of(x, hidden_in):
+        moments.add(tiles.multiply(pixel_in, of_x.to(dtype), h), tiles)
     first = query = moments.norm()
     second = Norm.of(layers[1])
     hidden, taken = hidden_in, first.vectors()
-    if len(pixel_out):
+    if pixel_out.shape[0]:
         moments = Moments(layers[1])
-        for image, part in tiles:
-            q = tiles.empty("depth", depth, part, dtype)
-            tiles.activate(hidden_in[image][:, part], taken, layers[0].slope, q)
-            moments.add_tile(tiles.multiply(pixel_out, q, hidden_out[image][:, part]), tiles)
+        for _, h, out in tiles.of(hidden_in, hidden_out):
+            q = tiles.activate(h, taken, layers[0].slope, tiles.empty("depth", h.shape, dtype))
+            moments.add(tiles.multiply(pixel_out, q, out), tiles)
         second = query = moments.norm()
         hidden, taken = hidden_out, second.vectors()
-    keys = settings.scale * key.to(exact).mT.contiguous()  # [B, K, D]
-    for image, part in tiles:
-        q = tiles.empty("depth", depth, part, exact)
-        tiles.activate(hidden[image][:, part], taken, query.layer.slope, q)
-        tiles.softmax(tiles.product("scores", keys[image], q), weights[image][:, part])
+    keys = (settings.scale * key.to(exact).mT.contiguous()).unbind()  # [K, D]
+    for image, h, w in tiles.of(hidden, weights):
+        q = tiles.activate(h, taken, query.layer.slope, tiles.empty("depth", h.shape, exact))
+        tiles.softmax(tiles.product("scores", keys[image], q), w)
 
     y = contexts_of(contexts.to(exact), weights, tiles)
     up = y.norm(layers[2])
-    normalised = y.normalised(up, dtype)
+    of_images = of_each(*y.normalised(up, dtype))
     moments = Moments(layers[3])
-    for image, part in tiles:
-        both, _ = _joined(normalised, up, image, part, x, weights, settings, tiles)
-        moments.add_tile(tiles.multiply(fusing, both, fused[image][:, part]), tiles)
+    for image, of_x, w, h in tiles.of(x, weights, fused):
+        matrix, offset = of_images[image]
+        both, _ = _joined(of_x, w, matrix, offset, up.layer.slope, settings, tiles)
+        moments.add(tiles.multiply(fusing, both, h), tiles)
     last = moments.norm()
-    flat, masked = z.flatten(2), last.of_images(mask, len(x))
-    for image, part in tiles:
-        tiles.activate(fused[image][:, part], masked[image], last.layer.slope, flat[image][:, part])
-    maps = (each.unflatten(2, feats.shape[2:]) for each in (hidden_in, hidden_out, weights, fused))
+    masked = last.of_images(mask, x.shape[0])
+    for image, h, out in tiles.of(fused, z.flatten(2)):
+        tiles.activate(h, masked[image], last.layer.slope, out)
+    maps = (each.view(*each.shape[:2], *feats.shape[2:]) for each in (hidden_in, hidden_out, weights, fused))
     return z, *maps, statistics_of((first, second, up, last))
 
 
 def _joined(
-    normalised: Sequence[Tensor], up: Norm, image: int, part: slice, x: Tensor, weights: Tensor,
-    settings: Settings, tiles: Passes,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    x: Tensor, w: Tensor, matrix: Tensor, offset: Tensor, slope: float, settings: Settings, tiles: Passes
+) -> tuple[Tensor, Tensor]:
     """What the fusing product takes of a tile, `[Y + C, T]`, and its part that is y."""
-    matrix, offset = (each[image] for each in normalised)
-    contexts, channels = len(offset), x.shape[1]
-    both = tiles.empty("both", contexts + channels, part, matrix.dtype)
-    sizes = [contexts, channels] if settings.context_first else [channels, contexts]
-    inside, pixels = both.split(sizes)[:: 1 if settings.context_first else -1]
-    pixels.copy_(x[image][:, part])
-    w = weights[image][:, part].to(matrix.dtype)
-    return both, tiles.layer_into(inside, matrix, offset[:, 0], w, up.layer.slope)
+    contexts, (channels, pixels) = matrix.shape[0], x.shape
+    both = tiles.empty("both", (contexts + channels, pixels), matrix.dtype)
+    is_first = settings.context_first
+    inside, outside = (both[:contexts], both[contexts:]) if is_first else (both[channels:], both[:channels])
+    outside.copy_(x)
+    return both, tiles.layer_into(inside, matrix, offset, w.to(matrix.dtype), slope)
 
 
 def backward(
@@ -186,82 +186,80 @@ def backward(
     incoming = in_format(grad, feats).flatten(2)
     layers = settings.layers(vectors)
     first, second, up, last = split_statistics(layers, statistics)
-    depth, outputs, channels = len(pixel_in), len(fusing), x.shape[1]
+    channels, (depth, regions) = x.shape[1], key.shape[1:]
     need_feats = needs[0]
     need_phi = any((*needs[:4], *needs[6:10]))
     y = contexts_of(contexts.to(exact), weights, tiles)
     dfeats = empty_in_format(feats, channels if need_feats else 0)
     dx = dfeats.flatten(2)
 
-    dlast, slope = Gradients(last), last.layer.slope
-    of_images = last.of_images(mask, len(x), last.mean)
-    for image, part in tiles:
-        dlast.add(tiles.gradient(incoming[image][:, part], fused[image][:, part], of_images[image], slope))
-    of_images = last.of_images(mask, len(x), *dlast.affine())
-    up_channels = len(up.factor)
-    halves = fusing.split([up_channels, channels] if settings.context_first else [channels, up_channels], 1)
+    slope = last.layer.slope
+    masked = last.of_images(mask, x.shape[0], last.mean)
+    sums = [tiles.gradient(g, h, masked[image], slope) for image, g, h in tiles.of(incoming, fused)]
+    dlast = Gradients.of(last, sums)
+    masked = last.of_images(mask, x.shape[0], *dlast.affine())
+    context_channels = contexts.shape[1]
+    halves = fusing.split([context_channels, channels] if settings.context_first else [channels, context_channels], 1)
     on_context, on_pixels = (half.t().contiguous() for half in halves[:: 1 if settings.context_first else -1])
     dfusing = torch.zeros_like(fusing, dtype=exact)
-    dweights = empty_maps(x, key.shape[2], dtype)
-    normalised = y.normalised(up, dtype)
-    on_weights = normalised[0].mT.contiguous()  # [B, K, Y]
+    dweights = empty_maps(x, regions, dtype)
+    matrix, offset = y.normalised(up, dtype)
     outer = torch.zeros_like(y.centred)  # sum_i dy_i (w_i - mean)', [B, Y, K]
     total = torch.zeros_like(y.means)  # sum_i dy_i
-    activated = y.means.new_tensor([1.0, 0.0, 1.0, 0.0])[:, None].repeat(1, up_channels)  # as they are
-    for image, part in tiles:
-        d = tiles.empty("outputs", outputs, part, dtype)
-        tiles.through(incoming[image][:, part], fused[image][:, part], of_images[image], slope, d)
-        both, inside = _joined(normalised, up, image, part, x, weights, settings, tiles)
+    ones, zeros = torch.ones_like(up.factor), torch.zeros_like(up.factor)
+    activated = torch.stack((ones, zeros, ones, zeros))  # as they are
+    of_images = of_each(matrix, offset, matrix.mT.contiguous(), y.mean_weights, outer, total)
+    for image, g, h, of_x, w, dw, dout in tiles.of(incoming, fused, x, weights, dweights, dx):
+        of_w, constant, on_weights, mean, to_outer, to_total = of_images[image]
+        d = tiles.through(g, h, masked[image], slope, tiles.empty("outputs", h.shape, dtype))
+        both, inside = _joined(of_x, w, of_w, constant, up.layer.slope, settings, tiles)
         if needs[4]:
-            dfusing += tiles.outer(d, both)
+            dfusing.add_(tiles.outer(d, both))
         if need_feats:
-            tiles.multiply(on_pixels, d, dx[image][:, part])
+            tiles.multiply(on_pixels, d, dout)
         dy = tiles.product("contexts", on_context, d)
-        total[image] += tiles.gradient(dy, inside, activated, up.layer.slope, dy)[0][:, None]
-        tiles.multiply(on_weights[image], dy, dweights[image][:, part])
-        outer[image] += dy @ (weights[image][:, part] - y.mean_weights[image]).to(dtype).t()
+        to_total.add_(tiles.gradient(dy, inside, activated, up.layer.slope, dy)[0])
+        tiles.multiply(on_weights, dy, dw)
+        to_outer.add_(dy @ (w - mean).to(dtype).t())
 
-    dup = Gradients(up)
-    dup.add(y.gradient_sums(up, outer, total).sum(0))
+    dup = Gradients.of(up, [y.gradient_sums(up, outer, total).sum(0)])
     dcontexts, matrix, column = y.backward(up, outer, total, *dup.centred())
 
-    # the softmax, and phi
-    query, hidden = (second, hidden_out) if len(pixel_out) else (first, hidden_in)
-    keys, of_weights = key.to(dtype).contiguous(), torch.cat((matrix, column), 2)  # [B, D, K], [B, K, K + 1]
-    dkey = torch.zeros_like(key, dtype=exact)
-    dquery = empty_maps(x, depth if need_phi else 0)
-    dphi = [Gradients(first), Gradients(second)]
-    dpixel_in, dpixel_out = torch.zeros_like(pixel_in, dtype=exact), torch.zeros_like(pixel_out, dtype=exact)
-    outermost, slope = dphi[len(pixel_out) > 0], query.layer.slope
-    taken, centred = query.vectors(), query.vectors(None, query.mean)
-    for image, part in tiles if need_phi else ():
-        h, made = hidden[image][:, part], tiles.empty("scores", key.shape[2], part, dtype)
-        dscores = tiles.softmax_backward(
-            weights[image][:, part], dweights[image][:, part], of_weights[image], settings.scale, made
-        )
-        dkey[image] += tiles.activate(h, taken, slope, tiles.empty("depth", depth, part, dtype)) @ dscores.t()
-        d = tiles.product("grad of depth", keys[image], dscores)
-        outermost.add(tiles.gradient(d, h, centred, slope, dquery[image][:, part]))
-    turned, slope = pixel_out.t().contiguous(), first.layer.slope
-    affine = dphi[1].vectors() if need_phi and len(pixel_out) else taken
-    taken, centred = first.vectors(), first.vectors(None, first.mean)
-    for image, part in tiles if need_phi and len(pixel_out) else ():
-        h, d = hidden_in[image][:, part], tiles.empty("grad of depth", depth, part, dtype)
-        tiles.through(dquery[image][:, part], hidden_out[image][:, part], affine, 1.0, d)
-        dpixel_out += tiles.outer(d, tiles.activate(h, taken, slope, tiles.empty("depth", depth, part, dtype)))
-        d = tiles.product("depth", turned, d)
-        dphi[0].add(tiles.gradient(d, h, centred, slope, dquery[image][:, part]))
-    turned = pixel_in.t().contiguous()
-    affine = dphi[0].vectors() if need_phi else taken
-    for image, part in tiles if need_phi else ():
-        d = tiles.empty("grad of depth", depth, part, dtype)
-        tiles.through(dquery[image][:, part], hidden_in[image][:, part], affine, 1.0, d)
-        if needs[2]:
-            dpixel_in += tiles.outer(d, x[image][:, part].to(dtype))
-        if need_feats:
-            tiles.multiply(turned, d, dx[image][:, part], accumulate=True)
-    sums = [each.flatten() for layer in (*dphi, dup, dlast) for each in (layer.gain, layer.shift)]
-    return dfeats, dkey, dpixel_in, dpixel_out, dfusing, dcontexts, *sums
+    dkey, dpixel_in, dpixel_out = (torch.zeros_like(each, dtype=exact) for each in (key, pixel_in, pixel_out))
+    dphi = [Gradients.anything(first), Gradients.anything(second)]
+    if need_phi:  # through the softmax first
+        query, hidden = (second, hidden_out) if pixel_out.shape[0] else (first, hidden_in)
+        dquery, slope = empty_maps(x, depth), query.layer.slope
+        taken, centred = query.vectors(), query.vectors(None, query.mean)
+        of_images = of_each(key.to(dtype).contiguous(), torch.cat((matrix, column), 2), dkey)
+        sums = []
+        for image, h, w, dw, out in tiles.of(hidden, weights, dweights, dquery):
+            keys, of_w, to_key = of_images[image]  # [D, K], [K, K + 1], [D, K]
+            dscores = tiles.softmax_backward(w, dw, of_w, settings.scale, tiles.empty("scores", w.shape, dtype))
+            to_key.add_(tiles.activate(h, taken, slope, tiles.empty("depth", h.shape, dtype)) @ dscores.t())
+            d = tiles.product("grad of depth", keys, dscores)
+            sums.append(tiles.gradient(d, h, centred, slope, out))
+        dphi[0] = Gradients.of(query, sums)
+        taken, centred = first.vectors(), first.vectors(None, first.mean)
+        if pixel_out.shape[0]:
+            dphi[1], sums = dphi[0], []
+            turned, slope, affine = pixel_out.t().contiguous(), first.layer.slope, dphi[1].vectors()
+            for _, h, out, dout in tiles.of(hidden_in, hidden_out, dquery):
+                d = tiles.through(dout, out, affine, 1.0, tiles.empty("grad of depth", h.shape, dtype))
+                q = tiles.activate(h, taken, slope, tiles.empty("depth", h.shape, dtype))
+                dpixel_out.add_(tiles.outer(d, q))
+                d = tiles.product("depth", turned, d)
+                sums.append(tiles.gradient(d, h, centred, slope, dout))
+            dphi[0] = Gradients.of(first, sums)
+        turned, affine = pixel_in.t().contiguous(), dphi[0].vectors()
+        for _, h, of_x, dq, dout in tiles.of(hidden_in, x, dquery, dx):
+            d = tiles.through(dq, h, affine, 1.0, tiles.empty("grad of depth", h.shape, dtype))
+            if needs[2]:
+                dpixel_in.add_(tiles.outer(d, of_x.to(dtype)))
+            if need_feats:
+                tiles.multiply(turned, d, dout, accumulate=True)
+    of_layers = [each for layer in (*dphi, dup, dlast) for each in (layer.gain, layer.shift)]
+    return dfeats, dkey, dpixel_in, dpixel_out, dfusing, dcontexts, *of_layers
 
 
 # Inference: statistics are known, and norms folded into the layers
@@ -294,17 +292,18 @@ def infer(
     result = (out[:, None] if output == "classes" else out).flatten(2)
     tiles = kind(x)
     is_read_in_place = tiles.is_channels_last and x.dtype == dtype  # its rows are whole there, and parts in `both`
-    for image, part in tiles:
-        both = tiles.empty("both", fusing.shape[1], part, dtype)
-        context, pixels = both.split((on_context.shape[1], on_pixels.shape[1]))
-        pixels.copy_(x[image][:, part])
-        query = x[image][:, part] if is_read_in_place else pixels  # [C, T]
+    between = on_context.shape[1]
+    for image, of_x, place in tiles.of(x, result):
+        both = tiles.empty("both", (fusing.shape[1], of_x.shape[1]), dtype)
+        context, pixels = both[:between], both[between:]
+        pixels.copy_(of_x)
+        query = of_x if is_read_in_place else pixels  # [C, T]
         for i, ((weight, layer_bias), slope) in enumerate(zip(layers, slopes, strict=False)):
             query = tiles.layer(f"query {i}", weight, layer_bias, query, slope)  # [D, T]
         scores = tiles.product("scores", keys[image], query)  # [K, T]
         attention = tiles.softmax(scores, scores)
         tiles.layer_into(context, contexts[image], up_bias, attention, slopes[2])  # y, [Y, T]
-        place, z = result[image][:, part], both
+        z = both
         for i, (weight, layer_bias, slope) in enumerate(to_result):
             if i == len(to_result) - 1 and place.dtype == dtype:
                 z = tiles.layer_into(place, weight, layer_bias, z, slope)

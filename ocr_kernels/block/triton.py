@@ -24,6 +24,7 @@ from ocr_kernels.block.norms import (
     Moments,
     Norm,
     Settings,
+    norm_of,
     others_of,
     split_statistics,
     statistics_of,
@@ -451,16 +452,12 @@ def _norm_launch(parts: Tensor, *, pixels: int, split_length: int, eps: float) -
 def _norm_of(layer: Layer, parts: Tensor, pixels: int, split_length: int) -> Norm:
     """That of the moments `[parts, 2, C]` of splits of the pixels of images, and of the layer's other processes."""
     count = parts.shape[0] // cdiv(pixels, split_length) * pixels
-    out = parts.new_empty((5, parts.shape[2], 1))
+    out = parts.new_empty((5, parts.shape[2]))
     launch = _norm_launch(parts, pixels=pixels, split_length=split_length, eps=layer.eps)
     launch(out, parts, layer.gain, layer.shift)
     mean, var, rstd, factor, offset = out.unbind()
     norm = Norm(layer, mean, var, rstd, factor, offset, count)
-    if layer.group:
-        moments = Moments(layer)
-        moments.add(count, norm.mean, norm.var * others_of(count))
-        return moments.norm()
-    return norm
+    return norm_of(layer, count, norm.mean, norm.var * others_of(count)) if layer.group else norm
 
 
 @prepared
@@ -481,7 +478,7 @@ def _norm(layer: Layer, h: Tensor) -> Norm:
 def _norm_of_contexts(layer: Layer, y: Contexts) -> Norm:
     if not layer.has_statistics or not y.means.numel() or not y.pixels:
         return y.norm(layer)
-    return _norm_of(layer, y.moments(), y.pixels, y.pixels)
+    return _norm_of(layer, torch.stack(y.moments(), 1), y.pixels, y.pixels)
 
 
 @prepared
@@ -514,12 +511,12 @@ def _added(norm: Norm, parts: Tensor) -> tuple[Gradients, Tensor, Tensor, Tensor
 
     The gradient of h is factor * d + slope * (h - mean) + offset, or factor * d + slope * h + constant.
     """
-    gradients, vectors = Gradients(norm), parts.new_empty((5, parts.shape[2], 1))
+    vectors = parts.new_empty((5, parts.shape[2]))
     launch = _norm_gradient_launch(parts, statistics=norm.layer.has_statistics)
     pixels: Any = norm.pixels  # a tensor, as `split_statistics` gives it
     launch(vectors, parts, norm.factor, norm.rstd, norm.mean, pixels)
     gain, shift, slope, offset, constant = vectors.unbind()
-    gradients.sums = gain, shift
+    gradients = Gradients(norm, gain, shift)
     if norm.layer.group:
         slope, offset = gradients.centred()
         constant = torch.addcmul(offset, norm.mean, slope, value=-1)
@@ -540,11 +537,11 @@ def _gradient_launch(out: Tensor, grad: Tensor, h: Tensor, *, slope: float, mask
 
 def _gradients(norm: Norm, grad: Tensor, h: Tensor, out: Tensor, mask: Tensor | None = None) -> Gradients:
     """The sums of a layer's backward pass; `out` is filled with the gradient of h, of that after the activation."""
-    gradients = Gradients(norm)
     is_masked = mask is not None and mask.shape[0] > 0
     factors: Any = mask if is_masked else norm.factor
     flags: Any = {"slope": norm.layer.slope, "masked": is_masked}
     if not h.numel():
+        gradients = Gradients.of(norm, [])
         gradients.centred()  # for which other processes wait
         return gradients
     sums = _gradient_sums_launch(grad, h, **flags)
@@ -664,15 +661,15 @@ def _contexts_gradient_(dy: Tensor, rows: Tensor, offset: Tensor, slope: float, 
 
 
 def _outer_sums(dy: Tensor, weights: Tensor, mean_weights: Tensor) -> tuple[Tensor, Tensor]:
-    """sum_i dy_i (w_i - mean)' `[B, Y, K]` and sum_i dy_i `[B, Y, 1]`, in the dtype of statistics."""
+    """sum_i dy_i (w_i - mean)' `[B, Y, K]` and sum_i dy_i `[B, Y]`, in the dtype of statistics."""
     if dy.dtype.itemsize > 2:  # a product's long chain of sums would be less exact than a sum
-        return _wide_product(dy, (weights - mean_weights).mT), dy.sum(2, keepdim=True)
+        return _wide_product(dy, (weights - mean_weights).mT), dy.sum(2)
     regions = weights.shape[1]
     columns = empty_maps(dy, round_up(regions + 1))
     torch.sub(weights, mean_weights, out=columns[:, :regions])
     columns[:, regions:].fill_(1)
     sums = _wide_product(dy, columns.mT)  # dy is read once
-    return sums[..., :regions], sums[..., regions : regions + 1]
+    return sums[..., :regions], sums[..., regions]
 
 
 @prepared
@@ -789,7 +786,7 @@ def backward(
         dcontexts, matrix, column = y.backward(up, outer, total, slope, offset)
 
         dkey, dpixel_in, dpixel_out = (torch.empty_like(each, dtype=exact) for each in (key, pixel_in, pixel_out))
-        dphi = [Gradients(first), Gradients(second)]
+        dphi = [Gradients.anything(first), Gradients.anything(second)]
         if need_phi:
             query, hidden = (second, hidden_out) if pixel_out.shape[0] else (first, hidden_in)
             dscores = _softmax_gradient(dweights, weights, matrix, column)
@@ -810,5 +807,5 @@ def backward(
         if need_feats:
             matrices = (on_pixels.t(), pixel_in.t()) if need_phi else (on_pixels.t(),)
             _times(torch.cat(matrices, 1), gradients, dfeats.flatten(2))
-    sums = [each.flatten() for layer in (*dphi, dup, dlast) for each in (layer.gain, layer.shift)]
-    return dfeats, dkey, dpixel_in, dpixel_out, dfusing, dcontexts, *sums
+    of_layers = [each for layer in (*dphi, dup, dlast) for each in (layer.gain, layer.shift)]
+    return dfeats, dkey, dpixel_in, dpixel_out, dfusing, dcontexts, *of_layers
