@@ -81,6 +81,20 @@ def test_parity(build: Callable[[], nn.Module], layout: Any, dtype: torch.dtype)
     assert checked[2] < {torch.float32: 1e-5, torch.bfloat16: 1e-1, torch.float16: 1e-2}[dtype]
 
 
+@all_heads
+@torch.no_grad()
+def test_float64(build: Callable[[], nn.Module]) -> None:
+    module = trained(build()).double()
+    plan = planned(module)
+    args = [tensor.double() for tensor in inputs(module, batch=3, regions=19)]
+    with torch.autocast("cpu", torch.bfloat16):  # which leaves float64 alone
+        torch.testing.assert_close(plan.run(module, *args), module(*args), rtol=1e-11, atol=1e-12)
+    checked = verify(module, plan, args)
+    assert not isinstance(checked, str), checked
+    assert checked[1] is None
+    assert checked[2] < 1e-13
+
+
 @torch.no_grad()
 def test_example_says_what_the_inputs_are() -> None:
     module = trained(Volume())

@@ -109,6 +109,31 @@ def test_autocast() -> None:
     agree(module, plain, *args)
 
 
+@pytest.mark.parametrize("later", [False, True])
+def test_float64(later: bool) -> None:
+    """As a gradcheck of a model needs it; it may be made float64 before or after."""
+    plain, args = reference.SpatialOCR(4, 3, 5), (torch.randn(2, 4, 3, 2), torch.randn(2, 4, 3, 1))
+    plain.conv_bn_dropout[-1].p = 0.0  # the same at each call
+    exact = [each.double().requires_grad_() for each in args]
+    module = copy.deepcopy(plain)
+    report = replace_ocr_modules(module if later else module.double(), example_inputs=args if later else tuple(exact))
+    report.raise_if_incomplete()
+    plain, module, args = plain.double(), module.double(), exact
+    for training in (True, False):
+        for each in (plain, module):
+            each.train(training)
+        plain.load_state_dict(module.state_dict())
+        with CountOps() as ops:
+            module(*args)
+        assert ops.block == 1
+        assert torch.autograd.gradcheck(module, args)
+        torch.testing.assert_close(module(*args), plain(*args), rtol=1e-10, atol=1e-12)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert runs(module, *args) == 1
+        assert module(*args).dtype == torch.float64
+        torch.testing.assert_close(module(*args), plain(*args), rtol=1e-10, atol=1e-12)
+
+
 @torch.no_grad()
 def test_arguments_by_name_and_others() -> None:
     module = replaced(Label().eval())

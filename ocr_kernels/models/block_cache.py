@@ -21,10 +21,11 @@ from ocr_kernels.block.registration import is_used_on
 from ocr_kernels.core.backends import is_offered
 from ocr_kernels.core.calls import has_own_forward, is_recorded
 from ocr_kernels.core.derivatives import is_in_transform
+from ocr_kernels.core.layout import DTYPES
 from ocr_kernels.models.block_plan import plan_block, verify
 from ocr_kernels.models.block_trace import tensor_at
 from ocr_kernels.models.block_training import TrainingPlan, plan_training
-from ocr_kernels.models.block_weights import DTYPES, BlockPlan, Folded, globals_of, own_classes
+from ocr_kernels.models.block_weights import BlockPlan, Folded, computed_in, globals_of, own_classes
 from ocr_kernels.models.maps import Recorder
 
 _version_of = operator.attrgetter("_version")
@@ -97,8 +98,8 @@ class BlockCache:
     def weights_for(self, module: nn.Module, feats: Any, regions: Any) -> Folded | None:
         """The folded weights for a call with these pixels and regions; None where the module's own forward is to run.
 
-        That is in training, where grad mode is on and anything requires grad, on float64, in traces, exports and
-        `torch.func` transforms, inside `record_maps`, and where a layer has a hook.
+        That is in training, where grad mode is on and anything requires grad, in traces, exports and `torch.func`
+        transforms, inside `record_maps`, and where a layer has a hook.
         """
         if type(feats) is not Tensor or type(regions) is not Tensor or not _may_fold():
             return None
@@ -109,7 +110,7 @@ class BlockCache:
         device = feats.device.type
         if self.plan is not None and not is_offered(self.plan.backends(device)):
             return None
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else feats.dtype
+        dtype = computed_in(feats)
         if dtype not in DTYPES:
             return None
         if torch.compiler.is_compiling() or (feats.is_cuda and torch.cuda.is_current_stream_capturing()):

@@ -43,9 +43,10 @@ class Call:
         function = self.function.name() if isinstance(self.function, torch._ops.OpOverload) else self.function
         return _call, (function, self.args, self.kwargs)
 
-    def run(self, results: Sequence[Any], device: torch.device, *leading: Any) -> Any:
-        args = [_value(arg, results) for arg in self.args]
-        kwargs = {name: device if name == "device" else _value(arg, results) for name, arg in self.kwargs}
+    def run(self, results: Sequence[Any], device: torch.device, exact: torch.dtype, *leading: Any) -> Any:
+        """`exact` is the dtype of what float32 was where the module was traced."""
+        args = [_value(arg, results, exact) for arg in self.args]
+        kwargs = {name: device if name == "device" else _value(arg, results, exact) for name, arg in self.kwargs}
         return self.function(*leading, *args, **kwargs)
 
 
@@ -57,12 +58,12 @@ def _call(function: Any, args: tuple[Any, ...], kwargs: tuple[tuple[str, Any], .
     return Call(function, args, kwargs)
 
 
-def _value(arg: Any, results: Sequence[Any]) -> Any:
+def _value(arg: Any, results: Sequence[Any], exact: torch.dtype) -> Any:
     if isinstance(arg, Ref):
         return results[arg.at] if arg.item is None else results[arg.at][arg.item]
     if isinstance(arg, (list, tuple)):
-        return [_value(each, results) for each in arg]
-    return arg
+        return [_value(each, results, exact) for each in arg]
+    return exact if arg is torch.float32 else arg
 
 
 class Program(NamedTuple):
@@ -72,15 +73,15 @@ class Program(NamedTuple):
     calls: tuple[tuple[int, Call], ...]
     length: int
 
-    def run(self, module: nn.Module) -> list[Any]:
-        """The results, in float32."""
+    def run(self, module: nn.Module, exact: torch.dtype) -> list[Any]:
+        """The results, in float32 or float64."""
         results: list[Any] = [None] * self.length
         for at, path in self.sources:
             tensor = tensor_at(module, path).detach()
-            results[at] = tensor.float() if tensor.is_floating_point() else tensor
+            results[at] = tensor.to(exact) if tensor.is_floating_point() else tensor
         device = results[self.sources[0][0]].device
         for at, call in self.calls:
-            results[at] = call.run(results, device)
+            results[at] = call.run(results, device, exact)
         return results
 
     def pruned(self, wanted: Any) -> Program:

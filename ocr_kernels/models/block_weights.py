@@ -18,11 +18,8 @@ from ocr_kernels.block.reference import convolved, query_of, split_weights
 from ocr_kernels.block.registration import implemented
 from ocr_kernels.core.activations import activate_
 from ocr_kernels.core.backends import BACKENDS, Backend, left_to_compiler
-from ocr_kernels.core.layout import in_format
+from ocr_kernels.core.layout import in_format, statistics_dtype
 from ocr_kernels.models.block_trace import Call, Program, Ref, Window
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-"""Of folded weights, which are made in float32."""
 
 
 class Layer(NamedTuple):
@@ -44,7 +41,8 @@ class Beyond(NamedTuple):
     def run(self, feats: Tensor, key: Tensor, value: Tensor, folded: block.FoldedBlock) -> Tensor:
         """z of `ocr_block`, with these. Resizing commutes with the half of g that takes y, if that is 1x1."""
         device, dtype, slopes = feats.device, feats.dtype, folded.slopes
-        pooled = feats if self.pool is None else self.pool.run((), device, feats)
+        exact = statistics_dtype(feats)
+        pooled = feats if self.pool is None else self.pool.run((), device, exact, feats)
         query = query_of(pooled, folded.weights, slopes)
         attend = reference.pixel_region_attention if left_to_compiler(query) else pixel_region_attention
         _, (up_bias, on_context, on_pixels, bias) = split_weights(folded.weights)
@@ -52,7 +50,7 @@ class Beyond(NamedTuple):
         context = context + up_bias.view(-1, *(1,) * (feats.dim() - 2))
         context = convolved(activate_(context, slopes[2]).to(dtype), on_context, window=self.window)
         if self.resize is not None:
-            context = self.resize.run((), device, context, feats.shape[2:])
+            context = self.resize.run((), device, exact, context, feats.shape[2:])
         out = convolved(feats, on_pixels, bias, window=self.window).add_(context)
         return in_format(activate_(out, slopes[3]).to(dtype), feats)
 
@@ -69,7 +67,7 @@ class Folded(NamedTuple):
     def with_classifier(self, weight: Tensor, bias: Tensor | None) -> Folded | None:
         """With logits for z, made by a matrix `[L, O]`; None where that is no part of the op."""
         last = self.block.weights[-1]  # z's bias
-        casts = torch.is_autocast_enabled(last.device.type)
+        casts = last.dtype != torch.float64 and torch.is_autocast_enabled(last.device.type)
         wants_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (weight, bias))
         if self.beyond is not None or wants_grad or weight.shape[1] != len(last) or weight.device != last.device:
             return None
@@ -116,9 +114,9 @@ class BlockPlan:
         return implemented(device_type) if self.beyond is None else BACKENDS
 
     def weights(self, module: nn.Module, dtype: torch.dtype) -> Folded:
-        """The folded weights of `module`, made of its present parameters and buffers in float32."""
+        """The folded weights of `module`, made of its present parameters and buffers in the dtype of statistics."""
         with torch.no_grad():
-            results = self.program.run(module)
+            results = self.program.run(module, torch.promote_types(dtype, torch.float32))
 
             def vector(ref: Ref | None) -> Tensor | None:
                 return None if ref is None else results[ref.at].contiguous()
@@ -146,10 +144,8 @@ class BlockPlan:
 
     def run(self, module: nn.Module, feats: Tensor, regions: Tensor) -> Tensor:
         """z of `module`, in the shape and memory format that its own forward gives it."""
-        device = feats.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else feats.dtype
         with torch.no_grad():
-            return self.weights(module, dtype).compute(feats, regions)
+            return self.weights(module, computed_in(feats)).compute(feats, regions)
 
     def takes(self, feats: Tensor, regions: Tensor, first: Tensor) -> bool:
         """Whether the module's own forward would take pixels and regions like these; `first` is `self.first`'s."""
@@ -163,7 +159,7 @@ class BlockPlan:
             and 0 not in shape
             and 0 not in region_shape
             and feats.device == regions.device == first.device
-            and (dtype == regions.dtype == first.dtype or torch.is_autocast_enabled(feats.device.type))
+            and (dtype == regions.dtype == first.dtype or _are_cast(feats, regions, first))
         )
 
     def random_inputs(
@@ -195,6 +191,16 @@ class BlockPlan:
                 if getattr(layer, attribute, None) != value:
                     return False
         return True
+
+
+def computed_in(feats: Tensor) -> torch.dtype:
+    """The dtype of the products of a call; autocast leaves float64 alone."""
+    return torch.get_autocast_dtype(feats.device.type) if _are_cast(feats) else feats.dtype
+
+
+def _are_cast(*tensors: Tensor) -> bool:
+    is_exact = any(tensor.dtype == torch.float64 for tensor in tensors)
+    return not is_exact and torch.is_autocast_enabled(tensors[0].device.type)
 
 
 def _class_of(layer: nn.Module) -> type:
@@ -242,7 +248,7 @@ def _chain(columns: Tensor, parts: tuple[Any, ...]) -> Tensor:
     dtype = columns.dtype
     for part in parts:
         if isinstance(part, Call):
-            columns = part.run((), columns.device, columns.transpose(1, 2)).transpose(1, 2)
+            columns = part.run((), columns.device, statistics_dtype(columns), columns.transpose(1, 2)).transpose(1, 2)
         else:
             is_exact = part.bias is not None and part.bias.dtype == dtype
             columns = F.linear(columns, part.weight, part.bias if is_exact else None)

@@ -21,7 +21,7 @@ from ocr_kernels.core.calls import has_own_forward
 from ocr_kernels.models.block_cache import BlockCache
 from ocr_kernels.models.block_plan import plan_block, verify
 from ocr_kernels.models.block_weights import BlockPlan
-from ocr_kernels.models.classifier import joined, joins_of
+from ocr_kernels.models.classifier import Join, joined, joins_of
 from ocr_kernels.models.recognition import NO_PRODUCT
 from ocr_kernels.models.replacement import Replacement, replacement_of
 from ocr_kernels.models.report import LeftAlone, ReplacementReport, Swapped
@@ -258,7 +258,7 @@ def _as_a_block(
         not_in_training = block.plan_training(module)
         if not is_used_on(device_of(module)):
             not_in_training = not_in_training or f"it has no kernels for {device_of(module).type}"
-        errors: tuple[float, float, float] | str
+        errors: tuple[float, float | None, float] | str
         if plan.folds:
             errors = verify(module, plan, example)
         else:
@@ -281,7 +281,7 @@ def _as_a_block(
                 computations=("block", *([] if not_in_training else ["training"]), *(before or ())),
                 backend=", ".join(filter(None, backends)),
                 max_error=max(error, found.max_error or 0.0),
-                eager_error=max(eager_error, found.eager_error or 0.0),
+                eager_error=None if eager_error is None else max(eager_error, found.eager_error or 0.0),
                 relative_error=max(relative, found.relative_error or 0.0),
             )
         plan = errors
@@ -297,13 +297,14 @@ def _joining(module: nn.Module, replacements: dict[nn.Module, Replacement]) -> t
     found = {child: replacements[child].block for child in module.children() if child in replacements}
     plans = {child: block.plan for child, block in found.items() if block is not None and block.plan is not None}
     plans = {child: plan for child, plan in plans.items() if plan.folds}
-    joins, worst = [], (0.0, 0.0, 0.0)
+    joins: list[Join] = []
+    worst: tuple[float, float | None, float] = (0.0, None, 0.0)
     for join in () if has_own_forward(module) else joins_of(module, plans):
         block, classifier = module.get_submodule(join.block), module.get_submodule(join.classifier)
         errors = verify(block, plans[block], classifier=classifier)
         if not isinstance(errors, str):
             joins.append(join)
-            worst = max(worst, errors)
+            worst = max(worst, errors, key=lambda each: each[0])
     copies = joined(type(module), tuple(joins)) if joins else {}
     if not copies:
         return None
