@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import ocr_kernels.core.backends
 from ocr_kernels import modules, use_backend
+from ocr_kernels.block import Layer, Norm, functional, ocr_block
 from ocr_kernels.reference import SpatialGather
 
 BATCH, CHANNELS, REGIONS, PIXELS = 2, 4, 3, (2, 5)
@@ -253,3 +254,153 @@ def test_what_the_op_for_inference_takes(change: Any, message: str) -> None:
     weights, settings = change(weights, settings)
     with pytest.raises((ValueError, TypeError), match=message):
         torch.ops.ocr_kernels.ocr_block_inference(feats, key, contexts, weights, *settings, "reference")
+
+
+# The block's public call
+
+OUTPUTS, DEPTH, UP = 7, 4, 6
+
+
+def block_call(**changes: Any) -> Tensor:
+    good: dict[str, Any] = {
+        "feats": torch.randn(BATCH, CHANNELS, *PIXELS),
+        "key": torch.randn(BATCH, DEPTH, REGIONS),
+        "value": torch.randn(BATCH, 3, REGIONS),
+        "pixel": [layer_with()],
+        "up": Layer(torch.randn(UP, 3)),
+        "fusing": Layer(torch.randn(OUTPUTS, UP + CHANNELS)),
+    }
+    return ocr_block(**good | changes)
+
+
+def layer_with(bias: Any = None, norm: Any = None, weight: Any = None) -> Layer:
+    """A first layer of phi."""
+    return Layer(torch.randn(DEPTH, CHANNELS) if weight is None else weight, bias, norm)
+
+
+ONES = torch.ones(DEPTH)
+FLOAT8 = ONES.to(torch.float8_e4m3fn)
+HALF_GIVEN = r"pixel\[0\].norm must have running_mean and running_var, or neither, but has "
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"pixel": [None]}, TypeError, r"pixel\[0\] must be a Layer, but is NoneType"),
+        ({"pixel": [layer_with(), None]}, TypeError, r"pixel\[1\] must be a Layer, but is NoneType"),
+        ({"pixel": [(torch.randn(DEPTH, CHANNELS),)]}, TypeError, r"pixel\[0\] must be a Layer, but is tuple"),
+        ({"fusing": None}, TypeError, "fusing must be a Layer, but is NoneType"),
+        ({"up": "x"}, TypeError, "up must be a Layer or None, but is str"),
+        ({"pixel": [layer_with(norm=(1, 2))]}, TypeError, r"pixel\[0\].norm must be a Norm or None, but is tuple$"),
+        (
+            {"pixel": [layer_with(norm=nn.BatchNorm1d(DEPTH))]},
+            TypeError,
+            r"pixel\[0\].norm must be a Norm or None, but is BatchNorm1d; Norm.of\(norm\) makes one",
+        ),
+        ({"pixel": [layer_with(ONES.int())]}, TypeError, r"pixel\[0\].bias must be float64, .* but is torch.int32"),
+        ({"pixel": [layer_with(FLOAT8)]}, TypeError, r"pixel\[0\].bias must be float64, .* but is torch.float8_e4m3fn"),
+        ({"pixel": [layer_with(norm=Norm(ONES.cfloat()))]}, TypeError, r"pixel\[0\].norm.weight must be float64"),
+        ({"pixel": [layer_with(norm=Norm(ONES, ONES.bool()))]}, TypeError, r"pixel\[0\].norm.bias must be float64"),
+        (
+            {"pixel": [layer_with(norm=Norm(None, None, ONES.long(), ONES))]},
+            TypeError,
+            r"pixel\[0\].norm.running_mean must be float64, .* but is torch.int64",
+        ),
+        (
+            {"pixel": [layer_with(norm=Norm(None, None, ONES, FLOAT8))]},
+            TypeError,
+            r"pixel\[0\].norm.running_var must be float64",
+        ),
+        (
+            {"pixel": [layer_with(weight=torch.randn(DEPTH, CHANNELS).to_sparse())]},
+            TypeError,
+            r"pixel\[0\].weight must be dense, but is torch.sparse_coo",
+        ),
+        ({"pixel": [layer_with(norm=Norm(eps=-1e-5))]}, ValueError, r"pixel\[0\].norm.eps must be >= 0, but is -1e-05"),
+        ({"pixel": [layer_with(norm=Norm(eps=float("nan")))]}, ValueError, r"pixel\[0\].norm.eps must be >= 0"),
+        (
+            {"pixel": [layer_with(norm=Norm(eps=None))]},
+            TypeError,
+            r"pixel\[0\].norm.eps must be a number, but is NoneType",
+        ),
+        (
+            {"pixel": [layer_with(norm=Norm(None, None, ONES, ONES, momentum=None))]},
+            TypeError,
+            r"pixel\[0\].norm.momentum must be a number, but is NoneType",
+        ),
+        (
+            {"mask": torch.ones(BATCH, OUTPUTS, requires_grad=True)},
+            ValueError,
+            "mask must not require grad, .* multiply z by it instead",
+        ),
+    ],
+)
+def test_the_block_names_what_is_wrong(changes: dict[str, Any], error: type[Exception], message: str) -> None:
+    block_call()
+    with pytest.raises(error, match="^" + message):
+        block_call(**changes)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("given", ["running_mean", "running_var"])
+def test_running_statistics_are_two(given: str, training: bool) -> None:
+    """With one of them a norm would do nothing in eval mode, and forget its statistics in training."""
+    norm = Norm(training=training, **{given: ONES})
+    with pytest.raises(ValueError, match=HALF_GIVEN + given + " alone"):
+        block_call(pixel=[layer_with(norm=norm)])
+
+
+def test_momentum_is_read_where_statistics_run_alone() -> None:
+    for norm in (Norm(momentum=None), Norm(None, None, ONES, ONES, training=False, momentum=None)):
+        block_call(pixel=[layer_with(norm=norm)])
+    block_call(pixel=[layer_with(norm=Norm(None, None, ONES.clone(), ONES.clone(), momentum=np.float32(0.1), eps=0))])
+
+
+def test_without_gradients_a_mask_may_require_one() -> None:
+    with torch.no_grad():
+        block_call(mask=torch.ones(BATCH, OUTPUTS, requires_grad=True))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_autocast_leaves_float64(training: bool) -> None:
+    """So all is float64 or nothing is, as in PyTorch's own layers."""
+    double: dict[str, Any] = {
+        "feats": torch.randn(BATCH, CHANNELS, *PIXELS).double(),
+        "key": torch.randn(BATCH, DEPTH, REGIONS).double(),
+        "value": torch.randn(BATCH, 3, REGIONS).double(),
+    }
+    mean, var = torch.zeros(OUTPUTS), torch.ones(OUTPUTS)
+    fusing = Layer(torch.randn(OUTPUTS, UP + CHANNELS), None, Norm(None, None, mean, var, training))
+    layers = {
+        "pixel": [layer_with(weight=torch.randn(DEPTH, CHANNELS).double())],
+        "up": Layer(torch.randn(UP, 3).double()),
+        "fusing": fusing._replace(weight=fusing.weight.double()),
+    }
+    classifier = torch.randn(5, OUTPUTS), None
+    with torch.autocast("cpu", torch.bfloat16):
+        assert block_call(**double, **layers).dtype == torch.float64
+        before = mean.clone(), var.clone()
+        for changes, message in (
+            (double | layers | {"classifier": classifier}, "classifier.weight must have the dtype of feats"),
+            (double | layers | {"fusing": fusing}, "fusing.weight must have the dtype of feats"),
+            ({"key": double["key"]}, "key must have the dtype of feats"),
+            ({"value": double["value"].int()}, "value must be float64, .* but is torch.int32"),
+        ):
+            with pytest.raises(TypeError, match=message):
+                block_call(**changes)
+        block_call(key=double["key"].half(), fusing=fusing._replace(norm=None))
+    assert torch.equal(mean, before[0])
+    assert torch.equal(var, before[1])
+
+
+def test_an_error_leaves_statistics_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    def out_of_memory(*_: Any) -> Tensor:
+        raise torch.OutOfMemoryError
+
+    mean, var = torch.zeros(OUTPUTS), torch.ones(OUTPUTS)
+    fusing = Layer(torch.randn(OUTPUTS, UP + CHANNELS), None, Norm(None, None, mean, var))
+    monkeypatch.setattr(functional.F, "linear", out_of_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        block_call(fusing=fusing, classifier=(torch.randn(5, OUTPUTS), None))
+    assert not mean.any()
+    assert torch.equal(var, torch.ones(OUTPUTS))

@@ -411,6 +411,34 @@ def gradients(module: nn.Module, args: Any, grad: Tensor) -> list[Tensor]:
     return [out, *torch.autograd.grad(out, [args[0], *wanted], grad)]
 
 
+@on_each_backend
+@pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan")])
+@pytest.mark.parametrize("norm", ["BatchNorm", "no norm"])
+def test_what_is_not_finite_spoils_no_more_than_in_plain_layers(norm: str, value: float) -> None:
+    """Of pixels and of regions, where no norm takes the statistics of a batch."""
+    plain, ours = (module.eval() for module in pair(dropout=0.0, norm_layer=NORMS[norm]))
+    for spoilt in range(2):
+        args = inputs()
+        args[spoilt].data[0, 0, 1] = value
+        finite = []
+        for module in (plain, ours):
+            z = module(*args)
+            gradients = torch.autograd.grad(z.sum(), [*args, *module.parameters()])
+            finite.append([each.isfinite() for each in (z, *gradients)])
+        torch.testing.assert_close(finite[1], finite[0])
+
+
+@on_each_backend
+def test_one_channel_of_keys() -> None:
+    args = tensors()
+    args = [arg[:1] if i < 3 else arg for i, arg in enumerate(args)]
+    args[1], args[3], args[4] = args[1][:, :1], args[3][:1], args[4][:1, :1]
+    args[7:11] = [arg[:1] for arg in args[7:11]]
+    found = torch.autograd.grad(block(*args).square().sum(), args)
+    with _by_definition():
+        torch.testing.assert_close(found, torch.autograd.grad(block(*args).square().sum(), args), rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_regions_that_are_nearly_alike(backend: str, training: bool) -> None:
     """As before a network is trained: what they have in common must not take the digits of the rest."""

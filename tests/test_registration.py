@@ -11,9 +11,12 @@ import pytest
 import torch
 import torch._dynamo.testing
 from ops import ATTENTION, DTYPES, GATHER, Op, all_dtypes, both_ops
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import ocr_kernels
-from ocr_kernels import available_backends, pixel_region_attention, spatial_gather, use_backend
+from ocr_kernels import available_backends, pixel_region_attention, reference, spatial_gather, use_backend
+from ocr_kernels.block import Layer, Norm, ocr_block
 from ocr_kernels.block.registration import implemented
 from ocr_kernels.core.backends import resolve_backend
 from ocr_kernels.modules import SpatialOCR
@@ -249,6 +252,103 @@ def test_vmap_of_the_backward(op: Op, target: tuple[str, str]) -> None:
     for i in range(2):
         single = torch.autograd.grad(out, inputs, directions[i], retain_graph=True)
         torch.testing.assert_close([b[i] for b in batched], list(single))
+
+
+# The block
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_an_empty_batch(block_target: tuple[str, str], dropout: float) -> None:
+    """With a mask, which has no elements then, and without."""
+    backend, device = block_target
+    feats, proxy = torch.randn(0, 8, 3, 4, device=device), torch.randn(0, 8, 5, 1, device=device)
+    feats.requires_grad_()
+    found = []
+    for cls in (reference.SpatialOCR, SpatialOCR):
+        module = cls(8, 4, 6, dropout=dropout).to(device).train()
+        with use_backend(backend):
+            z = module(feats, proxy)
+            gradients = torch.autograd.grad(z.sum(), [feats, *module.parameters()])
+        assert z.shape == (0, 6, 3, 4)
+        assert not any(gradient.any() for gradient in gradients)
+        found.append([z, *gradients])
+    torch.testing.assert_close(found[1], found[0])
+
+
+BATCH, CHANNELS, DEPTH, REGIONS, OUTPUTS = 2, 5, 4, 3, 6
+TRANSFORMS: dict[str, Callable[..., Any]] = {
+    "grad": lambda loss, x: torch.func.grad(loss)(x),
+    "vjp": lambda loss, x: torch.func.vjp(loss, x)[1](x.new_ones(())),
+    "jvp": lambda loss, x: torch.func.jvp(loss, (x,), (x,)),
+    "jvp of grad": lambda loss, x: torch.func.jvp(torch.func.grad(loss), (x,), (x,)),
+    "grad of grad": lambda loss, x: torch.func.grad(lambda x: torch.func.grad(loss)(x).sum())(x),
+    "functionalize": lambda loss, x: torch.func.functionalize(loss)(x),
+    "vmap of others": lambda loss, x: torch.func.vmap(lambda y: loss(x) + y)(x.new_ones(1)),
+}
+
+
+def block_of(feats: Tensor, tensors: list[Tensor], norm: Norm | None = None, **options: Any) -> Tensor:
+    """Whose last layer has a norm."""
+    key, value, first, second, fusing = tensors
+    pixel = [Layer(first), Layer(second)]
+    return ocr_block(feats, key, value, pixel, None, Layer(fusing, None, norm, 1.0), **options)
+
+
+def block_tensors() -> tuple[Tensor, list[Tensor]]:
+    shapes = [(BATCH, DEPTH, REGIONS)] * 2 + [(DEPTH, CHANNELS), (DEPTH, DEPTH), (OUTPUTS, DEPTH + CHANNELS)]
+    return torch.randn(BATCH, CHANNELS, 3, 4), [torch.randn(shape) for shape in shapes]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # of statistics
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_statistics_run_in_transforms(transform: str, dtype: torch.dtype) -> None:
+    """Captured ones, as those of `torch.nn.functional.batch_norm` do."""
+    feats, tensors = block_tensors()
+    mean, var = torch.zeros(OUTPUTS, dtype=dtype), torch.ones(OUTPUTS, dtype=dtype)
+    plain = nn.BatchNorm2d(OUTPUTS, affine=False, momentum=0.3)
+    plain.num_batches_tracked = None
+    norm = Norm(None, None, mean, var, momentum=0.3)
+    found = TRANSFORMS[transform](lambda x: block_of(x, tensors, norm, backend="reference").square().sum(), feats)
+    expected = TRANSFORMS[transform](lambda x: plain(block_of(x, tensors, backend="reference")).square().sum(), feats)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close((mean.float(), var.float()), (plain.running_mean, plain.running_var))
+
+
+def test_statistics_of_a_vmap_run_each() -> None:
+    feats, tensors = block_tensors()
+    each = [torch.zeros(2, OUTPUTS), torch.ones(2, OUTPUTS)]
+    several = torch.stack((feats, feats + 1))
+    torch.func.vmap(lambda x, mean, var: block_of(x, tensors, Norm(None, None, mean, var)))(several, *each)
+    for i, x in enumerate(several):
+        alone = [torch.zeros(OUTPUTS), torch.ones(OUTPUTS)]
+        block_of(x, tensors, Norm(None, None, *alone))
+        torch.testing.assert_close([statistics[i] for statistics in each], alone)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_blocks_checks_are_traced(training: bool) -> None:
+    """Of all that a call may have: tracers and transforms have tensors of their own kinds."""
+    feats, tensors = block_tensors()
+    statistics = [torch.zeros(OUTPUTS), torch.ones(OUTPUTS)]
+    weight, bias = torch.randn(3, OUTPUTS), torch.randn(3)
+    mask = torch.ones(BATCH, OUTPUTS) if training else None
+
+    def call(feats: Tensor, mask: Tensor | None, statistics: list[Tensor], *tensors: Tensor) -> Tensor:
+        norm = Norm(None, None, *statistics, training)
+        return block_of(feats, list(tensors), norm, classifier=(weight, bias), mask=mask)
+
+    args = feats, mask, [each.clone() for each in statistics], *tensors
+    expected = call(feats, mask, statistics, *tensors)
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*args), expected)
+    torch.testing.assert_close(args[2], statistics)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert compiled(*args).shape == expected.shape
+    each = torch.func.vmap(call, (0, None, 0, *[None] * 5))(feats[None], mask, [s[None] for s in statistics], *tensors)
+    torch.testing.assert_close(each[0], expected)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fakes = torch.utils._pytree.tree_map_only(Tensor, mode.from_tensor, args)
+        assert call(*fakes).shape == expected.shape
 
 
 # Backends

@@ -13,6 +13,7 @@ import pytest
 import torch
 from ops import DTYPES, GATHER, native_on, over, pairwise
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ocr_kernels import GatherState, spatial_gather
 from ocr_kernels.testing import FACTORS, assert_parity, gradcheck, gradgradcheck, judge, poisoned_memory, saved_bytes
@@ -373,6 +374,43 @@ def test_merge_keeps_scale_and_backend() -> None:
         state.update(*inputs())
     merged = GatherState.merge(*states)
     assert (merged.scale, merged.backend) == (2.0, "reference")
+
+
+@pytest.mark.parametrize(
+    ("scales", "differ"),
+    [
+        ((2.0, torch.tensor(1.0)), True),
+        ((torch.tensor(1.0), torch.tensor(2.0)), True),
+        ((torch.tensor(1.0), nn.Parameter(torch.tensor([2.0]))), True),
+        ((1.0, torch.tensor(1.0), 2), True),
+        ((0.7, torch.tensor(0.7), nn.Parameter(torch.tensor([0.7], dtype=torch.float64))), False),
+        ((nn.Parameter(torch.tensor(2.0)), 2), False),
+    ],
+)
+def test_merged_states_have_one_scale(scales: tuple[float | Tensor, ...], differ: bool) -> None:
+    """Numbers and tensors alike, by their values."""
+    states = [state_of([inputs()], scale) for scale in scales]
+    if not differ:
+        assert GatherState.merge(*states).scale is scales[0]
+        return
+    with pytest.raises(ValueError, match=r"one scale, but have \[1.0, 2.0\]"):
+        GatherState.merge(*states)
+
+
+def test_scales_whose_values_nobody_knows_yet_are_merged() -> None:
+    feats, logits = (tensor.detach() for tensor in exact_inputs())
+    scale = torch.tensor(0.7, dtype=torch.float64)
+
+    def merged(feats: Tensor, scale: Tensor) -> Tensor:
+        return GatherState.merge(*(state_of([(feats, logits)], each) for each in (scale, scale.clone()))).result()
+
+    expected = GATHER.definition(feats, logits, scale)
+    assert_same(torch.vmap(merged)(feats[None], scale[None])[0], expected)
+    assert_same(torch.func.vjp(merged, feats, scale)[0], expected)
+    assert_same(torch.compile(merged, fullgraph=True, backend="aot_eager")(feats, scale), expected)
+    with FakeTensorMode() as mode:
+        feats, logits, scale = (mode.from_tensor(tensor) for tensor in (feats, logits, scale))
+        assert merged(feats, scale).shape == expected.shape
 
 
 def test_shares_add_up(target: TARGET) -> None:

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ocr_kernels.block import reference
 from ocr_kernels.block.layers import Layer, Norm
@@ -25,7 +25,7 @@ from ocr_kernels.core.arguments import (
 )
 from ocr_kernels.core.backends import Backend, left_to_compiler, resolve_backend
 from ocr_kernels.core.derivatives import is_differentiated, is_in_transform
-from ocr_kernels.core.layout import in_format, pixels, statistics_dtype
+from ocr_kernels.core.layout import DTYPES, in_format, pixels, statistics_dtype
 
 Output = Literal["features", "logits", "classes"]
 Classifier: TypeAlias = tuple[Tensor, Tensor | None]
@@ -69,7 +69,7 @@ def ocr_block(
             a classifier, else z.
         scale: factor on the scores; `None` means `D ** -0.5`.
         context_first: whether g takes `[y, x]`, or `[x, y]`.
-        mask: what z is multiplied by, `[B, O]`, as Dropout2d does; float32, or float64 for float64.
+        mask: what z is multiplied by, `[B, O]`, as Dropout2d does, a constant; float32, or float64 for float64.
         backend: `"reference"`, `"triton"`, or on a CPU `"native"`; `None` chooses (see `ocr_kernels.use_backend`).
 
     Returns:
@@ -82,10 +82,11 @@ def ocr_block(
     bitwise reproducible.
 
     Raises:
-        TypeError: an argument is no tensor, or the dtypes differ or are others.
+        TypeError: an argument is no tensor, no `Layer`, no `Norm` or no number, or the dtypes differ or are others.
         ValueError: shapes or devices do not match, a size other than B and S is 0, there is one pixel where a norm
-            takes the statistics of the batch, a slope is negative where a derivative is wanted, `output` needs a
-            classifier, or `output` or `backend` is unknown.
+            takes the statistics of the batch, a norm has one running statistic of two or a negative eps, a slope is
+            negative where a derivative is wanted, the mask requires grad, `output` needs a classifier, or `output` or
+            `backend` is unknown.
         RuntimeError: the backend asked for cannot run here; the message says why.
 
     Examples:
@@ -145,11 +146,12 @@ def ocr_block(
         feats, key, pixel[0].weight, second, fusing.weight, contexts, *vectors, none if mask is None else mask,
         scale, slopes, eps, names, context_first, chosen,
     )  # fmt: skip
-    if count or any(names):
-        lengths = [gain.shape[0] for gain in vectors[::2] for _ in range(5)]  # of what `statistics_of` puts there
-        *known, _ = statistics.detach().split([*lengths, len(layers)])
-        _update(list(zip(layers.values(), known[::5], known[1::5], strict=True)))
-    return _classified(z, classifier, output)
+    out = _classified(z, classifier, output)
+    lengths = [gain.shape[0] for gain in vectors[::2] for _ in range(5)]  # of what `statistics_of` puts there
+    *known, _ = statistics.detach().split([*lengths, len(layers)])
+    found = list(zip(layers.values(), known[::5], known[1::5], strict=True))
+    _update(found, runs=count > 0 or any(names))  # last: an error leaves statistics as they were
+    return out
 
 
 def _tensors(layers: Iterable[Layer | None], classifier: Classifier | None) -> Iterator[Tensor]:
@@ -242,9 +244,18 @@ def _named(pixel: Sequence[Layer], up: Layer | None, fusing: Layer) -> dict[str,
     """The layers by what messages call them; `up` is always one."""
     if not isinstance(pixel, (list, tuple)) or isinstance(pixel, Layer) or len(pixel) not in (1, 2):
         raise ValueError("pixel must be one layer or two, in a sequence")
-    second = pixel[1] if len(pixel) == 2 else None
     up = Layer(None, slope=1.0) if up is None else up
-    return {"pixel[0]": pixel[0], "pixel[1]": second, "up": up, "fusing": fusing}
+    layers: dict[str, Any] = {"pixel[0]": pixel[0], "pixel[1]": pixel[-1], "up": up, "fusing": fusing}
+    for name, layer in layers.items():
+        if not isinstance(layer, Layer):
+            wanted = "a Layer or None" if name == "up" else "a Layer"
+            raise TypeError(f"{name} must be {wanted}, but is {type(layer).__name__}")
+        if layer.norm is not None and not isinstance(layer.norm, Norm):
+            hint = "; Norm.of(norm) makes one" if isinstance(layer.norm, nn.Module) else ""
+            raise TypeError(f"{name}.norm must be a Norm or None, but is {type(layer.norm).__name__}{hint}")
+    if len(pixel) == 1:
+        layers["pixel[1]"] = None
+    return layers
 
 
 def _gain_and_shift(layer: Layer, contexts: int, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -273,43 +284,66 @@ _lerp_all: Any = getattr(torch, "_foreach_lerp_", None)
 
 
 @torch.no_grad()
-def _update(found: Sequence[tuple[Layer | None, Tensor, Tensor]]) -> None:
-    """Let statistics run, of layers with their means and unbiased variances."""
-    running, now, momenta = [], [], []
+def _update(found: Sequence[tuple[Layer | None, Tensor, Tensor]], *, runs: bool) -> None:
+    """Count a batch, and let statistics run, of layers with their means and unbiased variances."""
+    running, now = [], []
+    momenta: list[Any] = []
     for layer, mean, var in found:
         norm = None if layer is None else layer.norm
-        if norm is None or not norm.training or norm.running_mean is None or norm.running_var is None:
+        if norm is None or not norm.training:
+            continue
+        momentum, tracked = norm.momentum, norm.num_batches_tracked
+        if tracked is not None:
+            tracked.add_(1)
+            momentum = 1.0 / float(tracked) if momentum is None else momentum
+        if norm.running_mean is None or norm.running_var is None or not runs:
             continue
         running += [norm.running_mean, norm.running_var]
         now += [mean if layer.bias is None else mean + layer.bias, var]  # type: ignore[union-attr]
-        momenta += [norm.momentum] * 2
+        momenta += [momentum] * 2
     is_plain = not is_in_transform() and not torch.compiler.is_compiling() and type(found[0][1]) is Tensor
     have_dtypes = [each.dtype for each in running] == [each.dtype for each in now]
     are_alike = len(set(momenta)) == 1 and len({*map(id, running)}) == len(running)  # no layers share a norm
     if is_plain and have_dtypes and are_alike and _lerp_all is not None:  # one launch
         _lerp_all(running, now, momenta[0])
         return
-    for statistic, value, momentum in zip(running, now, momenta, strict=True):
-        if is_in_transform():  # where `lerp_` warns that it is slow
-            statistic.copy_(statistic.lerp(value.to(statistic.dtype), momentum))
-        else:
-            statistic.lerp_(value.to(statistic.dtype), momentum)
+    for statistic, mean_or_var, momentum in zip(running, now, momenta, strict=True):
+        value = mean_or_var.to(statistic.dtype)
+        if not is_in_transform():
+            statistic.lerp_(value, momentum)
+            continue
+        known, new = _unwrapped(statistic), _unwrapped(value)
+        if known is not None and new is not None and _lerp_all is not None:  # which may change what was captured
+            _lerp_all([known], [new], momentum)
+        else:  # of a vmap, where `lerp_` warns that it is slow
+            statistic.copy_(statistic.lerp(value, momentum))
+
+
+def _unwrapped(tensor: Tensor) -> Tensor | None:
+    """What the transforms of torch.func have wrapped; None where one is a vmap, or where a compiler hides them."""
+    if torch.compiler.is_compiling():
+        return None
+    inner = torch.func.debug_unwrap(tensor, recurse=False)
+    if inner is tensor:
+        return tensor
+    return _unwrapped(inner) if inner.shape == tensor.shape else None  # a vmap's has a dimension more
 
 
 def _check(
     feats: Tensor, key: Tensor, value: Tensor, layers: dict[str, Layer | None], scale: Any, mask: Any
 ) -> dict[str, int]:
-    """The sizes, by letter."""
+    """The sizes, by letter. At each call, so names and messages are made where something is wrong."""
     check_tensors(feats=feats, key=key, value=value)
     check_dtype("feats", feats)
-    check_shape("feats", feats, "[B, C, *S] with C >= 1", feats.dim() >= 3 and feats.shape[1] >= 1)
-    batched = key.dim() == 3 and key.shape[0] == feats.shape[0]
-    check_shape("key", key, "[B, D, K] with the B of feats and K >= 1", batched and 0 not in key.shape[1:])
-    batched = value.dim() == 3 and value.shape[::2] == key.shape[::2]
-    check_shape("value", value, "[B, V, K] with the B and the K of key", batched and value.shape[1] >= 1)
-    _check_as("key", key, feats)
-    _check_as("value", value, feats)
-    sizes = {"C": feats.shape[1], "D": key.shape[1], "V": value.shape[1]}
+    maps, keys, values = feats.shape, key.shape, value.shape
+    check_shape("feats", feats, "[B, C, *S] with C >= 1", len(maps) >= 3 and maps[1] >= 1)
+    batched = len(keys) == 3 and keys[0] == maps[0]
+    check_shape("key", key, "[B, D, K] with the B of feats and K >= 1", batched and 0 not in keys[1:])
+    batched = len(values) == 3 and values[::2] == keys[::2]
+    check_shape("value", value, "[B, V, K] with the B and the K of key", batched and values[1] >= 1)
+    _check_as(feats, key, "key")
+    _check_as(feats, value, "value")
+    sizes = {"C": maps[1], "D": keys[1], "V": values[1]}
     for (name, layer), axes in zip(layers.items(), ("DC", "DD", "YV", "OI"), strict=True):
         if name == "fusing":
             sizes["I"] = sizes["Y"] + sizes["C"]
@@ -319,9 +353,11 @@ def _check(
         raise TypeError(f"scale must be a number or None, but is {type(scale).__name__}")
     if mask is not None:
         check_tensors(mask=mask)
-        check_shape("mask", mask, "[B, O]", tuple(mask.shape) == (feats.shape[0], sizes["O"]))
+        check_shape("mask", mask, "[B, O]", tuple(mask.shape) == (maps[0], sizes["O"]))
         check_dtype("mask", mask, statistics_dtype(feats))
         check_device("mask", mask, "feats", feats)
+        if mask.requires_grad and torch.is_grad_enabled():
+            raise ValueError("mask must not require grad, for it gets none; multiply z by it instead")
     return sizes
 
 
@@ -338,35 +374,71 @@ def _check_output(output: str, classifier: Any, sizes: dict[str, int], feats: Te
     _check_layer("classifier", Layer(weight, bias, slope=1.0), "LO", sizes, feats)
 
 
-def _check_as(name: str, tensor: Tensor, feats: Tensor) -> None:
-    check_device(name, tensor, "feats", feats)
-    if not torch.is_autocast_enabled(feats.device.type):
-        check_same_dtype(name, tensor, "feats", feats)
+def _check_as(feats: Tensor, tensor: Tensor, *name: str) -> None:
+    """`name` is in parts, which nobody joins where all is well."""
+    if tensor.dtype == feats.dtype and tensor.device == feats.device and tensor.layout == torch.strided:
+        return
+    whole = "".join(name)
+    check_device(whole, tensor, "feats", feats)
+    check_dtype(whole, tensor)
+    casts = torch.is_autocast_enabled(feats.device.type)
+    if not casts or torch.float64 in (tensor.dtype, feats.dtype):  # which autocast leaves as it is
+        check_same_dtype(whole, tensor, "feats", feats)
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{whole} must be dense, but is {tensor.layout}")
+
+
+_VECTORS = ("bias", "norm.weight", "norm.bias", "norm.running_mean", "norm.running_var")
 
 
 def _check_layer(name: str, layer: Layer, axes: str, sizes: dict[str, int], feats: Tensor) -> None:
     """`sizes` are those known so far."""
-    weight = layer.weight
+    weight, bias, norm, slope = layer
     if name == "up" and weight is None:
         sizes["Y"] = sizes["V"]
     else:
-        check_tensors(**{f"{name}.weight": weight})
-        assert weight is not None
+        if not isinstance(weight, Tensor):
+            raise TypeError(f"{name}.weight must be a tensor, but is {type(weight).__name__}")
         shape = weight.shape
         if len(shape) == 2 and shape[0] >= 1:
             sizes.setdefault(axes[0], shape[0])
-        if tuple(shape) != tuple(sizes.get(axis) for axis in axes):
+        if tuple(shape) != (sizes.get(axes[0]), sizes.get(axes[1])):
             wanted = ", ".join(str(sizes.get(axis, axis)) for axis in axes)
             check_shape(f"{name}.weight", weight, f"[{wanted}]", False)
-        _check_as(f"{name}.weight", weight, feats)
-    channels = sizes[axes[0]]
-    if not isinstance(layer.slope, (int, float)) or not abs(layer.slope) < math.inf:
-        raise TypeError(f"{name}.slope must be a finite number, but is {layer.slope!r}")
-    norm = layer.norm or Norm()
-    vectors = {"bias": layer.bias, "norm.weight": norm.weight, "norm.bias": norm.bias}
-    vectors |= {"norm.running_mean": norm.running_mean, "norm.running_var": norm.running_var}
-    for kind, vector in vectors.items():
-        if vector is not None:
-            check_tensors(**{f"{name}.{kind}": vector})
-            check_shape(f"{name}.{kind}", vector, f"[{channels}]", tuple(vector.shape) == (channels,))
-            check_device(f"{name}.{kind}", vector, "feats", feats)
+        _check_as(feats, weight, name, ".weight")
+    if not isinstance(slope, (int, float)) or not abs(slope) < math.inf:
+        raise TypeError(f"{name}.slope must be a finite number, but is {slope!r}")
+    channels, device = sizes[axes[0]], feats.device
+    vectors = (bias,) if norm is None else (bias, *norm[:4])
+    for i, vector in enumerate(vectors):
+        if vector is not None and not (
+            isinstance(vector, Tensor)
+            and tuple(vector.shape) == (channels,)
+            and vector.dtype in DTYPES
+            and vector.device == device
+        ):
+            _refuse_vector(f"{name}.{_VECTORS[i]}", vector, channels, feats)
+    if norm is not None:
+        _check_norm(name, norm)
+
+
+def _refuse_vector(name: str, vector: Tensor, channels: int, feats: Tensor) -> None:
+    check_tensors(**{name: vector})
+    check_shape(name, vector, f"[{channels}]", tuple(vector.shape) == (channels,))
+    check_dtype(name, vector)
+    check_device(name, vector, "feats", feats)
+
+
+def _check_norm(name: str, norm: Norm) -> None:
+    """What of a norm is no tensor."""
+    runs = norm.running_mean is not None
+    if runs != (norm.running_var is not None):
+        given = "running_mean" if runs else "running_var"
+        raise ValueError(f"{name}.norm must have running_mean and running_var, or neither, but has {given} alone")
+    if not isinstance(norm.eps, (float, Real)):
+        raise TypeError(f"{name}.norm.eps must be a number, but is {type(norm.eps).__name__}")
+    if not norm.eps >= 0:
+        raise ValueError(f"{name}.norm.eps must be >= 0, but is {norm.eps}")
+    is_average = norm.momentum is None and norm.num_batches_tracked is not None
+    if runs and norm.training and not is_average and not isinstance(norm.momentum, (float, Real)):
+        raise TypeError(f"{name}.norm.momentum must be a number, but is {type(norm.momentum).__name__}")

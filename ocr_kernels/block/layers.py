@@ -22,12 +22,13 @@ class Norm(NamedTuple):
 
     weight: Tensor | None = None  # [channels]
     bias: Tensor | None = None
-    running_mean: Tensor | None = None
+    running_mean: Tensor | None = None  # with running_var, or neither
     running_var: Tensor | None = None
     training: bool = True  # whether statistics are the batch's
-    momentum: float = 0.1
+    momentum: float | None = 0.1  # None: a cumulative average, by num_batches_tracked
     eps: float = 1e-5
     group: distributed.ProcessGroup | None = None  # the processes whose batches are one, as SyncBatchNorm has it
+    num_batches_tracked: Tensor | None = None  # counts batches
 
     @property
     def is_batch(self) -> bool:
@@ -36,19 +37,16 @@ class Norm(NamedTuple):
 
     @classmethod
     def of(cls, norm: nn.Module) -> Norm:
-        """A BatchNorm as it is at a call. In training it counts its batches, as before it calls `batch_norm` itself."""
+        """A BatchNorm as it is at a call."""
         if not isinstance(norm, _BatchNorm):
             raise TypeError(f"norm must be a BatchNorm or a SyncBatchNorm, but is {norm}")
-        momentum = 0.0 if norm.momentum is None else norm.momentum
-        if norm.training and norm.track_running_stats and norm.num_batches_tracked is not None:
-            norm.num_batches_tracked.add_(1)
-            if norm.momentum is None:  # a cumulative average
-                momentum = 1.0 / float(norm.num_batches_tracked)
+        tracked = norm.num_batches_tracked if norm.training and norm.track_running_stats else None
+        momentum = 0.0 if norm.momentum is None and tracked is None else norm.momentum
         training = norm.training or (norm.running_mean is None and norm.running_var is None)
         runs = not norm.training or norm.track_running_stats
         mean, var = (norm.running_mean, norm.running_var) if runs else (None, None)
         group = _group_of(norm) if isinstance(norm, nn.SyncBatchNorm) and norm.training else None
-        return cls(norm.weight, norm.bias, mean, var, training, momentum, norm.eps, group)
+        return cls(norm.weight, norm.bias, mean, var, training, momentum, norm.eps, group, tracked)
 
 
 class Layer(NamedTuple):
@@ -67,9 +65,7 @@ class Layer(NamedTuple):
 
     @classmethod
     def of(cls, convolution: nn.Module, norm: nn.Module | None = None, activation: nn.Module | None = None) -> Layer:
-        """A layer of PyTorch's modules, as they are at a call: with their tensors, less their hooks.
-
-        Make it anew for each call, since a norm in training counts the batches that it sees.
+        """A layer of PyTorch's modules, as they are now: with their tensors, less their hooks.
 
         Args:
             convolution: a 1x1 convolution or a Linear, `[outputs, inputs]`.

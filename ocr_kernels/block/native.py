@@ -104,7 +104,11 @@ class Compiled(Passes):
         return sums
 
     def through(self, grad: Tensor, h: Tensor, vectors: Tensor, slope: float, out: Tensor) -> Tensor:
-        _ops.block_through(out, grad, h, vectors, slope)
+        if vectors.shape[0] == 6:
+            _ops.block_through(out, grad, h, vectors, slope)
+        else:  # infinite h are multiplied by nothing
+            factor, offset, mask, a = vectors
+            self.gradient(grad, h, torch.stack((factor, offset, mask * a, offset)), slope, out)
         return out
 
     def softmax(self, scores: Tensor, out: Tensor) -> Tensor:

@@ -189,14 +189,18 @@ class Gradients(NamedTuple):
         share = -norm.factor / norm.pixels
         return share * norm.rstd * gain, share * shift
 
-    def affine(self) -> tuple[Tensor, Tensor, Tensor]:
-        """a, b, c of the same gradient: a * grad + b * h + c."""
+    def of_images(self, masks: Tensor, images: int) -> list[Tensor]:
+        """What `Passes.through` takes, for each image; masks as `Norm.of_images` has them."""
+        norm = self.norm
+        if not norm.layer.has_statistics:
+            return norm.of_images(masks, images, norm.factor)
         slope, offset = self.centred()
-        return self.norm.factor, slope, torch.addcmul(offset, self.norm.mean, slope, value=-1)
+        constant = torch.addcmul(offset, norm.mean, slope, value=-1)
+        return norm.of_images(masks, images, norm.factor, slope, constant)
 
     def vectors(self) -> Tensor:
-        """What `Passes.through` takes where the activation was gone through before."""
-        return self.norm.vectors(None, *self.affine())
+        """The same where the activation was gone through before."""
+        return self.of_images(self.norm.factor[:0], 1)[0]
 
 
 def _gathered(tensor: Tensor, group: str) -> Tensor:
@@ -214,16 +218,22 @@ class Contexts:
     since weights add up to 1: u w = means + centred w. Norms magnify the rest.
     """
 
-    def __init__(self, u: Tensor, mean_weights: Tensor, scatter: Tensor, pixels: int) -> None:
-        self.mean_weights = mean_weights  # [B, K, 1]
-        self.scatter = scatter  # [B, K, K]: sums of outer products of weights less their means
+    def __init__(self, u: Tensor, pixels: int, moments: tuple[Tensor, Tensor] | None) -> None:
+        """Moments of the weights are None where rho's norm takes none: one pixel that is NaN then spoils no other."""
         self.pixels = pixels  # of an image
-        means = u @ mean_weights
-        self.means: Tensor = means.squeeze(2)  # [B, Y]
-        self.centred: Tensor = u - means  # [B, Y, K]
+        self.scatter: Tensor | None = None  # [B, K, K]: sums of outer products of weights less their means
+        self.centred = u  # [B, Y, K]
+        if moments is None:
+            self.mean_weights = u.new_zeros((u.shape[0], u.shape[2], 1))  # [B, K, 1]
+            self.means = u.new_zeros(u.shape[:2])  # [B, Y]
+        else:
+            self.mean_weights, self.scatter = moments
+            means = u @ self.mean_weights
+            self.means, self.centred = means.squeeze(2), u - means
 
     def moments(self) -> tuple[Tensor, Tensor]:
         """Means of u w, and sums of squares about them, image by image `[B, Y]`."""
+        assert self.scatter is not None
         return self.means, ((self.centred @ self.scatter) * self.centred).sum(2)
 
     def norm(self, layer: Layer) -> Norm:
@@ -257,6 +267,9 @@ class Contexts:
         dw_i = A' dy_i + matrix w_i + column, less what all regions have in common, which a softmax does not feel.
         `slope` and `offset` are what `Gradients.centred` gives.
         """
+        if self.scatter is None:
+            regions = outer.shape[2]
+            return norm.factor[:, None] * outer, outer.new_zeros((len(outer), regions, regions)), self.mean_weights
         off = torch.addcmul(offset, slope, self.means - norm.mean)  # of a pixel whose weights are the mean ones
         factors, slopes = norm.factor[:, None], slope[:, None]
         du = torch.addcmul(factors * outer, slopes, self.centred @ self.scatter)

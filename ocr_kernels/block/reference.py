@@ -95,8 +95,10 @@ def of_each(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
     return list(zip(*map(Tensor.unbind, tensors), strict=True))
 
 
-def contexts_of(u: Tensor, weights: Tensor, tiles: Passes) -> Contexts:
+def contexts_of(u: Tensor, weights: Tensor, tiles: Passes, up: Layer) -> Contexts:
     batch, regions, pixels = weights.shape
+    if not up.has_statistics:
+        return Contexts(u, pixels, None)
     mean_weights = weights.mean(2, keepdim=True, dtype=u.dtype) if pixels else u.new_zeros((batch, regions, 1))
     scatter = u.new_zeros((batch, regions, regions))
     of_images = of_each(scatter, mean_weights)
@@ -104,7 +106,7 @@ def contexts_of(u: Tensor, weights: Tensor, tiles: Passes) -> Contexts:
         total, mean = of_images[image]
         centred = w - mean
         total.addmm_(centred, centred.t())
-    return Contexts(u, mean_weights, scatter, pixels)
+    return Contexts(u, pixels, (mean_weights, scatter))
 
 
 # The two passes
@@ -141,7 +143,7 @@ def forward(
         q = tiles.activate(h, taken, query.layer.slope, tiles.empty("depth", h.shape, exact))
         tiles.softmax(tiles.product("scores", keys[image], q), w)
 
-    y = contexts_of(contexts.to(exact), weights, tiles)
+    y = contexts_of(contexts.to(exact), weights, tiles, layers[2])
     up = y.norm(layers[2])
     of_images = of_each(*y.normalised(up, dtype))
     moments = Moments(layers[3])
@@ -189,7 +191,7 @@ def backward(
     channels, (depth, regions) = x.shape[1], key.shape[1:]
     need_feats = needs[0]
     need_phi = any((*needs[:4], *needs[6:10]))
-    y = contexts_of(contexts.to(exact), weights, tiles)
+    y = contexts_of(contexts.to(exact), weights, tiles, layers[2])
     dfeats = empty_in_format(feats, channels if need_feats else 0)
     dx = dfeats.flatten(2)
 
@@ -197,7 +199,7 @@ def backward(
     masked = last.of_images(mask, x.shape[0], last.mean)
     sums = [tiles.gradient(g, h, masked[image], slope) for image, g, h in tiles.of(incoming, fused)]
     dlast = Gradients.of(last, sums)
-    masked = last.of_images(mask, x.shape[0], *dlast.affine())
+    masked = dlast.of_images(mask, x.shape[0])
     context_channels = contexts.shape[1]
     halves = fusing.split([context_channels, channels] if settings.context_first else [channels, context_channels], 1)
     on_context, on_pixels = (half.t().contiguous() for half in halves[:: 1 if settings.context_first else -1])

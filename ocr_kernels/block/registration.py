@@ -63,7 +63,7 @@ def _check(tensors: Sequence[Tensor], settings: Settings) -> None:
     second, outputs = depth if pixel_out.numel() else 0, fusing.shape[0]
     shapes: list[tuple[int, ...]] = [(batch, depth, regions), (depth, channels), (depth, depth) if second else (0,)]
     shapes += [(outputs, up + channels), (batch, up, regions), (depth,), (depth,), (second,), (second,)]
-    shapes += [(up,), (up,), (outputs,), (outputs,), (batch, outputs) if tensors[TENSORS].numel() else (0,)]
+    shapes += [(up,), (up,), (outputs,), (outputs,), (batch, outputs) if tensors[TENSORS].dim() == 2 else (0,)]
     _check_each(_NAMES[1:], tensors[1:], shapes, [feats.dtype] * 4 + [statistics_dtype(feats)] * 10, feats)
     for name, values in zip(("slopes", "eps", "groups"), settings[1:4], strict=True):
         if len(values) != 4:

@@ -261,11 +261,11 @@ def ocr_block_gradient_kernel(
     grad,  # [B, C, N]
     h,  # [B, C, N]
     factor, offset,  # [C]
-    slope, constant,  # [C]: it is factor * d + slope * h + constant
+    slope, constant,  # [C]: it is factor * d + slope * h + constant, or without statistics factor * d
     mask,  # [B, C]
     out_strides, grad_strides, h_strides,
     C, N,
-    SLOPE: tl.constexpr, MASKED: tl.constexpr,
+    SLOPE: tl.constexpr, MASKED: tl.constexpr, STATISTICS: tl.constexpr,
     ACCUMULATOR: tl.constexpr, ALIGNMENT: tl.constexpr, INT64: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -277,8 +277,10 @@ def ocr_block_gradient_kernel(
     d, x = gradient_before_activation(
         grad, h, factor, offset, mask, image, c0, n0, SLOPE, MASKED, ACCUMULATOR, BLOCK_C, BLOCK_N
     )
-    d = d * column_of(factor, c0, C, BLOCK_C) + x * column_of(slope, c0, C, BLOCK_C)
-    store_tile(out, d + column_of(constant, c0, C, BLOCK_C), c0, n0)
+    d = d * column_of(factor, c0, C, BLOCK_C)
+    if STATISTICS:
+        d = d + x * column_of(slope, c0, C, BLOCK_C) + column_of(constant, c0, C, BLOCK_C)
+    store_tile(out, d, c0, n0)
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -529,10 +531,13 @@ def _gradient_sums_launch(grad: Tensor, h: Tensor, *, slope: float, masked: bool
 
 
 @prepared
-def _gradient_launch(out: Tensor, grad: Tensor, h: Tensor, *, slope: float, masked: bool) -> Launch:
+def _gradient_launch(out: Tensor, grad: Tensor, h: Tensor, *, slope: float, masked: bool, statistics: bool) -> Launch:
     tile, arguments = _pass(out, grad, h)
     sizes = out.stride(), grad.stride(), h.stride(), *h.shape[1:]
-    return Launch(ocr_block_gradient_kernel, _programs(tile, h), *sizes, SLOPE=slope, MASKED=masked, **arguments)
+    return Launch(
+        ocr_block_gradient_kernel, _programs(tile, h), *sizes,
+        SLOPE=slope, MASKED=masked, STATISTICS=statistics, **arguments,
+    )  # fmt: skip
 
 
 def _gradients(norm: Norm, grad: Tensor, h: Tensor, out: Tensor, mask: Tensor | None = None) -> Gradients:
@@ -548,7 +553,8 @@ def _gradients(norm: Norm, grad: Tensor, h: Tensor, out: Tensor, mask: Tensor | 
     partial = h.new_empty(sums.shape, dtype=statistics_dtype(h))
     sums.launch(partial, grad, h, norm.factor, norm.offset, norm.mean, factors)
     gradients, slope, _, constant = _added(norm, partial.flatten(0, 1))
-    _gradient_launch(out, grad, h, **flags)(out, grad, h, norm.factor, norm.offset, slope, constant, factors)
+    launch = _gradient_launch(out, grad, h, **flags, statistics=norm.layer.has_statistics)
+    launch(out, grad, h, norm.factor, norm.offset, slope, constant, factors)
     return gradients
 
 
@@ -605,13 +611,13 @@ def _region_weights(query: Norm, hidden: Tensor, key: Tensor, scale: float) -> T
     return weights
 
 
-def _contexts_of(u: Tensor, weights: Tensor) -> Contexts:
-    batch, regions, pixels = weights.shape
-    if not pixels:
-        return Contexts(u, u.new_zeros((batch, regions, 1)), u.new_zeros((batch, regions, regions)), pixels)
+def _contexts_of(u: Tensor, weights: Tensor, up: Layer) -> Contexts:
+    pixels = weights.shape[2]
+    if not up.has_statistics or not pixels:
+        return Contexts(u, pixels, None)
     mean = weights.mean(2, keepdim=True, dtype=u.dtype)
     centred = weights - mean
-    return Contexts(u, mean, torch.bmm(centred, centred.mT), pixels)
+    return Contexts(u, pixels, (mean, torch.bmm(centred, centred.mT)))
 
 
 def _normalised(y: Contexts, up: Norm, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -721,7 +727,7 @@ def forward(
         else:
             hidden_out, second = empty_maps(x, 0), Norm.of(layers[1])
         weights = _region_weights(query, hidden, key, settings.scale)
-        y = _contexts_of(contexts.to(exact), weights)
+        y = _contexts_of(contexts.to(exact), weights, layers[2])
         up = _norm_of_contexts(layers[2], y)
         both = empty_maps(x, fusing.shape[1])
         inside, outside = _halves(both, up.factor.shape[0], settings)
@@ -763,7 +769,7 @@ def backward(
         d, d_in = gradients[:, : fusing.shape[0]], gradients[:, fusing.shape[0] :]
         dlast = _gradients(last, grad.flatten(2), fused, d, mask)
         on_context, on_pixels = _halves(fusing, up.factor.shape[0], settings)
-        y = _contexts_of(contexts.to(exact), weights)
+        y = _contexts_of(contexts.to(exact), weights, layers[2])
         rows, offset = _normalised(y, up, x.dtype)
         context_layer = rows, offset, up.layer.slope, weights
         dfusing = fusing.new_empty(fusing.shape, dtype=exact)

@@ -126,7 +126,9 @@ def aligned_rows(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     if regions % 16 == 0 and first.stride(2) == second.stride(2) == 1:
         return first, second
     rows = first.new_zeros((batch, channels + second.shape[1], round_up(regions)))
-    torch.cat((first, second), 1, out=rows[..., :regions])
+    for part, tensor in ((rows[:, :channels], first), (rows[:, channels:], second)):
+        if tensor.shape[1]:  # `torch.cat` fills nothing where rows of one channel count as contiguous
+            part[..., :regions].copy_(tensor)
     return rows[:, :channels], rows[:, channels:]
 
 

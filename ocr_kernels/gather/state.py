@@ -7,7 +7,7 @@ from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 
 from ocr_kernels.core import collectives
 from ocr_kernels.core.arguments import (
@@ -19,6 +19,7 @@ from ocr_kernels.core.arguments import (
     split_scale,
 )
 from ocr_kernels.core.backends import Backend, resolve_backend
+from ocr_kernels.core.derivatives import is_in_transform
 from ocr_kernels.core.registration import autocast
 from ocr_kernels.gather.registration import spatial_gather_backward_op, spatial_gather_op
 
@@ -161,9 +162,9 @@ class GatherState:
         for state in states:
             if not isinstance(state, GatherState):
                 raise TypeError(f"states must be GatherStates, but one is {type(state).__name__}")
-        scales = {float(state.scale) for state in states if isinstance(state.scale, Real)}
-        if len(scales) > 1:
-            raise ValueError(f"states must have one scale, but have {sorted(scales)}")
+        scales = [state.scale for state in states]
+        if not all(scale is scales[0] for scale in scales) and len(values := _values(scales)) > 1:
+            raise ValueError(f"states must have one scale, but have {sorted(values)}")
         merged = GatherState(states[0].scale, backend=states[0].backend)
         for state in states:
             sums, like = state._known()
@@ -236,6 +237,18 @@ class GatherState:
         self._check_like("feats and logits", like, (*feats.shape[:2], logits.shape[1]))
         logits, scale = split_scale(self.scale, logits)
         return sums_of(feats, logits, scale, resolve_backend(feats.device, self.backend)), like
+
+
+def _values(scales: list[Any]) -> set[float]:
+    """Those that are known, not those of transforms and fakes, in the least precise dtype of a tensor among them."""
+    values = [float(scale) for scale in scales if isinstance(scale, Real)]
+    if torch.compiler.is_compiling() or is_in_transform():
+        return set(values)
+    tensors = [s.detach() for s in scales if type(s) in (Tensor, nn.Parameter) and s.device.type != "meta"]
+    if tensors:
+        least = min((tensor.dtype for tensor in tensors), key=lambda dtype: dtype.itemsize)
+        values = torch.tensor([*values, *map(float, tensors)], dtype=least, device="cpu").tolist()
+    return set(values)
 
 
 def as_the_op_casts(feats: Tensor) -> Tensor:
