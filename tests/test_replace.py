@@ -625,9 +625,8 @@ def test_a_second_call_changes_nothing_and_says_so() -> None:
     before = [dict(vars(m)) for m in model.modules()]
     report = replace_ocr_modules(model, example_inputs=torch.randn(HEAD_INPUT), blocks=False)
     assert report.swapped == ()
-    assert [(row.name, row.reason) for row in report.left_alone] == [
-        (n, "it was replaced before") for n in SWAPPED_NAMES
-    ]
+    assert [row.name for row in report.left_alone] == SWAPPED_NAMES
+    assert all(row.reason.startswith("it was replaced before, and no example_inputs") for row in report.left_alone)
     assert before == [vars(m) for m in model.modules()]
 
 

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import copy
-import functools
-import inspect
 import itertools
 import operator
 from collections.abc import Callable, Iterable
-from types import FunctionType
 from typing import Any
 
 import torch
@@ -25,7 +22,15 @@ from ocr_kernels.core.layout import DTYPES
 from ocr_kernels.models.block_plan import plan_block, verify
 from ocr_kernels.models.block_trace import tensor_at
 from ocr_kernels.models.block_training import TrainingPlan, plan_training
-from ocr_kernels.models.block_weights import BlockPlan, Folded, computed_in, globals_of, own_classes
+from ocr_kernels.models.block_weights import (
+    BASE,
+    BlockPlan,
+    Folded,
+    computed_in,
+    globals_of,
+    own_classes,
+    read_by_forward,
+)
 from ocr_kernels.models.maps import Recorder
 
 _version_of = operator.attrgetter("_version")
@@ -70,25 +75,45 @@ class BlockCache:
             return None
         if not isinstance(feats, Tensor) or not isinstance(regions, Tensor):
             return None
-        if not is_used_on(feats.device) or not self._trains(module, plan, training):
+        if not is_used_on(feats.device) or not self._trains(module):
+            return None
+        plan, training = self.plan, self.training  # which may be others now
+        if plan is None:
             return None
         return training if plan.takes(feats, regions, tensor_at(module, plan.first)) else None
 
-    def _trains(self, module: nn.Module, plan: BlockPlan, training: TrainingPlan) -> bool:
-        """Whether the plan for training holds for the layers as they are."""
+    def _trains(self, module: nn.Module) -> bool:
+        """Whether there is a plan for training for the layers as they are."""
         if torch.compiler.is_compiling():
-            return plan.fits(module) and training.fits(module)
-        if self.trained is None or not self.trained.is_of(module) or not self.trained.is_unchanged():
-            has_code = self.snapshot is None or self.snapshot.has_code()
-            if not (has_code and plan.fits(module) and training.fits(module)):
+            return self._fits(module)
+        known = self.trained
+        if known is None or not known.is_of(module) or not known.is_unchanged():
+            before = self.snapshot if known is None else known
+            if before is not None and before.is_of(module) and not before.is_planned(module):
+                self._plan_again(module)
+            if not self._fits(module):
                 return False
-            self.trained = Structure(module)
-        return not (any(self.trained.forward_hooks) or any(self.trained.backward_hooks))
+            known = Structure(module)
+            if all(parameter.is_leaf for parameter in module.parameters()):  # others may be of one call, and large
+                self.trained = known
+        return not (any(known.forward_hooks) or any(known.backward_hooks))
+
+    def _fits(self, module: nn.Module) -> bool:
+        plan, training = self.plan, self.training
+        return plan is not None and training is not None and plan.fits(module) and training.fits(module)
 
     def forget(self) -> None:
         """For what PyTorch does not count: changes through `parameter.data` and by fused optimizers."""
         if self.snapshot is not None:
             self.snapshot.dtype = None  # is that of no call; what it knows of the module's structure stays
+
+    def notices(self, module: nn.Module, *inputs: Any) -> bool:
+        """Whether a call is in training or wants gradients. An optimizer may step then, so weights are forgotten."""
+        if not module.training and not _wants_grad(module, *inputs):
+            return False
+        if not torch.compiler.is_compiling():
+            self.forget()
+        return True
 
     def watch(self, module: nn.Module) -> None:
         """Remember what the plan was made of, before the first call."""
@@ -101,11 +126,9 @@ class BlockCache:
         That is in training, where grad mode is on and anything requires grad, in traces, exports and `torch.func`
         transforms, inside `record_maps`, and where a layer has a hook.
         """
-        if type(feats) is not Tensor or type(regions) is not Tensor or not _may_fold():
+        if self.notices(module, feats, regions):
             return None
-        if module.training or _wants_grad(module, feats, regions):
-            if not torch.compiler.is_compiling():
-                self.forget()  # an optimizer's step may follow, and PyTorch does not count what fused ones change
+        if type(feats) is not Tensor or type(regions) is not Tensor or not _may_fold():
             return None
         device = feats.device.type
         if self.plan is not None and not is_offered(self.plan.backends(device)):
@@ -143,19 +166,23 @@ class BlockCache:
         same = old is not None and old.is_of(module)
         fits = self.plan is not None and self.plan.fits(module)
         if not fits or (same and old is not None and not old.is_planned(module)):
-            found = plan_block(module, forward=self.forward)
-            if isinstance(found, BlockPlan) and found.folds:
-                checked = verify(module, found, forward=self.forward)
-                found = checked if isinstance(checked, str) else found
-            self.plan, self.training = (found if isinstance(found, BlockPlan) else None), None
-            if self.plan is not None:
-                self.plan_training(module)
+            self._plan_again(module)
         snapshot = Snapshot(module, self.plan, dtype)
         if not torch._C._len_torch_dispatch_stack():  # a mode's tensors may be no ordinary ones; nothing public tells
             if snapshot.first is not None and snapshot.first.is_cuda:
                 torch.cuda.current_stream().synchronize()  # once for each change: the next call may use another stream
             self.snapshot = snapshot
         return snapshot
+
+    def _plan_again(self, module: nn.Module) -> None:
+        """Where layers, settings or code are no more what the plan was made of."""
+        found = plan_block(module, forward=self.forward)
+        if isinstance(found, BlockPlan) and found.folds:
+            checked = verify(module, found, forward=self.forward)
+            found = checked if isinstance(checked, str) else found
+        self.plan, self.training = (found if isinstance(found, BlockPlan) else None), None
+        if self.plan is not None:
+            self.plan_training(module)
 
 
 class Structure:
@@ -254,6 +281,8 @@ class Snapshot(Structure):
                 tensor.detach() for tensor in self.tensors
             ]  # kept, so that no other gets its address
             self.addresses: list[int] = list(map(Tensor.data_ptr, self.tensors))
+            self.probes: list[Tensor] = [probe for t in self.tensors if t.is_cpu for probe in _probes(t)]
+            self.probed: Tensor | None = torch.cat(self.probes) if self.probes else None
 
     def is_current(self, module: nn.Module, dtype: torch.dtype) -> bool:
         return (
@@ -263,33 +292,32 @@ class Snapshot(Structure):
             and self.is_unchanged()
             and list(map(_version_of, self.tensors)) == self.versions
             and list(map(Tensor.data_ptr, self.tensors)) == self.addresses
+            and (self.probed is None or torch.equal(torch.cat(self.probes), self.probed))
         )
 
 
-_BASE = vars(nn.Module()).keys()
 Reads = list[tuple[Callable[[Any], Any], list[dict[str, Any]]]]
 
 
 def _settings_of(layer: nn.Module) -> tuple[str, ...]:
     """The names of a layer's attributes that its code may read."""
-    names = tuple(name for name in vars(layer) if name not in _BASE)
+    names = tuple(name for name in vars(layer) if name not in BASE)
     if own_classes(layer):
         return names
-    read = _read_by_forward(type(layer))  # type: ignore[arg-type]  # classes can be hashed
+    read = read_by_forward(type(layer))  # type: ignore[arg-type]  # classes can be hashed
     return tuple(name for name in names if name in read)
 
 
-@functools.cache
-def _read_by_forward(kind: type) -> frozenset[str]:
-    """The names in the forward of a class of PyTorch's and in the methods that it calls."""
-    read: set[str] = set()
-    todo = {"forward"}
-    while todo:
-        read |= todo
-        functions = (inspect.getattr_static(kind, name, None) for name in todo)
-        names = (function.__code__.co_names for function in functions if isinstance(function, FunctionType))
-        todo = set().union(*names) - read
-    return frozenset(read)
+def _probes(tensor: Tensor) -> list[Tensor]:
+    """Some of its numbers, which show what PyTorch does not count: changes through `.data` and by fused optimizers.
+
+    On a CPU alone, since on a GPU somebody would have to wait for them.
+    """
+    values = tensor.detach()
+    if not values.is_contiguous() or not values.numel():
+        return []
+    middle = values.numel() // 2
+    return [values.view(-1)[middle : middle + 8]]  # side by side, which is read five times as fast
 
 
 def _reads(owners: Iterable[tuple[dict[str, Any], tuple[str, ...]]]) -> Reads:
@@ -308,8 +336,9 @@ def _kept(values: Any) -> Any:
     return values
 
 
-def _wants_grad(module: nn.Module, *inputs: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*inputs, *module.parameters()))
+def _wants_grad(module: nn.Module, *inputs: Any) -> bool:
+    tensors = (each for each in (*inputs, *module.parameters()) if isinstance(each, Tensor))
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def _may_fold() -> bool:

@@ -25,13 +25,17 @@ from ocr_kernels.core.calls import has_own_forward, taken_apart
 from ocr_kernels.core.layout import DTYPES
 from ocr_kernels.models.block_trace import Call, Map, Node, Own, Ref, Tracer, Unmatched, aten, tensor_at
 from ocr_kernels.models.block_weights import (
+    BASE,
     Beyond,
     BlockPlan,
     Layer,
+    frozen,
     functions_of,
     globals_of,
+    is_plain,
     own_classes,
     present,
+    read_by_forward,
 )
 from ocr_kernels.models.classifier import matrix_of
 from ocr_kernels.models.random_state import forked_rng
@@ -44,6 +48,7 @@ SIZES = (
     (1, (11, 7, 3), 9, False),
     (3, (2, 2, 2), 1, False),
     (2, (4, 8, 1), 21, True),
+    (1, (34, 31, 2), 5, False),
 )
 """Images, sides of theirs, regions, and whether gradients are on, at which two forwards are compared."""
 
@@ -185,12 +190,22 @@ def plan_block(
                 if why_not:
                     return why_not
                 try:
-                    return _plan(module, tracer, out, inputs, transposed)
+                    plan = _plan(module, tracer, out, inputs, transposed)
+                    return dataclasses.replace(plan, casts=_is_cast(copied(module), own, inputs))
                 except Unmatched as why:
                     return f"it {why}"
     except Exception as error:
         failure = f"it cannot be tried: {error}" if example is not None else ""
     return failure
+
+
+def _is_cast(module: nn.Module, forward: Forward, inputs: tuple[Tensor, Tensor]) -> bool:
+    """Whether autocast decides the dtype of the result."""
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            return bool(forward(module, *inputs).dtype == torch.bfloat16)
+    except Exception:  # where it does not even run
+        return False
 
 
 def _takes_two(forward: Forward) -> bool:
@@ -211,7 +226,8 @@ def _obstacle(module: nn.Module) -> str:
     for name, part in module.named_modules():
         code = {n for base in own_classes(part) for f in functions_of(base) for n in f.__code__.co_names}
         for attribute, value in vars(part).items():
-            if attribute in code and not attribute.startswith("_") and not _is_seen(value):
+            is_read = attribute in (read_by_forward(type(part)) if attribute.startswith("_") else code)  # type: ignore[arg-type]
+            if is_read and attribute not in BASE and not _is_seen(value):
                 return f"it reads {name}{'.' * bool(name)}{attribute}, whose changes would not be seen"
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         if type(tensor) not in (Tensor, nn.Parameter):
@@ -227,10 +243,10 @@ def _obstacle(module: nn.Module) -> str:
 def _is_seen(value: Any) -> bool:
     """Whether a change of an attribute, or in it, is noticed."""
     if isinstance(value, (list, set, tuple)):
-        return all(map(_is_plain, value))
+        return all(map(is_plain, value))
     if isinstance(value, dict):
-        return all(map(_is_plain, value.values()))
-    return _is_plain(value) or callable(value) or isinstance(value, (Tensor, torch.dtype, torch.device, torch.Size))
+        return all(map(is_plain, value.values()))
+    return is_plain(value) or callable(value) or isinstance(value, (Tensor, torch.dtype, torch.device, torch.Size))
 
 
 def _matrices(module: nn.Module) -> dict[str, Tensor]:
@@ -483,16 +499,18 @@ def _resizing(query: Node, y: Node) -> Beyond:
 
 
 def _settings(part: nn.Module) -> tuple[tuple[str, Any], ...]:
-    """The plain attributes of a layer that its forward may read."""
+    """The attributes of a layer, and of its own classes, that its forward may read, but for tensors and callables."""
+    own = own_classes(part)
+    values = {name: value for name, value in vars(part).items() if not name.startswith("_")}
+    if own:
+        read = read_by_forward(type(part))  # type: ignore[arg-type]  # classes can be hashed
+        values |= {name: getattr(part, name) for base in own for name in vars(base).keys() & read}
+        values |= {name: vars(part)[name] for name in vars(part).keys() & read}
     return tuple(
-        (name, value)
-        for name, value in vars(part).items()
-        if name != "training" and _is_plain(value) and not name.startswith("_")
+        (name, frozen(value))
+        for name, value in values.items()
+        if name not in BASE and (is_plain(value) or (own and isinstance(value, (list, dict)) and _is_seen(value)))
     )
-
-
-def _is_plain(value: Any) -> bool:
-    return isinstance(value, (int, float, str, type(None))) or (isinstance(value, tuple) and all(map(_is_plain, value)))
 
 
 def _ref(own: Own | None) -> Ref | None:

@@ -182,8 +182,10 @@ def _off(module: nn.Module, plan: BlockPlan, candidate: TrainingPlan, forward: C
         for tensor in (*trial.parameters(), *trial.buffers()):
             if tensor.is_floating_point():
                 tensor.copy_(torch.rand_like(tensor) + 0.5 if tensor.dim() < 2 else torch.randn_like(tensor))
+        for parameter in trial.parameters():
+            parameter.requires_grad_()
         twin = copy.deepcopy(trial)
-        for seed, mode in itertools.product(range(2), (True, False) if not plan.folds else (True,)):
+        for seed, mode in itertools.product(range(2), (True, False)):
             trial.train(mode), twin.train(mode)
             feats, regions = (tensor.double() for tensor in plan.random_inputs(seed, 2, (7, 5, 3), 4 + seed))
             runs = (forward, trial), (candidate.compute, twin)
@@ -197,10 +199,19 @@ def _off(module: nn.Module, plan: BlockPlan, candidate: TrainingPlan, forward: C
 
 
 def _in_training(run: Callable[..., Any], module: nn.Module, feats: Tensor, regions: Tensor, seed: int) -> list[Tensor]:
-    """A module's result, the gradients of its inputs, and its buffers after it."""
+    """A module's result, the gradients of its inputs, of all its parameters, its buffers, and its result without grad.
+
+    Those of parameters are one vector: some may be nothing but rounding, which is to be seen beside the others.
+    """
     torch.default_generator.manual_seed(seed)  # of the CPU alone
     with torch.enable_grad():
         x, f = feats.clone().requires_grad_(), regions.clone().requires_grad_()
         out = run(module, x, f)
-        gradients = torch.autograd.grad(out.square().sum(), [x, f])
-    return [out, *gradients, *(buffer.clone() for buffer in module.buffers())]
+        wanted = [x, f, *module.parameters()]
+        gradients = torch.autograd.grad(out.square().sum(), wanted, allow_unused=True)
+    nothing = out.new_empty(0)  # where a gradient is not there
+    dx, df, *others = (nothing if gradient is None else gradient for gradient in gradients)
+    buffers = [buffer.clone() for buffer in module.buffers()]
+    with torch.no_grad():
+        alone = run(module, feats.clone(), regions.clone())
+    return [out, dx, df, torch.cat([nothing, *map(torch.flatten, others)]), *buffers, alone]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import sys
 from types import FunctionType, ModuleType
@@ -20,6 +21,9 @@ from ocr_kernels.core.activations import activate_
 from ocr_kernels.core.backends import BACKENDS, Backend, left_to_compiler
 from ocr_kernels.core.layout import in_format, statistics_dtype
 from ocr_kernels.models.block_trace import Call, Program, Ref, Window
+
+BASE = vars(nn.Module()).keys()
+"""Attributes that every module has."""
 
 
 class Layer(NamedTuple):
@@ -108,6 +112,7 @@ class BlockPlan:
     folds: bool  # whether every norm has statistics that run, so that eval mode takes those
     layers: tuple[tuple[str, str, tuple[str, ...], tuple[tuple[str, Any], ...]], ...]
     """The path, the class, the names of tensors and the settings of each."""
+    casts: bool = True  # whether autocast decides the dtype of the result; else the module runs itself under autocast
 
     def backends(self, device_type: str) -> tuple[Backend, ...]:
         """Those of what it runs."""
@@ -159,7 +164,7 @@ class BlockPlan:
             and 0 not in shape
             and 0 not in region_shape
             and feats.device == regions.device == first.device
-            and (dtype == regions.dtype == first.dtype or _are_cast(feats, regions, first))
+            and (self.casts if _are_cast(feats, regions, first) else dtype == regions.dtype == first.dtype)
         )
 
     def random_inputs(
@@ -188,7 +193,7 @@ class BlockPlan:
             if present(layer) != tensors:
                 return False
             for attribute, value in settings:
-                if getattr(layer, attribute, None) != value:
+                if frozen(getattr(layer, attribute, None)) != value:
                     return False
         return True
 
@@ -231,16 +236,62 @@ def functions_of(base: type) -> list[FunctionType]:
 
 
 def globals_of(module: nn.Module) -> list[tuple[dict[str, Any], tuple[str, ...]]]:
-    """The globals of its code that are neither modules nor functions nor classes, and so may be other values later."""
+    """The globals of its code, of functions that it calls and of modules that it reads, that may be other values later.
+
+    Those are neither modules nor functions nor classes.
+    """
     found: dict[int, tuple[dict[str, Any], set[str]]] = {}
-    for base in {base for part in module.modules() for base in own_classes(part)}:
-        for function in functions_of(base):
-            names = found.setdefault(id(function.__globals__), (function.__globals__, set()))[1]
-            for name in function.__code__.co_names:
-                value = function.__globals__.get(name)
-                if value is not None and not callable(value) and not isinstance(value, ModuleType):
-                    names.add(name)
-    return [(globals, tuple(sorted(names))) for globals, names in found.values() if names]
+
+    def add(owner: dict[str, Any], name: str) -> None:
+        found.setdefault(id(owner), (owner, set()))[1].add(name)
+
+    todo = [f for base in {base for part in module.modules() for base in own_classes(part)} for f in functions_of(base)]
+    seen = set()
+    while todo:
+        function = todo.pop()
+        if function.__code__ in seen:
+            continue
+        seen.add(function.__code__)
+        names = function.__code__.co_names
+        for name in function.__globals__.keys() & names:
+            value = function.__globals__[name]
+            if isinstance(value, FunctionType):
+                todo += [value] * (not _is_library(value.__module__))
+            elif isinstance(value, ModuleType) and not _is_library(value.__name__):
+                for other in vars(value).keys() & names:
+                    if is_plain(vars(value)[other]):
+                        add(vars(value), other)
+            elif not callable(value) and not isinstance(value, ModuleType):
+                add(function.__globals__, name)
+    return [(owner, tuple(sorted(names))) for owner, names in found.values()]
+
+
+def _is_library(name: str | None) -> bool:
+    return (name or "").partition(".")[0] in ("torch", "numpy", "math", "builtins", "ocr_kernels")
+
+
+def is_plain(value: Any) -> bool:
+    return isinstance(value, (int, float, str, type(None))) or (isinstance(value, tuple) and all(map(is_plain, value)))
+
+
+def frozen(value: Any) -> Any:
+    """A list or a dict as it is now."""
+    if isinstance(value, list):
+        return "list", tuple(value)
+    return ("dict", tuple(value.items())) if isinstance(value, dict) else value
+
+
+@functools.cache
+def read_by_forward(kind: type) -> frozenset[str]:
+    """The names in the forward of a class and in the methods that it calls."""
+    read: set[str] = set()
+    todo = {"forward"}
+    while todo:
+        read |= todo
+        functions = (inspect.getattr_static(kind, name, None) for name in todo)
+        names = (function.__code__.co_names for function in functions if isinstance(function, FunctionType))
+        todo = set().union(*names) - read
+    return frozenset(read)
 
 
 def _chain(columns: Tensor, parts: tuple[Any, ...]) -> Tensor:

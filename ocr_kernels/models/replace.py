@@ -96,8 +96,10 @@ def replace_ocr_modules(
             replacements[module], row = joining
             rows[module] = dataclasses.replace(row, name=name)
     for module, replacement in replacements.items():
-        if isinstance(rows[module], Swapped):
+        row = rows[module]
+        if isinstance(row, Swapped):
             replacement.beside_block = any(other.block is not None for other in replacements.values())
+            replacement.was_run = bool(row.computations)
             replacement.install()
         for part in _softmax_parts(module, rewriter) if isinstance(rows[module], Swapped) else ():
             if getattr(rows.get(part), "reason", None) == NO_PRODUCT:  # which is the module's own
@@ -150,8 +152,10 @@ def _check_arguments(model: object, filter: object, example_inputs: object) -> N
 def _replacement(module: nn.Module, rewriter: Rewriter, blocks: bool) -> Replacement | LeftAlone | None:
     """What may stand in for a module's forward; or why nothing can; or None where nothing in it looks like OCR."""
     kind = type(module)
-    if replacement_of(module) is not None:
-        return LeftAlone("", kind.__qualname__, "it was replaced before", is_intended=True)
+    before = replacement_of(module)
+    if before is not None:
+        unseen = "" if before.was_run else ", and no example_inputs have run it: restore it first, to give some that do"
+        return LeftAlone("", kind.__qualname__, f"it was replaced before{unseen}", is_intended=before.was_run)
     if isinstance(module, (modules.SpatialGather, modules.ObjectAttentionBlock)):
         return LeftAlone("", kind.__qualname__, "it calls ocr_kernels itself", is_intended=True)
     if isinstance(module, torch.jit.ScriptModule):

@@ -40,6 +40,7 @@ class Replacement(StandIn):
         self.joins = joins  # of its children's calls
         self.is_active: bool = True
         self.beside_block = False
+        self.was_run = False  # by example inputs, fused
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         folded = self._folded(args, kwargs)
@@ -56,6 +57,8 @@ class Replacement(StandIn):
         if self.block is None or not self.is_active:
             return None
         inputs = self._pixels_and_regions(args, kwargs)
+        if inputs is None:
+            self.block.notices(self.module, *args, *kwargs.values())
         weights = None if inputs is None else self.block.weights_for(self.module, *inputs)
         return None if weights is None or inputs is None else (weights, inputs)
 
@@ -98,6 +101,8 @@ class Replacement(StandIn):
 
     def remove(self) -> None:
         self.is_active = False  # where another library has wrapped and kept it, too
+        if self.block is not None:
+            self.block.snapshot = self.block.trained = None  # which know the module
         self.remove_from(self.module)
 
     def remove_from(self, module: nn.Module) -> None:

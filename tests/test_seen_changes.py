@@ -1,0 +1,299 @@
+"""What changes between two calls of a replaced block is seen, and what its checks must not miss."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import types
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from module_results import CountOps
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ocr_kernels import reference, replace_ocr_modules, restore_ocr_modules
+
+SCALE = 1.0
+settings = types.ModuleType("settings")
+
+
+def temperature() -> float:
+    return SCALE
+
+
+class Attention(reference.ObjectAttentionBlock):
+    shared = 1.0
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._private, self.listed, self.named = 1.0, [1.0], {"scale": 1.0}
+
+    def factor(self) -> Any:
+        raise NotImplementedError
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        weights = (self.factor() * torch.matmul(query.flatten(2).mT, key)).softmax(-1)
+        return torch.matmul(weights, value.mT).mT.reshape(query.shape)
+
+
+class Private(Attention):
+    def factor(self) -> Any:
+        return self._private
+
+
+class Listed(Attention):
+    def factor(self) -> Any:
+        return self.listed[0]
+
+
+class Named(Attention):
+    def factor(self) -> Any:
+        return self.named["scale"]
+
+
+class Shared(Attention):
+    def factor(self) -> Any:
+        return self.shared
+
+
+class Global(Attention):
+    def factor(self) -> Any:
+        return SCALE
+
+
+class Helper(Attention):
+    def factor(self) -> Any:
+        return temperature()
+
+
+class OfModule(Attention):
+    def factor(self) -> Any:
+        return settings.scale
+
+
+def set_scale(kind: type[Attention], module: nn.Module, value: float) -> None:
+    """The one that the kind reads, and no other."""
+    global SCALE
+    attention: Any = module.object_context_block
+    if kind is Private:
+        attention._private = value
+    elif kind is Listed:
+        attention.listed[0] = value
+    elif kind is Named:
+        attention.named["scale"] = value
+    elif kind is Shared:
+        kind.shared = value
+    elif kind is OfModule:
+        settings.scale = value
+    else:
+        SCALE = value
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> Iterator[None]:
+    global SCALE
+    SCALE = settings.scale = Shared.shared = 1.0
+    torch._dynamo.reset()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield
+
+
+def pair(kind: type[nn.Module] = reference.SpatialOCR, *, train: bool = False, **options: Any) -> Any:
+    """A module that is replaced by a block, and its twin that is not."""
+    plain = kind(16, 8, 12, dropout=0.0, **options).train(train)
+    module = copy.deepcopy(plain)
+    (row, *_) = replace_ocr_modules(module).swapped
+    assert "block" in row.computations
+    return module, plain
+
+
+def inputs() -> tuple[Tensor, Tensor]:
+    return torch.randn(2, 16, 7, 6), torch.randn(2, 16, 5, 1)
+
+
+def assert_same(module: Any, plain: Any, args: Any) -> None:
+    torch.testing.assert_close(module(*args), plain(*args), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [Private, Listed, Named, Shared, Global, Helper, OfModule])
+@pytest.mark.parametrize("train", [True, False])
+def test_attributes_and_globals(kind: type[Attention], train: bool) -> None:
+    module, plain = pair(type("Block", (reference.SpatialOCR,), {"attention": kind}), train=train)
+    args = inputs()
+    with torch.set_grad_enabled(train):
+        assert_same(module, plain, args)
+        for each in (module, plain):
+            set_scale(kind, each, 3.0)
+        assert_same(module, plain, args)
+        with CountOps() as ops:
+            module(*args)
+        assert ops.block + ops.inference == 1
+
+
+@pytest.mark.parametrize("kind", [Private, Listed, Named, Shared])
+@pytest.mark.parametrize("train", [True, False])
+def test_attributes_in_a_compiled_program(kind: type[Attention], train: bool) -> None:
+    module, plain = pair(type("Block", (reference.SpatialOCR,), {"attention": kind}), train=train)
+    compiled, args = torch.compile(module, backend="eager"), inputs()
+    with torch.set_grad_enabled(train):
+        assert_same(compiled, plain, args)
+        for each in (module, plain):
+            set_scale(kind, each, 3.0)
+        assert_same(compiled, plain, args)
+
+
+@torch.no_grad()
+def test_weights_changed_through_data() -> None:
+    """As those of a mean teacher are, which never sees a gradient."""
+    module, plain = pair()
+    args = inputs()
+    assert_same(module, plain, args)
+    for each in (module, plain):
+        torch.manual_seed(1)
+        for parameter in each.parameters():
+            parameter.data.mul_(0.5).add_(torch.randn_like(parameter), alpha=0.1)
+    assert_same(module, plain, args)
+
+
+class Gained(reference.SpatialOCR):
+    def forward(self, feats: Tensor, proxy_feats: Tensor, gain: float | None = None) -> Tensor:
+        z = super().forward(feats, proxy_feats)
+        return z if gain is None else z * gain
+
+
+@pytest.mark.parametrize("way", ["compiled", "a third argument"])
+def test_weights_changed_by_a_fused_optimizer(way: str) -> None:
+    """In calls that are no block's, before one that is."""
+    module, plain = pair(Gained)
+    args = inputs()
+    with torch.no_grad():
+        module(*args)
+    call: Any = torch.compile(module, backend="eager") if way == "compiled" else lambda *a: module(*a, 2.0)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-3, fused=True)
+    call(*args).square().sum().backward()
+    optimizer.step()
+    plain.load_state_dict(module.state_dict())
+    with torch.no_grad():
+        assert_same(module, plain, args)
+
+
+def test_weights_changed_after_a_transform() -> None:
+    module, plain = pair()
+    args = inputs()
+    with torch.no_grad():
+        module(*args)
+    parameters = {name: parameter.detach() for name, parameter in module.named_parameters()}
+
+    def loss(given: dict[str, Tensor]) -> Tensor:
+        result: Tensor = torch.func.functional_call(module, given, args).square().sum()
+        return result
+
+    gradients = torch.func.grad(loss)(parameters)
+    for name, parameter in module.named_parameters():
+        parameter.data -= 1e-3 * gradients[name]
+    plain.load_state_dict(module.state_dict())
+    with torch.no_grad():
+        assert_same(module, plain, args)
+
+
+class OtherInEval(reference.SpatialOCR):
+    def forward(self, feats: Tensor, proxy_feats: Tensor) -> Tensor:
+        return super().forward(feats, proxy_feats if self.training else 2 * proxy_feats)
+
+
+class DetachedInEval(reference.SpatialOCR):
+    def forward(self, feats: Tensor, proxy_feats: Tensor) -> Tensor:
+        return super().forward(feats if self.training else feats.detach(), proxy_feats)
+
+
+class FrozenWeight(reference.SpatialOCR):
+    def forward(self, feats: Tensor, proxy_feats: Tensor) -> Tensor:
+        context = self.object_context_block(feats, proxy_feats)
+        weight = self.conv_bn_dropout[0].weight.detach()
+        return self.conv_bn_dropout[1](F.conv2d(torch.cat([context, feats], 1), weight))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("kind", [OtherInEval, DetachedInEval, FrozenWeight])
+@pytest.mark.parametrize("train", [True, False])
+def test_gradients_in_either_mode(kind: type[nn.Module], train: bool) -> None:
+    module, plain = pair(kind, train=train)
+    feats, regions = inputs()
+    found = []
+    for each in (module, plain):
+        x = feats.clone().requires_grad_()
+        z = each(x, regions)
+        gradients = torch.autograd.grad(z.square().sum(), [x, *each.parameters()], allow_unused=True)
+        found.append([z, *gradients])
+    assert [each is None for each in found[0]] == [each is None for each in found[1]]
+    for a, b in zip(*found, strict=True):
+        if b is not None:
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_statistics_under_checkpointing(momentum: float | None) -> None:
+    """Those of norms on pixels see each batch once, whatever is computed again."""
+    module, plain = pair(train=True, norm_layer=lambda channels: nn.BatchNorm2d(channels, momentum=momentum))
+    for _ in range(3):
+        feats, regions = inputs()
+        checkpoint(module, feats.requires_grad_(), regions, use_reentrant=False).sum().backward()
+        plain(feats, regions)
+    of_regions = ("f_object", "f_down")
+    for name, buffer in plain.named_buffers():
+        if not any(part in name for part in of_regions):
+            torch.testing.assert_close(module.get_buffer(name), buffer)
+
+
+class InFloat32(reference.SpatialOCR):
+    def forward(self, feats: Tensor, proxy_feats: Tensor) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            return super().forward(feats, proxy_feats)
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_autocast_that_a_forward_switches_off(train: bool) -> None:
+    module, plain = pair(InFloat32, train=train)
+    args = inputs()
+    with torch.set_grad_enabled(train):
+        with torch.autocast("cpu", torch.bfloat16):
+            assert_same(module, plain, args)
+        with CountOps() as ops:
+            module(*args)
+        assert ops.block + ops.inference == 1  # outside of it, it is a block
+
+
+def test_a_second_call_hides_nothing() -> None:
+    model = reference.OCRHead(in_channels=8, num_classes=3, mid_channels=16, key_channels=8)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="not every OCR module of the model was replaced"):
+            replace_ocr_modules(model).raise_if_incomplete()
+    restore_ocr_modules(model)
+    for _ in range(2):
+        replace_ocr_modules(model, example_inputs=torch.randn(2, 8, 16, 16)).raise_if_incomplete()
+
+
+def test_nothing_is_kept() -> None:
+    """Neither the weights of one functional call, nor a module that was restored."""
+    module, _ = pair(train=True)
+    weights = {name: parameter * 1.0 for name, parameter in module.named_parameters()}
+    fast = weakref.ref(weights["conv_bn_dropout.0.weight"])
+    torch.func.functional_call(module, weights, inputs())
+    del weights
+    gc.collect()
+    assert fast() is None
+    module(*inputs()).sum().backward()
+    restore_ocr_modules(module)
+    kept = weakref.ref(module)
+    gc.collect()
+    gc.disable()
+    try:
+        del module
+        assert kept() is None
+    finally:
+        gc.enable()
