@@ -28,4 +28,6 @@ def main(file: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    if len(sys.argv) != 2:
+        sys.exit("usage: python examples/aot_inductor.py head.pt2")
+    main(sys.argv[1])

@@ -104,6 +104,8 @@ def main(side: int, folder: Path) -> None:
 
 if __name__ == "__main__":
     side = int(sys.argv[1]) if len(sys.argv) > 1 else 2048
+    if side < 4 or side % 4:
+        sys.exit(f"the pixels along a side must be a multiple of 4, the network's stride, but are {side}")
     if len(sys.argv) > 2:
         main(side, Path(sys.argv[2]))
     else:

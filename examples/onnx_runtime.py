@@ -33,4 +33,6 @@ def main(file: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    if len(sys.argv) != 2:
+        sys.exit("usage: python examples/onnx_runtime.py head.onnx")
+    main(sys.argv[1])

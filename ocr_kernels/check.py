@@ -23,7 +23,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="FILE.py:FUNCTION", help="a function that returns the model, or it and inputs")
+    made = "a function that returns the model, (model, x, y) or (model, (x, y)) with its inputs x and y"
+    parser.add_argument("model", metavar="FILE.py:FUNCTION", help=made)
     parser.add_argument(
         "--input", type=shape, action="append", default=[], metavar="1x3x512x1024", help="of an input, random numbers"
     )
@@ -35,13 +36,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """0 where something was replaced, 1 where nothing was, 2 where the model does not run."""
     try:
-        device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        model, inputs = _load(args.model, args.input, device, DTYPES[args.dtype])
-        with torch.no_grad():
-            model(*inputs)
+        return _check(args)
+    except BrokenPipeError:
+        raise
     except Exception as error:  # a user's code raises anything
-        print(f"ocr-kernels check: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}", file=sys.stderr)
+        print(f"ocr-kernels check: {_described(error)}", file=sys.stderr)
         return 2
+
+
+def _check(args: argparse.Namespace) -> int:
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model, inputs = _load(args.model, args.input, device, DTYPES[args.dtype])
+    with torch.no_grad():
+        model(*inputs)
     after = copy.deepcopy(model)
     report = replace_ocr_modules(after, example_inputs=tuple(inputs))
     print(report)
@@ -52,6 +59,11 @@ def main(args: argparse.Namespace) -> int:
         print("{:30}{:>16}{:>16}{:>16}".format(*row).rstrip())
     print("± interquartile range; ~ no difference beyond it")
     return 0
+
+
+def _described(error: Exception) -> str:
+    """Its type and the first line of its message, if it has one."""
+    return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
 
 
 def shape(text: str) -> list[int]:
@@ -78,6 +90,8 @@ def _load(
     specification.loader.exec_module(module)
     made = getattr(module, function)()
     model, *inputs = made if isinstance(made, tuple) else (made,)
+    if len(inputs) == 1 and isinstance(inputs[0], tuple):
+        inputs = list(inputs[0])
     if not isinstance(model, nn.Module):
         raise TypeError(f"{function} must return a torch.nn.Module, or it and inputs, not {type(model).__name__}")
     if shapes:
@@ -111,8 +125,8 @@ def _rows(models: dict[str, nn.Module], inputs: Sequence[Any], seconds: float) -
         model.train()
     try:
         yield _compared("forward and backward [ms]", models, train, seconds)
-    except (RuntimeError, ValueError) as error:  # a batch norm of one value, for example
-        yield "forward and backward", f"{str(error).splitlines()[0]}", "", ""
+    except Exception as error:  # a batch norm of one value, or a forward that wants targets
+        yield "forward and backward", _described(error), "", ""
         return
     kept = []
     for model in models.values():
@@ -131,8 +145,10 @@ def _outputs(model: nn.Module, inputs: Sequence[Any]) -> Iterator[Tensor]:
                 yield out
         elif isinstance(out, (list, tuple)):
             todo += out
-        elif isinstance(out, dict) or dataclasses.is_dataclass(out):
-            todo += out.values() if isinstance(out, dict) else vars(out).values()
+        elif isinstance(out, dict):
+            todo += out.values()
+        elif dataclasses.is_dataclass(out):
+            todo += [getattr(out, field.name, None) for field in dataclasses.fields(out)]
 
 
 def _compared(

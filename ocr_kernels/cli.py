@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -14,9 +15,14 @@ from ocr_kernels.bench import tune
 
 def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # not every encoding has ±
     try:
         status = _run(argv)
         sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("ocr-kernels: stopped", file=sys.stderr)
+        return 130  # as shells have it
     except BrokenPipeError:  # who reads has seen enough, and Python flushes once more when it ends
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from fresh import python
 from PIL import Image
 from rich.console import Console
 
@@ -594,9 +595,56 @@ def test_the_users_command_hands_over(capsys: pytest.CaptureFixture[str], monkey
     assert capsys.readouterr().err == "ocr-kernels bench: needs matplotlib, rich: pip install matplotlib rich\n"
 
 
-@pytest.mark.parametrize("arguments", [["--results", "none.json"], ["--dtype", "float8"], ["--cases", "abacus"]])
+@pytest.mark.parametrize("arguments", [["--dtype", "float8"], ["--cases", "abacus"]])
 def test_wrong_arguments_are_refused_in_one_line(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as exit_:
-        command.main(arguments)
+    assert refusal(arguments, capsys)
+
+
+def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The line that says why; nothing is measured."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+        monkeypatch.setattr(command, "_run", None)
+        with pytest.raises(SystemExit) as exit_:
+            command.main(arguments)
     assert exit_.value.code == 2
-    assert "error: " in capsys.readouterr().err.splitlines()[-1]
+    return capsys.readouterr().err.splitlines()[-1].split("error: ")[1]
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (None, "cannot be read"),
+        ("no JSON", "is no JSON"),
+        ("\N{SNOWMAN}".encode("utf-16"), "is no JSON"),
+        ("{}", "has no results of ocr-kernels bench"),
+        ("[]", "has no results of ocr-kernels bench"),
+    ],
+)
+def test_files_of_something_else_are_refused(
+    file: Path, content: str | bytes | None, problem: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other.json"
+    if content is not None:
+        other.write_bytes(content if isinstance(content, bytes) else content.encode())
+    for arguments in (["--results", str(other)], ["--compare", str(file), str(other)]):
+        assert refusal(arguments, capsys).startswith(f"argument {arguments[0]}: {other} {problem}")
+
+
+def test_places_that_cannot_be_written_to_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    for arguments, problem in (
+        (["--json", f"{tmp_path}"], f"--json: {tmp_path} is a folder"),
+        (["--json", f"{tmp_path}/file/a.json"], f"--json: {tmp_path}/file cannot be written to (Not a directory)"),
+        (["--json", f"{tmp_path}/none/a.json"], f"--json: {tmp_path}/none cannot be written to (No such file"),
+        (["--plot", f"{tmp_path}/file"], f"--plot: {tmp_path}/file cannot be written to (File exists)"),
+        (["--plot", f"{tmp_path}/file/plots"], f"--plot: {tmp_path}/file/plots cannot be written to (Not a dir"),
+    ):
+        assert refusal(["--device", "cpu", *arguments], capsys).startswith(problem)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_results_are_printed_where_an_encoding_lacks_a_character(file: Path) -> None:
+    result = python("-m", "ocr_kernels", "bench", "--results", str(file), PYTHONIOENCODING="ascii")
+    assert result.returncode == 0, result.stderr
+    assert "? is the interquartile range" in result.stdout

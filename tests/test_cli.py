@@ -84,6 +84,22 @@ def test_a_pipe_that_is_closed_early_is_no_error() -> None:
         assert (process.wait(), process.stderr.read()) == (0, "")
 
 
+def test_an_interrupt_ends_in_a_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(info, "collect", interrupted)
+    assert main(["info"]) == 130
+    assert capsys.readouterr() == ("", "ocr-kernels: stopped\n")
+
+
+def test_info_tells_of_a_library_that_is_not_there() -> None:
+    result = python("-W", "ignore", "-m", "ocr_kernels", "info", "--json", OCR_KERNELS_LIBRARY="absent.so")
+    report = json.loads(result.stdout)
+    reason = "OCR_KERNELS_LIBRARY names a file that is not there: absent.so"
+    assert report["backends"]["native"] == report["library"]["cpu"] == reason
+
+
 def test_module_is_the_command() -> None:
     result = python("-m", "ocr_kernels", "--version")
     assert (result.returncode, result.stdout.strip()) == (0, f"ocr_kernels {__version__}")
@@ -123,6 +139,35 @@ def without_ocr():
 def fixed():
     return with_inputs()[0].requires_grad_(False), torch.randn(2, 3, 8, 8)
 
+def with_a_tuple_of_inputs():
+    network, images = with_inputs()
+    return network, (images,)
+
+def only_in_training():
+    class Model(Network):
+        def forward(self, image):
+            if not self.training:
+                raise RuntimeError("no inference\\nand a long story")
+            return super().forward(image)
+    return Model(), torch.randn(2, 3, 8, 8)
+
+def only_in_eval_mode(error):
+    class Model(Network):
+        def forward(self, image):
+            if self.training:
+                raise error
+            return super().forward(image)
+    return lambda: (Model().eval(), torch.randn(2, 3, 8, 8))
+
+wants_targets = only_in_eval_mode(TypeError("targets are missing"))
+asserts = only_in_eval_mode(AssertionError())
+
+def uncopied():
+    class Model(Network):
+        def __deepcopy__(self, memo):
+            raise NotImplementedError
+    return Model(), torch.randn(2, 3, 8, 8)
+
 def number():
     return 3
 
@@ -138,7 +183,13 @@ def model(tmp_path: Path) -> str:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["make_model", "--input", "2x3x8x8"], ["with_inputs"], ["with_inputs", "--dtype", "bfloat16"]]
+    "arguments",
+    [
+        ["make_model", "--input", "2x3x8x8"],
+        ["with_inputs"],
+        ["with_a_tuple_of_inputs"],
+        ["with_inputs", "--dtype", "bfloat16"],
+    ],
 )
 def test_check_compares_a_model_with_itself_replaced(
     model: str, arguments: list[str], capsys: pytest.CaptureFixture[str]
@@ -173,15 +224,40 @@ def test_check_claims_no_difference_within_the_spread(
     assert cells == [*(f"{1e3 * median:.0f} ±20%" for median in seconds), ratio]
 
 
-def test_check_of_a_model_that_is_not_trained(model: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["check", f"{model}:fixed", "--seconds", "0"]) == 0
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        ("fixed", "ValueError: no output has a derivative"),
+        ("wants_targets", "TypeError: targets are missing"),
+        ("asserts", "AssertionError"),
+    ],
+)
+def test_check_of_a_model_that_is_not_trained(
+    model: str, function: str, reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["check", f"{model}:{function}", "--seconds", "0"]) == 0
     printed = capsys.readouterr().out
     assert "saved for backward" not in printed
-    assert "\nforward and backward          no output has a derivative\n" in printed
+    (line,) = (line for line in printed.splitlines() if line.startswith("forward and backward"))
+    assert line[30:].strip() == reason
 
 
-def test_outputs_are_found_in_containers() -> None:
-    @dataclasses.dataclass
+def test_check_prints_where_an_encoding_lacks_a_character(model: str) -> None:
+    result = python("-m", "ocr_kernels", "check", f"{model}:fixed", "--seconds", "0", PYTHONIOENCODING="ascii")
+    assert result.returncode == 0, result.stderr
+    assert "\n? interquartile range" in result.stdout
+
+
+def test_check_says_in_a_line_that_a_backend_does_not_exist(model: str) -> None:
+    result = python("-m", "ocr_kernels", "check", f"{model}:with_inputs", OCR_KERNELS_BACKEND="bogus")
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("ocr-kernels check: ValueError: backend must be one of")
+    assert result.returncode == 2
+
+
+@pytest.mark.parametrize("slots", [False, True])
+def test_outputs_are_found_in_containers(slots: bool) -> None:
+    @dataclasses.dataclass(slots=slots)
     class Output:
         logits: list[torch.Tensor]
         loss: torch.Tensor
@@ -201,6 +277,8 @@ def test_outputs_are_found_in_containers() -> None:
         ("make_model", 2, "ValueError: make_model returns no inputs: give their shapes, --input 1x3x512x1024"),
         ("number", 2, "TypeError: number must return a torch.nn.Module, or it and inputs, not int"),
         ("broken", 2, "LookupError: no weights"),
+        ("uncopied", 2, "NotImplementedError"),
+        ("only_in_training", 2, "RuntimeError: no inference"),
         ("missing", 2, "AttributeError: module 'my_network' has no attribute 'missing'"),
     ],
 )

@@ -25,6 +25,21 @@ def test_script(script: str, file: str, tmp_path: Path) -> None:
     assert error < 1e-5
 
 
+@pytest.mark.parametrize("script", ["onnx_runtime", "aot_inductor"])
+def test_script_says_how_it_is_called(script: str) -> None:
+    if script == "onnx_runtime":
+        pytest.importorskip("onnxruntime", reason="it is imported first")
+    result = python(str(EXAMPLES / f"{script}.py"))
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr.startswith(f"usage: python examples/{script}.py head.")
+
+
+def test_large_image_says_which_sizes_it_takes() -> None:
+    result = python(str(EXAMPLES / "large_image.py"), "510")
+    expected = "the pixels along a side must be a multiple of 4, the network's stride, but are 510\n"
+    assert (result.returncode, result.stderr) == (1, expected)
+
+
 @pytest.mark.slow
 def test_large_image() -> None:
     result = python(str(EXAMPLES / "large_image.py"), "1400", OMP_NUM_THREADS="1")

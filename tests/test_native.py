@@ -392,8 +392,7 @@ def test_no_library() -> None:
     caught, chosen, error = run(CALL_TWICE, OCR_KERNELS_LIBRARY="absent.so").splitlines()
     assert caught == "1 ocr_kernels: OCR_KERNELS_LIBRARY names a file that is not there: absent.so"
     assert chosen == "reference"
-    assert error.startswith("backend 'native' cannot run: this installation contains no compiled library (absent.so)")
-    assert "OCR_KERNELS_BUILD=cpu pip install " in error
+    assert error == "backend 'native' cannot run: OCR_KERNELS_LIBRARY names a file that is not there: absent.so"
 
 
 @pytest.mark.parametrize(

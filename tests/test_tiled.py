@@ -7,6 +7,7 @@ import errno
 import itertools
 import math
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -366,6 +367,23 @@ def test_images_are_read_from() -> None:
         assert torch.equal(segment_tiled(head, source, **SETTINGS).out, expected)
 
 
+@pytest.mark.parametrize("dtype", [">u2", ">f4", "<i2", "u1"])
+@pytest.mark.parametrize("backwards", [False, True])
+def test_arrays_of_any_order_are_read(dtype: str, backwards: bool) -> None:
+    """Of bytes, and of channels, such as OpenCV's."""
+    numpy = pytest.importorskip("numpy")
+    head, image = head_of(), torch.randint(0, 256, (3, 19, 21)).float()
+    array = image.numpy().astype(dtype)
+    if backwards:
+        bgr = array[::-1].transpose(1, 2, 0).copy()
+        array = bgr[:, :, ::-1].transpose(2, 0, 1)
+        assert min(array.strides) < 0
+    before = array.copy()
+    expected = segment_tiled(head, image, **SETTINGS, result="logits").out
+    assert torch.equal(segment_tiled(head, array, **SETTINGS, result="logits").out, expected)
+    assert numpy.array_equal(array, before)
+
+
 def test_results_are_written_to(tmp_path: Path) -> None:
     numpy = pytest.importorskip("numpy")
     head, image = head_of(), torch.rand(3, 19, 21)
@@ -458,6 +476,73 @@ def test_a_run_that_was_stopped_from_outside(tmp_path: Path) -> None:
     segment_tiled(head, image, **SETTINGS, out=out, restart=True, progress=lambda *numbers: seen.append(numbers))
     assert seen[0] == (21, 32)
     assert seen[-1] == (32, 32)
+
+
+@pytest.mark.parametrize("features", ["recompute", "folder"])
+@pytest.mark.parametrize("has_name", [False, True])
+def test_a_complete_run_is_not_run_again(
+    has_name: bool, features: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where it stopped just before or just after the result got its name."""
+    numpy = pytest.importorskip("numpy")
+    head, image, out = head_of(), torch.rand(3, 20, 20), tmp_path / "classes.npy"
+    (tmp_path / "features").mkdir()
+    options = SETTINGS | {"backbone": nn.Identity().eval(), "out": out}
+    options["features"] = tmp_path / "features" if features == "folder" else features
+    rename = os.replace
+
+    def stop(source: Path, target: Path) -> None:
+        is_result = source.suffix == ".partial"
+        if has_name or not is_result:
+            rename(source, target)
+        if is_result:
+            raise OSError(errno.EIO, "Input/output error")
+
+    model = Failing(head, 0).eval()
+    with monkeypatch.context() as patches:
+        patches.setattr(os, "replace", stop)
+        with pytest.raises(OSError, match="Input/output error"):
+            segment_tiled(model, image, **options)
+    calls = model.left
+    assert out.exists() == has_name
+    done = segment_tiled(model, image, **options, restart=True)
+    assert model.left == calls
+    assert torch.equal(torch.from_numpy(numpy.load(done.out)), segment_tiled(head, image, **SETTINGS).out)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["classes.npy", "features"]
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("classes.npy.journal", lambda file: file.write_bytes(b"")),
+        ("classes.npy.journal", lambda file: file.write_bytes(b"junk")),
+        ("classes.npy.journal", lambda file: torch.save({"settings": {}}, file)),
+        ("classes.npy.journal", lambda file: os.truncate(file, file.stat().st_size // 2)),
+        ("classes.npy.partial", lambda file: file.write_bytes(b"")),
+        ("classes.npy.partial", lambda file: os.truncate(file, file.stat().st_size - 1)),
+        ("classes.npy.partial", lambda file: file.unlink()),
+    ],
+)
+def test_restart_refuses_files_that_are_damaged(name: str, damage: Callable[[Path], Any], tmp_path: Path) -> None:
+    """Also where an older result has the name, since this run was not complete."""
+    pytest.importorskip("numpy")
+    head, image, out = head_of(), torch.rand(3, 20, 20), tmp_path / "classes.npy"
+    segment_tiled(head, image, **SETTINGS, out=out)
+    with pytest.raises(MemoryError):
+        segment_tiled(Failing(head, 20).eval(), image, **SETTINGS, out=out)
+    damage(tmp_path / name)
+    model = Failing(head, 0).eval()
+    with pytest.raises(ValueError, match=f"restart cannot go on with .*{name}, .*: call without restart"):
+        segment_tiled(model, image, **SETTINGS, out=out, restart=True)
+    assert model.left == 0
+    segment_tiled(head, image, **SETTINGS, out=out)
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_a_file_needs_numpy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "numpy", None)
+    with pytest.raises(ImportError, match="out can be a path with NumPy alone: pip install numpy"):
+        segment_tiled(head_of(), torch.rand(3, 9, 9), **SETTINGS, out=tmp_path / "classes.npy")
 
 
 def test_restart_compares_settings_and_weights(tmp_path: Path) -> None:
@@ -625,6 +710,7 @@ def argument_errors() -> list[Any]:
         ("out", {"out": torch.zeros(3, 3)}, ValueError, r"out must have shape \(20, 20\), but has \(3, 3\)"),
         ("out's type", {"out": 3}, TypeError, "out must be None, an array, a tensor or a path, but is int"),
         ("file", {"out": "classes.tif"}, ValueError, "out must end with .npy"),
+        ("a folder", {"out": "folder.npy"}, ValueError, "out must be a file, but folder.npy is a folder"),
         ("no folder", {"out": "nowhere/classes.npy"}, ValueError, "out must be in a folder that exists"),
         ("restart", {"restart": True}, ValueError, "restart needs a path as out"),
     ]
@@ -632,7 +718,11 @@ def argument_errors() -> list[Any]:
 
 
 @pytest.mark.parametrize(("changes", "kind", "message"), argument_errors())
-def test_errors(changes: dict[str, Any], kind: type[Exception], message: str) -> None:
+def test_errors(
+    changes: dict[str, Any], kind: type[Exception], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "folder.npy").mkdir()
+    monkeypatch.chdir(tmp_path)
     arguments = {"model": head_of(), "image": torch.rand(3, 20, 20), **SETTINGS, **changes}
     with pytest.raises(kind, match=message):
         segment_tiled(arguments.pop("model"), arguments.pop("image"), **arguments)

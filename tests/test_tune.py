@@ -251,8 +251,19 @@ def test_names_of_rules_are_different() -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to tune for")
 def test_the_command_says_why_it_cannot_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["tune"]) == 2
-    assert "no GPU is visible to PyTorch" in capsys.readouterr().err
+    assert capsys.readouterr().err == "ocr-kernels tune: no GPU is visible to PyTorch\n"
+    result = python("-m", "ocr_kernels", "tune")  # without the interpreter, which it must not advise
+    assert (result.returncode, result.stderr) == (2, "ocr-kernels tune: no GPU is visible to PyTorch\n")
     assert python("-m", "ocr_kernels", "tune", "--cases", "nowhere").returncode == 2
+
+
+def test_the_command_does_not_tune_the_interpreter(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert main(["tune"]) == 2
+    assert "TRITON_INTERPRET is set" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="tunes for a GPU")

@@ -6,6 +6,7 @@ import argparse
 import importlib.util
 import json
 import os
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -36,6 +37,7 @@ from ocr_kernels.bench.jobs import jobs
 from ocr_kernels.core.backends import interpreting
 
 DTYPES = ("bfloat16", "float16", "float32")
+RECORDED = {"commit", "date", "device", "devices", "failed", "limits", "missing", "quick", "results", "versions"}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -45,7 +47,7 @@ def main(argv: Sequence[str]) -> int:
         return _compare(args.compare[0], args.compare[1], out)
     status = 0
     if args.results:
-        data = json.loads(args.results.read_text())
+        data = args.results
         out.print(report.origin(data))
         _print(data, out)
     else:
@@ -140,8 +142,7 @@ def _print(data: dict[str, Any], out: Console) -> None:
             out.print(f"  {item}")
 
 
-def _compare(old: Path, new: Path, out: Console) -> int:
-    before, after = (json.loads(path.read_text()) for path in (old, new))
+def _compare(before: dict[str, Any], after: dict[str, Any], out: Console) -> int:
     out.print(f"old: {report.origin(before)}\nnew: {report.origin(after)}")
     for part in report.comparison(before, after).within(out.width):
         out.print(part.table())
@@ -186,22 +187,23 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, help="to spend on timing one pass; default: 0.3, 0.1 with --quick")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results, as they come")
     parser.add_argument("--commit", help="the commit to record; default: what git says")
-    parser.add_argument("--results", type=Path, metavar="FILE", help="measure nothing: print, or plot, this file")
+    parser.add_argument("--results", type=_read, metavar="FILE", help="measure nothing: print, or plot, this file")
     parser.add_argument("--plot", type=Path, metavar="DIR", help="draw PNGs of the results into DIR")
-    parser.add_argument("--compare", nargs=2, type=Path, metavar=("OLD", "NEW"), help="print what changed")
+    parser.add_argument("--compare", nargs=2, type=_read, metavar=("OLD", "NEW"), help="print what changed")
     args = parser.parse_args(argv)
 
-    for file in filter(None, (args.results, *(args.compare or ()))):
-        if not file.is_file():
-            parser.error(f"{file} is no file")
+    if args.plot and not args.compare:
+        _require_folder(parser, "--plot", args.plot, make=True)
     if args.results or args.compare:
         return args
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: no GPU is visible to PyTorch")
     if interpreting():
         parser.error("TRITON_INTERPRET is set: the interpreter's times say nothing")
-    if args.json and not args.json.absolute().parent.is_dir():
-        parser.error(f"--json: {args.json.parent} is no directory")
+    if args.json:
+        if args.json.is_dir():
+            parser.error(f"--json: {args.json} is a folder")
+        _require_folder(parser, "--json", args.json.absolute().parent)
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     args.dtype = args.dtype or ["bfloat16" if args.device == "cuda" else "float32"]
     args.quick = args.device == "cpu" if args.quick is None else args.quick
@@ -211,6 +213,29 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     sweeps = {sweep: [case.name for case in members] for sweep, members in SWEEPS.items()}
     args.cases = list(dict.fromkeys(name for case in cases for name in sweeps.get(case, [case])))
     return args
+
+
+def _read(file: str) -> dict[str, Any]:
+    """Results that a run wrote."""
+    try:
+        data = json.loads(Path(file).read_text())
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{file} cannot be read ({error.strerror})") from None
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{file} is no JSON") from None
+    if not isinstance(data, dict) or not data.keys() >= RECORDED:
+        raise argparse.ArgumentTypeError(f"{file} has no results of ocr-kernels bench")
+    return data
+
+
+def _require_folder(parser: argparse.ArgumentParser, option: str, folder: Path, make: bool = False) -> None:
+    """One that can be written to, before anything is measured."""
+    try:
+        if make:
+            folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        parser.error(f"{option}: {folder} cannot be written to ({error.strerror})")
 
 
 def _write(path: Path | None, data: dict[str, Any]) -> None:

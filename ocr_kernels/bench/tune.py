@@ -190,10 +190,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--file", type=Path, help=f"default: {tuned.VARIABLE}, or one for this GPU in ~/.cache")
 
 
-def main(args: argparse.Namespace) -> int:
+def _problem() -> str | None:
+    """Why nothing can be tuned here."""
+    if not torch.cuda.is_available():
+        return "no GPU is visible to PyTorch"
+    if interpreting():
+        return "TRITON_INTERPRET is set: the interpreter's times say nothing"
     state = available_backends("cuda")["triton"]
-    if state is not True or interpreting() or not torch.cuda.is_available():
-        reason = "no GPU is visible to PyTorch" if state is True else state
+    return None if state is True else str(state)
+
+
+def main(args: argparse.Namespace) -> int:
+    reason = _problem()
+    if reason is not None:
         print(f"ocr-kernels tune: {reason}", file=sys.stderr)
         return 2
     device = torch.device("cuda")

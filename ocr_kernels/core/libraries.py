@@ -41,7 +41,9 @@ def _absent(device_type: str) -> str | None:
     if path.is_file():
         return None
     if device_type == "cpu" and os.environ.get("OCR_KERNELS_LIBRARY"):
-        _warn(f"OCR_KERNELS_LIBRARY names a file that is not there: {path}")
+        reason = f"OCR_KERNELS_LIBRARY names a file that is not there: {path}"
+        _warn(reason)
+        return reason
     return f"this installation contains no {_NAMES[device_type]} ({path}): {_build(device_type)}"
 
 

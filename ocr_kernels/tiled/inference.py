@@ -118,7 +118,8 @@ def segment_tiled(
         TypeError: `model`, `image`, a size, `scales`, `flips` or what `prepare` returned is of another type.
         ValueError: the model is in training or calls no gather; shapes, sizes or names are not as above; a scale is
             not positive and finite, or makes an image smaller than `stride`; or `restart` finds a run with other
-            settings or weights.
+            settings or weights, or damaged files.
+        ImportError: `out` is a path, which needs NumPy, and there is none.
         OSError: a file cannot be read or written. What is done is kept for `restart`.
 
     Examples:
@@ -190,6 +191,8 @@ def segment_tiled(
     )
     if before is not None:
         run.regions, run.states, run.done = before
+        if run.states[0] is None:  # it was in the last pass
+            writer.check(is_complete=run.done == len(grid.tiles))
     every = range(len(grid.tiles) * len(run.states))
     with torch.inference_mode(), torch.compiler.set_stance("force_eager"):  # compiled code refuses dispatch modes
         try:
@@ -199,11 +202,12 @@ def segment_tiled(
             if journal is None:  # nothing can go on with them
                 run.features.forget(every)
             raise
+    found = writer.finish()
     run.features.forget(every)
     if journal is not None:
-        journal.remove()
+        journal.remove()  # last: until then restart finds a run that is done
     return TiledResult(
-        writer.finish(),
+        found,
         len(grid.tiles),
         len(run.regions[0]),
         time.perf_counter() - started,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import importlib.util
 import io
 import os
 from pathlib import Path
@@ -33,6 +34,9 @@ class Output:
     def write(self, rows: slice, columns: slice, values: Tensor) -> None:
         self.out[..., rows, columns] = values if isinstance(self.out, Tensor) else values.cpu().numpy()
 
+    def check(self, is_complete: bool) -> None:
+        """Raise ValueError where what an earlier run wrote, all of it or some, is not there."""
+
     def finish(self) -> Any:
         return self.out
 
@@ -45,8 +49,13 @@ class File(Output):
             raise ValueError(f"out must end with .npy, but is {path}")
         if not path.parent.is_dir():
             raise ValueError(f"out must be in a folder that exists, but {path.parent} does not")
+        if path.is_dir():
+            raise ValueError(f"out must be a file, but {path} is a folder")
+        if importlib.util.find_spec("numpy") is None:
+            raise ImportError("out can be a path with NumPy alone: pip install numpy")
         self.path = path
         self.partial: Path = path.with_name(f"{path.name}.partial")
+        self.has_name = False
 
     def open(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
         """Reserve the space, so that a disk is full now or not at all."""
@@ -72,8 +81,20 @@ class File(Output):
         file[..., rows, columns] = values.cpu().numpy()
         file.flush()
 
+    def check(self, is_complete: bool) -> None:
+        from numpy.lib.format import open_memmap
+
+        if is_complete and self.path.exists() and not self.partial.exists():
+            self.has_name = True
+            return
+        try:
+            open_memmap(self.partial, mode="r")
+        except (FileNotFoundError, ValueError) as error:
+            raise _damaged(self.partial) from error
+
     def finish(self) -> Path:
-        os.replace(self.partial, self.path)
+        if not self.has_name:
+            os.replace(self.partial, self.path)
         return self.path
 
 
@@ -88,23 +109,33 @@ class Journal:
         """What was saved last; None if nothing was.
 
         Raises:
-            ValueError: the run had other settings.
+            ValueError: the run had other settings, or the file is damaged.
         """
         if not self.path.exists():
             return None
-        with torch.serialization.safe_globals([GatherState, Sums]):
-            saved = torch.load(self.path, weights_only=True)
-        before, now = saved.pop("settings"), self.settings
+        try:
+            with torch.serialization.safe_globals([GatherState, Sums]):
+                saved = torch.load(self.path, weights_only=True)
+            before, regions, states, done = (saved[name] for name in ("settings", "regions", "states", "done"))
+        except OSError:
+            raise
+        except Exception as error:  # torch.load raises anything
+            raise _damaged(self.path) from error
+        now = self.settings
         changed = [f"{name} {before.get(name)}, now {now[name]}" for name in now if before.get(name) != now[name]]
         if changed:
             raise ValueError(f"restart must have the settings of the run that was stopped; it had {'; '.join(changed)}")
-        return saved["regions"], saved["states"], saved["done"]
+        return regions, states, done
 
     def save(self, regions: list[list[Tensor]], states: list[GatherState | None], done: int) -> None:
         save({"settings": self.settings, "regions": regions, "states": states, "done": done}, self.path)
 
     def remove(self) -> None:
         self.path.unlink(missing_ok=True)
+
+
+def _damaged(path: Path) -> ValueError:
+    return ValueError(f"restart cannot go on with {path}, which is damaged or gone: call without restart")
 
 
 def save(value: Any, path: Path) -> None:

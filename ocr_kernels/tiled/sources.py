@@ -71,5 +71,7 @@ class Source:
 
 def as_batch(pixels: Any) -> Tensor:
     """float32 `[1, C, h, w]`, of pixels as they were read."""
+    if hasattr(pixels, "strides") and hasattr(pixels, "astype"):  # NumPy's: PyTorch does not take all of its arrays
+        pixels = pixels.astype(pixels.dtype.newbyteorder("="), order="C", copy=False)
     tensor = pixels if isinstance(pixels, Tensor) else torch.tensor(pixels)  # a copy: arrays may be read-only
     return tensor.float().unsqueeze(0)
