@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ocr_kernels import reference, replace_ocr_modules, restore_ocr_modules
+from ocr_kernels.models.block_cache import MOST_PLANS
 
 SCALE = 1.0
 settings = types.ModuleType("settings")
@@ -140,12 +141,38 @@ def test_attributes_and_globals(kind: type[Attention], train: bool) -> None:
 @pytest.mark.parametrize("train", [True, False])
 def test_attributes_in_a_compiled_program(kind: type[Attention], train: bool) -> None:
     module, plain = pair(type("Block", (reference.SpatialOCR,), {"attention": kind}), train=train)
-    compiled, args = torch.compile(module, backend="eager"), inputs()
+    compiled, args = torch.compile(module, backend="eager", fullgraph=True), inputs()
     with torch.set_grad_enabled(train):
         assert_same(compiled, plain, args)
         for each in (module, plain):
             set_scale(kind, each, 3.0)
         assert_same(compiled, plain, args)
+
+
+def test_back_to_what_it_was() -> None:
+    """Inference and training plan by turns, each for what the other has not seen."""
+    module, plain = pair(type("Block", (reference.SpatialOCR,), {"attention": Global}))
+    args = inputs()
+    for value, train in ((1.0, True), (3.0, False), (1.0, True), (5.0, True), (3.0, False), (3.0, True)):
+        set_scale(Global, module, value)
+        for each in (module, plain):
+            each.conv_bn_dropout[0].weight.data += 0.01
+        with torch.set_grad_enabled(train):
+            assert_same(module, plain, args)
+
+
+def test_settings_that_change_at_every_step_are_not_planned_at_every_step() -> None:
+    module, plain = pair(type("Block", (reference.SpatialOCR,), {"attention": Private}), train=True)
+    args = inputs()
+    planned = []
+    for step in range(2 * MOST_PLANS):
+        for each in (module, plain):
+            set_scale(Private, each, 1.0 + step / 10)
+        assert_same(module, plain, args)
+        with CountOps() as ops:
+            module(*args)
+        planned.append(ops.block)
+    assert planned == [1] * (MOST_PLANS + 1) + [0] * (MOST_PLANS - 1)
 
 
 @torch.no_grad()

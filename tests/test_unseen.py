@@ -456,7 +456,8 @@ def test_another_library_may_wrap_the_forward_after_the_swap() -> None:
     replace_ocr_modules(module)
     module._old_forward = module.forward
     module.forward = lambda *args: module._old_forward(*args) + 1
-    assert [row.reason for row in replace_ocr_modules(module).left_alone] == ["it was replaced before"]
+    (row,) = replace_ocr_modules(module).left_alone
+    assert row.reason.startswith("it was replaced before")
     assert restore_ocr_modules(module) == [""]
     with CountOps() as ops:
         torch.testing.assert_close(module(*inputs()), expected + 1, rtol=0, atol=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import operator
 from collections.abc import Callable, Iterable
@@ -33,6 +34,9 @@ from ocr_kernels.models.block_weights import (
 )
 from ocr_kernels.models.maps import Recorder
 
+MOST_PLANS = 8
+"""A module whose settings change from step to step trains by its own forward then."""
+
 _version_of = operator.attrgetter("_version")
 _mode_of = operator.attrgetter("training")
 
@@ -51,6 +55,8 @@ class BlockCache:
         self.forward = forward
         self.snapshot: Snapshot | None = None
         self.trained: Structure | None = None  # for which the plan for training was last found to hold
+        self.design: Design | None = None  # that the plan was made of
+        self.plans = 0  # that were made since the first
 
     def __reduce__(self) -> Any:
         return BlockCache, (self.plan, self.forward, self.training)
@@ -88,10 +94,9 @@ class BlockCache:
             return self._fits(module)
         known = self.trained
         if known is None or not known.is_of(module) or not known.is_unchanged():
-            before = self.snapshot if known is None else known
-            if before is not None and before.is_of(module) and not before.is_planned(module):
+            if not self._is_planned(module) and self.plans < MOST_PLANS:
                 self._plan_again(module)
-            if not self._fits(module):
+            if not self._is_planned(module) or not self._fits(module):
                 return False
             known = Structure(module)
             if all(parameter.is_leaf for parameter in module.parameters()):  # others may be of one call, and large
@@ -117,6 +122,7 @@ class BlockCache:
 
     def watch(self, module: nn.Module) -> None:
         """Remember what the plan was made of, before the first call."""
+        self.design = Design(module)
         self.snapshot = Snapshot(module, self.plan, torch.float32)
         self.forget()
 
@@ -162,10 +168,7 @@ class BlockCache:
     def _renewed(self, module: nn.Module, dtype: torch.dtype) -> Snapshot | None:
         if _is_watched_or_training(module):
             return None
-        old = self.snapshot
-        same = old is not None and old.is_of(module)
-        fits = self.plan is not None and self.plan.fits(module)
-        if not fits or (same and old is not None and not old.is_planned(module)):
+        if not self._is_planned(module):
             self._plan_again(module)
         snapshot = Snapshot(module, self.plan, dtype)
         if not torch._C._len_torch_dispatch_stack():  # a mode's tensors may be no ordinary ones; nothing public tells
@@ -174,8 +177,17 @@ class BlockCache:
             self.snapshot = snapshot
         return snapshot
 
+    def _is_planned(self, module: nn.Module) -> bool:
+        """Whether the plan is of the module as it is. A replica of DataParallel has the same cache."""
+        if self.plan is None or not self.plan.fits(module):
+            return False
+        if self.design is None:  # of a copy
+            self.design = Design(module)
+        return not self.design.is_of(module) or self.design.is_unchanged_in(module)
+
     def _plan_again(self, module: nn.Module) -> None:
-        """Where layers, settings or code are no more what the plan was made of."""
+        self.plans += 1
+        self.design, self.trained = Design(module), None
         found = plan_block(module, forward=self.forward)
         if isinstance(found, BlockPlan) and found.folds:
             checked = verify(module, found, forward=self.forward)
@@ -185,53 +197,24 @@ class BlockCache:
             self.plan_training(module)
 
 
-class Structure:
-    """What a module was: its layers, their attributes, parameters and buffers, and the code of their classes."""
+class Design:
+    """What a plan is made of: a module's layers, their attributes, and the code of their classes."""
 
     def __init__(self, module: nn.Module) -> None:
         self.layers: list[nn.Module] = list(module.modules())
         self.classes: list[type[nn.Module]] = list(map(type, self.layers))
         self.attributes: list[dict[str, Any]] = list(map(vars, self.layers))
-        self.sizes: list[int] = list(map(len, self.attributes))
-        self.modes: list[bool] = list(map(_mode_of, self.layers))
         self.settings: Reads = _reads((vars(layer), _settings_of(layer)) for layer in self.layers)
         self.settings += [(operator.itemgetter(*names), [globals]) for globals, names in globals_of(module)]
         self.settings_before: list[list[Any]] = [list(map(_kept, map(get, owners))) for get, owners in self.settings]
-        own = ("_modules", "_parameters", "_buffers")
-        owned: list[dict[str, Any]] = [getattr(layer, name) for layer in self.layers for name in own]
-        self.owned: list[dict[str, Any]] = [owner for owner in owned if owner]
-        self.owned_before: list[dict[str, Any]] = list(map(dict, self.owned))
-        self.empty: list[dict[str, Any]] = [owner for owner in owned if not owner]
-        self.children: list[dict[str, Any]] = [layer._modules for layer in self.layers if layer._modules]
-        self.order_before: list[str] = self._order()
         self.code: list[Any] = [vars(base) for base in {base for layer in self.layers for base in own_classes(layer)}]
         self.code_before: list[tuple[Any, ...]] = [tuple(code.values()) for code in self.code]
-        # no public function tells of hooks on all modules
-        self.forward_hooks = self._hooks("_forward_hooks", "_forward_pre_hooks")
-        self.backward_hooks = self._hooks("_backward_hooks", "_backward_pre_hooks")
-
-    def _hooks(self, *kinds: str) -> list[Any]:
-        hooks = [getattr(layer, kind) for layer in self.layers[1:] for kind in kinds]
-        return hooks + [getattr(torch_module, f"_global{kind}") for kind in kinds]
 
     def is_of(self, module: nn.Module) -> bool:
-        """A replica of DataParallel has the same cache."""
         return self.attributes[0] is vars(module)
 
-    def is_unchanged(self) -> bool:
-        """Whether nothing but values of tensors changed: a few passes in C, since every call asks."""
-        return (
-            self.has_settings()
-            and list(map(_mode_of, self.layers)) == self.modes
-            and self.has_tensors_and_layers()
-            and not any(self.empty)
-            and list(map(len, self.attributes)) == self.sizes
-            and self.has_code()
-            and list(map(type, self.layers)) == self.classes
-        )
-
-    def is_planned(self, module: nn.Module) -> bool:
-        """Whether there are the same layers with the classes and settings that they had: the plan holds in any mode."""
+    def is_unchanged_in(self, module: nn.Module) -> bool:
+        """Whether a module has the same layers with the same classes and settings, in any mode."""
         return (
             list(module.modules()) == self.layers
             and list(map(type, self.layers)) == self.classes
@@ -246,6 +229,45 @@ class Structure:
         except Exception:  # one is gone, or another tensor, which has no truth value
             return False
 
+    def has_code(self) -> bool:
+        """Whether classes, and what their methods are, are what they were."""
+        return [tuple(code.values()) for code in self.code] == self.code_before
+
+
+class Structure(Design):
+    """What a module was: its modes, parameters, buffers and hooks, too."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+        self.sizes: list[int] = list(map(len, self.attributes))
+        self.modes: list[bool] = list(map(_mode_of, self.layers))
+        own = ("_modules", "_parameters", "_buffers")
+        owned: list[dict[str, Any]] = [getattr(layer, name) for layer in self.layers for name in own]
+        self.owned: list[dict[str, Any]] = [owner for owner in owned if owner]
+        self.owned_before: list[dict[str, Any]] = list(map(dict, self.owned))
+        self.empty: list[dict[str, Any]] = [owner for owner in owned if not owner]
+        self.children: list[dict[str, Any]] = [layer._modules for layer in self.layers if layer._modules]
+        self.order_before: list[str] = self._order()
+        # no public function tells of hooks on all modules
+        self.forward_hooks = self._hooks("_forward_hooks", "_forward_pre_hooks")
+        self.backward_hooks = self._hooks("_backward_hooks", "_backward_pre_hooks")
+
+    def _hooks(self, *kinds: str) -> list[Any]:
+        hooks = [getattr(layer, kind) for layer in self.layers[1:] for kind in kinds]
+        return hooks + [getattr(torch_module, f"_global{kind}") for kind in kinds]
+
+    def is_unchanged(self) -> bool:
+        """Whether nothing but values of tensors changed: a few passes in C, since every call asks."""
+        return (
+            self.has_settings()
+            and list(map(_mode_of, self.layers)) == self.modes
+            and self.has_tensors_and_layers()
+            and not any(self.empty)
+            and list(map(len, self.attributes)) == self.sizes
+            and self.has_code()
+            and list(map(type, self.layers)) == self.classes
+        )
+
     def has_tensors_and_layers(self) -> bool:
         """Whether parameters, buffers and children are the same objects, or tensors of one element and equal."""
         try:  # objects are compared by identity first
@@ -256,10 +278,6 @@ class Structure:
     def _order(self) -> list[str]:
         """The children's names, in the order in which an `nn.Sequential` runs them."""
         return list(itertools.chain.from_iterable(self.children))
-
-    def has_code(self) -> bool:
-        """Whether classes, and what their methods are, are what they were."""
-        return [tuple(code.values()) for code in self.code] == self.code_before
 
 
 class Snapshot(Structure):
@@ -304,8 +322,11 @@ def _settings_of(layer: nn.Module) -> tuple[str, ...]:
     names = tuple(name for name in vars(layer) if name not in BASE)
     if own_classes(layer):
         return names
-    read = read_by_forward(type(layer))  # type: ignore[arg-type]  # classes can be hashed
+    read = _read_by_pytorch(type(layer))  # type: ignore[arg-type]  # classes can be hashed
     return tuple(name for name in names if name in read)
+
+
+_read_by_pytorch = functools.cache(read_by_forward)  # whose classes stay
 
 
 def _probes(tensor: Tensor) -> list[Tensor]:

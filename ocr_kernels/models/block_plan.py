@@ -226,7 +226,7 @@ def _obstacle(module: nn.Module) -> str:
     for name, part in module.named_modules():
         code = {n for base in own_classes(part) for f in functions_of(base) for n in f.__code__.co_names}
         for attribute, value in vars(part).items():
-            is_read = attribute in (read_by_forward(type(part)) if attribute.startswith("_") else code)  # type: ignore[arg-type]
+            is_read = attribute in (read_by_forward(type(part)) if attribute.startswith("_") else code)
             if is_read and attribute not in BASE and not _is_seen(value):
                 return f"it reads {name}{'.' * bool(name)}{attribute}, whose changes would not be seen"
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
@@ -503,8 +503,8 @@ def _settings(part: nn.Module) -> tuple[tuple[str, Any], ...]:
     own = own_classes(part)
     values = {name: value for name, value in vars(part).items() if not name.startswith("_")}
     if own:
-        read = read_by_forward(type(part))  # type: ignore[arg-type]  # classes can be hashed
-        values |= {name: getattr(part, name) for base in own for name in vars(base).keys() & read}
+        read = read_by_forward(type(part))
+        values |= {name: inspect.getattr_static(part, name) for base in own for name in vars(base).keys() & read}
         values |= {name: vars(part)[name] for name in vars(part).keys() & read}
     return tuple(
         (name, frozen(value))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import inspect
 import sys
 from types import FunctionType, ModuleType
@@ -228,7 +227,11 @@ def present(layer: nn.Module) -> tuple[str, ...]:
 
 def own_classes(module: nn.Module) -> list[type]:
     """The classes of a module that are not PyTorch's."""
-    return [base for base in type(module).__mro__ if base.__module__.partition(".")[0] not in ("torch", "builtins")]
+    return [base for base in type(module).__mro__ if _is_own(base)]
+
+
+def _is_own(base: type) -> bool:
+    return _package(base.__module__) not in ("torch", "builtins")
 
 
 def functions_of(base: type) -> list[FunctionType]:
@@ -236,38 +239,41 @@ def functions_of(base: type) -> list[FunctionType]:
 
 
 def globals_of(module: nn.Module) -> list[tuple[dict[str, Any], tuple[str, ...]]]:
-    """The globals of its code, of functions that it calls and of modules that it reads, that may be other values later.
+    """The globals of its code that may be other values later, which are neither modules nor functions nor classes.
 
-    Those are neither modules nor functions nor classes.
+    Of functions of the same package that its forward calls, and of modules that it reads, plain values alone.
     """
+    packages = {_package(base.__module__) for part in module.modules() for base in own_classes(part)}
     found: dict[int, tuple[dict[str, Any], set[str]]] = {}
 
     def add(owner: dict[str, Any], name: str) -> None:
         found.setdefault(id(owner), (owner, set()))[1].add(name)
 
-    todo = [f for base in {base for part in module.modules() for base in own_classes(part)} for f in functions_of(base)]
-    seen = set()
+    todo: list[tuple[FunctionType, bool]] = []  # whether forward calls it, as far as names tell
+    for kind in set(map(type, module.modules())):
+        read = read_by_forward(kind)
+        own = [base for base in kind.__mro__ if _is_own(base)]
+        todo += [(f, f.__name__ in read or f.__name__ == "forward") for base in own for f in functions_of(base)]
+    methods, seen = {function for function, _ in todo}, set()
     while todo:
-        function = todo.pop()
-        if function.__code__ in seen:
-            continue
-        seen.add(function.__code__)
+        function, is_called = todo.pop()
         names = function.__code__.co_names
-        for name in function.__globals__.keys() & names:
+        for name in function.__globals__.keys() & names if (function, is_called) not in seen else ():
             value = function.__globals__[name]
             if isinstance(value, FunctionType):
-                todo += [value] * (not _is_library(value.__module__))
-            elif isinstance(value, ModuleType) and not _is_library(value.__name__):
-                for other in vars(value).keys() & names:
+                todo += [(value, True)] * (is_called and _package(value.__module__) in packages - {"ocr_kernels"})
+            elif isinstance(value, ModuleType):
+                for other in vars(value).keys() & names if is_called and _package(value.__name__) != "torch" else ():
                     if is_plain(vars(value)[other]):
                         add(vars(value), other)
-            elif not callable(value) and not isinstance(value, ModuleType):
+            elif not callable(value) and (function in methods or is_plain(value)):
                 add(function.__globals__, name)
+        seen.add((function, is_called))
     return [(owner, tuple(sorted(names))) for owner, names in found.values()]
 
 
-def _is_library(name: str | None) -> bool:
-    return (name or "").partition(".")[0] in ("torch", "numpy", "math", "builtins", "ocr_kernels")
+def _package(name: str | None) -> str:
+    return (name or "").partition(".")[0]
 
 
 def is_plain(value: Any) -> bool:
@@ -281,7 +287,6 @@ def frozen(value: Any) -> Any:
     return ("dict", tuple(value.items())) if isinstance(value, dict) else value
 
 
-@functools.cache
 def read_by_forward(kind: type) -> frozenset[str]:
     """The names in the forward of a class and in the methods that it calls."""
     read: set[str] = set()

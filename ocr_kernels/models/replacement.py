@@ -102,7 +102,7 @@ class Replacement(StandIn):
     def remove(self) -> None:
         self.is_active = False  # where another library has wrapped and kept it, too
         if self.block is not None:
-            self.block.snapshot = self.block.trained = None  # which know the module
+            self.block.snapshot = self.block.trained = self.block.design = None  # which know the module
         self.remove_from(self.module)
 
     def remove_from(self, module: nn.Module) -> None:
