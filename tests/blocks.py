@@ -529,12 +529,6 @@ class Drawing(Head):
         return super().join(x, context)
 
 
-def mixed() -> nn.Module:
-    head = Head()
-    head.fuse.double()
-    return head
-
-
 REFUSALS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "GroupNorm": (lambda: Head(norm=functools.partial(nn.GroupNorm, 2)), "it has a GroupNorm on the pixels"),
     "GELU": (Gelu, "it has the activation gelu"),
@@ -559,7 +553,6 @@ REFUSALS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "its own value": (Number, "it reads values"),
     "noise": (Noise, "it draws random numbers"),
     "gate": (Gate, "it multiplies two maps"),
-    "mixed dtypes": (mixed, "it has weights of several dtypes"),
     "regions": (ByRegions, "off by"),
     "pixels": (ByPixels, "off by"),
     "first regions": (FirstRegions, "off by"),

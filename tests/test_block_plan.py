@@ -95,6 +95,12 @@ def test_float64(build: Callable[[], nn.Module]) -> None:
     assert checked[2] < 1e-13
 
 
+def test_weights_of_several_dtypes() -> None:
+    module = trained(Head())
+    module.fuse.double()
+    assert "it has weights of several dtypes" in plan_block(module)
+
+
 @torch.no_grad()
 def test_example_says_what_the_inputs_are() -> None:
     module = trained(Volume())

@@ -27,6 +27,7 @@ from ocr_kernels.models.block_weights import (
     BASE,
     BlockPlan,
     Folded,
+    class_of,
     computed_in,
     globals_of,
     own_classes,
@@ -181,9 +182,16 @@ class BlockCache:
         """Whether the plan is of the module as it is. A replica of DataParallel has the same cache."""
         if self.plan is None or not self.plan.fits(module):
             return False
-        if self.design is None:  # of a copy
+        before = self.design
+        if before is None:  # of a copy
             self.design = Design(module)
-        return not self.design.is_of(module) or self.design.is_unchanged_in(module)
+            return True
+        if not before.is_of(module):
+            return True
+        if list(module.modules()) != before.layers:  # others, which fit: as good if they are of the same classes
+            self.design = Design(module)
+            return self.design.classes == before.classes and before.has_code()
+        return before.is_unchanged()
 
     def _plan_again(self, module: nn.Module) -> None:
         self.plans += 1
@@ -202,7 +210,7 @@ class Design:
 
     def __init__(self, module: nn.Module) -> None:
         self.layers: list[nn.Module] = list(module.modules())
-        self.classes: list[type[nn.Module]] = list(map(type, self.layers))
+        self.classes: list[type] = list(map(class_of, self.layers))
         self.attributes: list[dict[str, Any]] = list(map(vars, self.layers))
         self.settings: Reads = _reads((vars(layer), _settings_of(layer)) for layer in self.layers)
         self.settings += [(operator.itemgetter(*names), [globals]) for globals, names in globals_of(module)]
@@ -213,14 +221,9 @@ class Design:
     def is_of(self, module: nn.Module) -> bool:
         return self.attributes[0] is vars(module)
 
-    def is_unchanged_in(self, module: nn.Module) -> bool:
-        """Whether a module has the same layers with the same classes and settings, in any mode."""
-        return (
-            list(module.modules()) == self.layers
-            and list(map(type, self.layers)) == self.classes
-            and self.has_settings()
-            and self.has_code()
-        )
+    def is_unchanged(self) -> bool:
+        """Whether the layers have the classes and settings that they had, in any mode."""
+        return list(map(class_of, self.layers)) == self.classes and self.has_settings() and self.has_code()
 
     def has_settings(self) -> bool:
         """Whether the layers' attributes are what they were, but for their modes."""
@@ -239,6 +242,7 @@ class Structure(Design):
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
+        self.types: list[type[nn.Module]] = list(map(type, self.layers))
         self.sizes: list[int] = list(map(len, self.attributes))
         self.modes: list[bool] = list(map(_mode_of, self.layers))
         own = ("_modules", "_parameters", "_buffers")
@@ -265,7 +269,7 @@ class Structure(Design):
             and not any(self.empty)
             and list(map(len, self.attributes)) == self.sizes
             and self.has_code()
-            and list(map(type, self.layers)) == self.classes
+            and list(map(type, self.layers)) == self.types
         )
 
     def has_tensors_and_layers(self) -> bool:

@@ -187,7 +187,7 @@ class BlockPlan:
                 layer = layer._modules.get(child)
                 if layer is None:
                     return False
-            if _class_of(layer).__qualname__ != name:
+            if class_of(layer).__qualname__ != name:
                 return False
             if present(layer) != tensors:
                 return False
@@ -207,7 +207,7 @@ def _are_cast(*tensors: Tensor) -> bool:
     return not is_exact and torch.is_autocast_enabled(tensors[0].device.type)
 
 
-def _class_of(layer: nn.Module) -> type:
+def class_of(layer: nn.Module) -> type:
     """Its class, without what `torch.distributed.fsdp.fully_shard` puts before it."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     wrapper = getattr(fsdp, "FSDPModule", None)
