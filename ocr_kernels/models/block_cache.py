@@ -188,9 +188,11 @@ class BlockCache:
             return True
         if not before.is_of(module):
             return True
-        if list(module.modules()) != before.layers:  # others, which fit: as good if they are of the same classes
+        if list(module.modules()) != before.layers:  # others, which fit: as good in the same order, of the same classes
+            order = [path for path, *_ in self.plan.layers]
             self.design = Design(module)
-            return self.design.classes == before.classes and before.has_code()
+            is_order = [path for path, _ in module.named_modules()] == order
+            return is_order and self.design.classes == before.classes and before.has_code()
         return before.is_unchanged()
 
     def _plan_again(self, module: nn.Module) -> None:
