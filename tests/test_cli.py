@@ -165,7 +165,7 @@ asserts = only_in_eval_mode(AssertionError())
 def uncopied():
     class Model(Network):
         def __deepcopy__(self, memo):
-            raise NotImplementedError
+            raise TypeError("it has no copies")
     return Model(), torch.randn(2, 3, 8, 8)
 
 def number():
@@ -277,7 +277,7 @@ def test_outputs_are_found_in_containers(slots: bool) -> None:
         ("make_model", 2, "ValueError: make_model returns no inputs: give their shapes, --input 1x3x512x1024"),
         ("number", 2, "TypeError: number must return a torch.nn.Module, or it and inputs, not int"),
         ("broken", 2, "LookupError: no weights"),
-        ("uncopied", 2, "NotImplementedError"),
+        ("uncopied", 2, "TypeError: it has no copies"),
         ("only_in_training", 2, "RuntimeError: no inference"),
         ("missing", 2, "AttributeError: module 'my_network' has no attribute 'missing'"),
     ],

@@ -542,6 +542,8 @@ class Tracer(TorchDispatchMode):
     def _on_div(self, x: Any, y: Any, **kwargs: Any) -> Map:
         if not isinstance(x, Map) or kwargs:
             raise Unmatched("divides by a map")
+        if isinstance(y, Own) and y.constant and y.value.numel() == 1:
+            y = y.value.item()  # whose reciprocal float32 would round
         return self._on_mul(x, self.emit(aten.reciprocal.default, y) if isinstance(y, Own) else 1 / y)
 
     def _on_neg(self, x: Map) -> Map:
