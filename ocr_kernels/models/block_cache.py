@@ -95,9 +95,11 @@ class BlockCache:
             return self._fits(module)
         known = self.trained
         if known is None or not known.is_of(module) or not known.is_unchanged():
-            if not self._is_planned(module) and self.plans < MOST_PLANS:
+            if not self._is_planned(module):
+                if self.plans >= MOST_PLANS:
+                    return False
                 self._plan_again(module)
-            if not self._is_planned(module) or not self._fits(module):
+            if not self._fits(module):
                 return False
             known = Structure(module)
             if all(parameter.is_leaf for parameter in module.parameters()):  # others may be of one call, and large
@@ -188,12 +190,13 @@ class BlockCache:
             return True
         if not before.is_of(module):
             return True
-        if list(module.modules()) != before.layers:  # others, which fit: as good in the same order, of the same classes
-            order = [path for path, *_ in self.plan.layers]
-            self.design = Design(module)
-            is_order = [path for path, _ in module.named_modules()] == order
-            return is_order and self.design.classes == before.classes and before.has_code()
-        return before.is_unchanged()
+        if list(module.modules()) == before.layers:
+            return before.is_unchanged()
+        now = Design(module)  # other layers, which fit: as good in the same places, if they are of the same classes
+        if (now.paths, now.classes) != (before.paths, before.classes) or not before.has_code():
+            return False
+        self.design = now
+        return True
 
     def _plan_again(self, module: nn.Module) -> None:
         self.plans += 1
@@ -212,6 +215,7 @@ class Design:
 
     def __init__(self, module: nn.Module) -> None:
         self.layers: list[nn.Module] = list(module.modules())
+        self.paths: list[str] = [path for path, _ in module.named_modules()]
         self.classes: list[type] = list(map(class_of, self.layers))
         self.attributes: list[dict[str, Any]] = list(map(vars, self.layers))
         self.settings: Reads = _reads((vars(layer), _settings_of(layer)) for layer in self.layers)
