@@ -51,7 +51,6 @@ inline Dtype dtype_of(const char* name, const Argument& tensor) {
 // The one stride of the pixels of a [B, rows, *S] tensor, if there is one.
 inline std::optional<int64_t> pixel_stride(const Argument& tensor) {
   if (tensor.numel() == 0) return 1;
-  if (tensor.numel() == 0) return 1;
   const auto sizes = tensor.sizes(), strides = tensor.strides();
   std::optional<int64_t> stride;
   int64_t next = 0;

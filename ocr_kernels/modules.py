@@ -1,7 +1,7 @@
 """Drop-in OCR modules on the fused ops: HRNet's constructors, forward argument order and `state_dict` keys.
 
-The layers are defined once, in `ocr_kernels.reference`; what differs here is how the gather and the attention are
-computed. HRNet's own class names are aliases, so changing an import is enough.
+The layers are defined once, in `ocr_kernels.reference`; what differs here is how the gather, the attention and all of
+step 4 are computed. HRNet's own class names are aliases, so changing an import is enough.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 Constructor arguments, forward argument order and `state_dict` keys are HRNet's, so its checkpoints load. The
 gather's softmax runs over pixels, the attention's over regions. Those two computations are methods of their own,
-`SpatialGather.gather` and `ObjectAttentionBlock.attend`: `ocr_kernels.modules` overrides them and nothing else.
+`SpatialGather.gather` and `ObjectAttentionBlock.attend`: `ocr_kernels.modules` overrides these, and the forward of
+`SpatialOCR`, which is one op.
 """
 
 from __future__ import annotations

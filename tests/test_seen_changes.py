@@ -20,11 +20,23 @@ from ocr_kernels import reference, replace_ocr_modules, restore_ocr_modules
 from ocr_kernels.models.block_cache import MOST_PLANS
 
 SCALE = 1.0
+SCALES = [1.0]
 settings = types.ModuleType("settings")
 
 
 def temperature() -> float:
     return SCALE
+
+
+class Temper(nn.Module):
+    """What it has of its own is one list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factors = [1.0]
+
+    def forward(self) -> float:
+        return self.factors[0]
 
 
 class Attention(reference.ObjectAttentionBlock):
@@ -33,6 +45,8 @@ class Attention(reference.ObjectAttentionBlock):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._private, self.listed, self.named = 1.0, [1.0], {"scale": 1.0}
+        self.nested = {"scales": [[1.0], 2.0]}
+        self.temper = Temper()
 
     def factor(self) -> Any:
         return self._private
@@ -57,9 +71,24 @@ class Shared(Attention):
         return self.shared
 
 
+class Nested(Attention):
+    def factor(self) -> Any:
+        return self.nested["scales"][0][0]
+
+
+class OfChild(Attention):
+    def factor(self) -> Any:
+        return self.temper()
+
+
 class Global(Attention):
     def factor(self) -> Any:
         return SCALE
+
+
+class GlobalList(Attention):
+    def factor(self) -> Any:
+        return SCALES[0]
 
 
 class Helper(Attention):
@@ -82,6 +111,12 @@ def set_scale(kind: type[Attention], module: nn.Module, value: float) -> None:
         attention.listed[0] = value
     elif kind is Named:
         attention.named["scale"] = value
+    elif kind is Nested:
+        attention.nested["scales"][0][0] = value
+    elif kind is OfChild:
+        attention.temper.factors[0] = value
+    elif kind is GlobalList:
+        SCALES[0] = value
     elif kind is Shared:
         kind.shared = value
     elif kind is OfModule:
@@ -93,7 +128,7 @@ def set_scale(kind: type[Attention], module: nn.Module, value: float) -> None:
 @pytest.fixture(autouse=True)
 def seeded() -> Iterator[None]:
     global SCALE
-    SCALE = settings.scale = Shared.shared = 1.0
+    SCALE = SCALES[0] = settings.scale = Shared.shared = 1.0
     torch._dynamo.reset()
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -117,7 +152,9 @@ def assert_same(module: Any, plain: Any, args: Any) -> None:
     torch.testing.assert_close(module(*args), plain(*args), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", [Attention, Listed, Named, Shared, Global, Helper, OfModule])
+@pytest.mark.parametrize(
+    "kind", [Attention, Listed, Named, Nested, OfChild, Shared, Global, GlobalList, Helper, OfModule]
+)
 @pytest.mark.parametrize("train", [True, False])
 def test_attributes_and_globals(kind: type[Attention], train: bool) -> None:
     module, plain = pair(type("Block", (reference.SpatialOCR,), {"attention": kind}), train=train)
@@ -132,7 +169,7 @@ def test_attributes_and_globals(kind: type[Attention], train: bool) -> None:
         assert ops.block + ops.inference == 1
 
 
-@pytest.mark.parametrize("kind", [Attention, Listed, Named, Shared])
+@pytest.mark.parametrize("kind", [Attention, Listed, Named, Nested, OfChild, Shared])
 @pytest.mark.parametrize("train", [True, False])
 def test_attributes_in_a_compiled_program(kind: type[Attention], train: bool) -> None:
     module, plain = pair(type("Block", (reference.SpatialOCR,), {"attention": kind}), train=train)

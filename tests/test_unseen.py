@@ -21,7 +21,7 @@ from module_results import CountOps
 from torch import Tensor, nn
 
 from ocr_kernels import reference, replace_ocr_modules, restore_ocr_modules, use_backend
-from ocr_kernels.models.trial import error_of, errors
+from ocr_kernels.models.errors import distance, errors, relative_error
 
 SHAPES = (2, 5, 3, 6), (2, 5, 4), (2, 6, 4)
 
@@ -744,10 +744,20 @@ def test_gates_beside_a_fused_attention_are_no_reason() -> None:
 
 def test_nan_against_a_number_is_an_error() -> None:
     nan, one = torch.tensor([torch.nan, 1.0]), torch.ones(2)
-    assert error_of(nan, one) == (torch.inf, torch.inf)
-    assert error_of(one, nan) == (torch.inf, torch.inf)
-    assert error_of(nan, nan) == (0.0, 0.0)
-    assert error_of(torch.tensor([torch.inf]), torch.tensor([-torch.inf]))[0] == torch.inf
+    assert distance(nan, one) == (torch.inf, 1.0)
+    assert distance(one, nan) == (torch.inf, 1.0)
+    assert distance(nan, nan) == (0.0, 1.0)
+    assert relative_error(torch.tensor([torch.inf]), torch.tensor([-torch.inf])) == torch.inf
+    assert distance(one, one[:1])[0] == torch.inf
+    assert errors(nan, one, one.double).why_not() is not None
+
+
+def test_small_outputs_have_bounds_of_their_own() -> None:
+    large, small = 1e4 * torch.randn(1000), 1e-4 * torch.randn(1000)
+    own = large * (1 + 1e-6 * torch.randn(1000)), small  # rounding
+    exact = large.double(), small.double()
+    assert errors(own, own, lambda: exact).why_not() is None
+    assert errors((own[0], -small), own, lambda: exact).why_not() is not None
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])

@@ -52,9 +52,9 @@ def ocr_block(
 
     The softmax runs **over regions**; rho is a norm and an activation.
 
-    Where a derivative is wanted or a norm takes the statistics of the batch, feats, the products of the layers of phi,
-    the weights w `[B, K, *S]` and one map of z's channels are saved for backward; neither y nor anything that a norm or
-    an activation made. Else norms are folded into the matrices and nothing is saved.
+    Where a derivative is wanted, there is a mask or a norm takes the statistics of the batch, feats, the products of
+    the layers of phi, the weights w `[B, K, *S]` and one map of z's channels are saved for backward; neither y nor
+    anything that a norm or an activation made. Else norms are folded into the matrices and nothing is saved.
 
     Args:
         feats: pixel representations x, `[B, C, *S]`, any number of spatial dimensions.
@@ -85,8 +85,8 @@ def ocr_block(
         TypeError: an argument is no tensor, no `Layer`, no `Norm` or no number, or the dtypes differ or are others.
         ValueError: shapes or devices do not match, a size other than B and S is 0, there is one pixel where a norm
             takes the statistics of the batch, a norm has one running statistic of two or a negative eps, a slope is
-            negative where a derivative is wanted, the mask requires grad, `output` needs a classifier, or `output` or
-            `backend` is unknown.
+            negative where a derivative is wanted, there is a mask or a norm takes the statistics of the batch, the mask
+            requires grad, `output` needs a classifier, or `output` or `backend` is unknown.
         RuntimeError: the backend asked for cannot run here; the message says why.
 
     Examples:
@@ -121,7 +121,8 @@ def ocr_block(
             return folded.run(feats.to(dtype), key.to(dtype), value, backend)
     for name, layer in layers.items():
         if layer is not None and layer.slope < 0:
-            raise ValueError(f"{name}.slope must be a number >= 0 where a derivative is wanted, but is {layer.slope}")
+            where = "a derivative is wanted, there is a mask, or a norm takes the statistics of the batch"
+            raise ValueError(f"{name}.slope must be a number >= 0 where {where}, but is {layer.slope}")
     count = feats.shape[0] * pixels(feats.shape)
     groups = [layer.norm.group for layer in layers.values() if layer is not None and layer.norm is not None]
     if takes_statistics and count == 1 and not any(groups):
@@ -227,8 +228,10 @@ def fold_block(
     weights = [weight.to(exact if weight.dim() == 1 else dtype).contiguous() for weight in weights]
     slopes = [1.0 if layer is None else float(layer.slope) for layer in layers.values()]
     result = FoldedBlock(up_matrix.to(exact), weights, slopes, scale, "features")
-    if output == "features" or classifier is None:
+    if output == "features":
         return result
+    if classifier is None:
+        raise ValueError(f"output {output!r} needs a classifier, but there is none")
     return result.with_classifier(*classifier)._replace(output=output)
 
 

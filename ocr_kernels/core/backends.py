@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ocr_kernels.core import libraries
+from ocr_kernels.core.calls import is_exported
 from ocr_kernels.core.layout import is_channels_last
 
 Backend: TypeAlias = Literal["reference", "triton", "native"]
@@ -148,7 +149,7 @@ def left_to_compiler(pixels: Tensor, backend: Backend | None = None, *, is_of_im
         and backend is None
         and _selected is None
         and pixels.is_cpu
-        and not torch.compiler._is_exporting_flag  # is_exporting() is true under any torch.compile of PyTorch 2.11
+        and not is_exported()
         and not ((pixels.dim() > 3 if is_of_images is None else is_of_images) and is_channels_last(pixels))
     )
 

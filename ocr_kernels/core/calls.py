@@ -41,10 +41,12 @@ def has_own_forward(module: nn.Module) -> bool:
 
 def is_recorded() -> bool:
     """Whether the call becomes part of a program that is to run elsewhere."""
-    return (
-        torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-        or torch.compiler._is_exporting_flag  # is_exporting() is true under any torch.compile of PyTorch 2.11
-    )
+    return torch.jit.is_tracing() or is_exported()  # type: ignore[attr-defined, no-untyped-call]
+
+
+def is_exported() -> bool:
+    """Whether torch.export traces the call. Its public function is true under any torch.compile of PyTorch 2.11."""
+    return torch.compiler._is_exporting_flag
 
 
 _apart = 0  # threads and blocks that want modules taken apart

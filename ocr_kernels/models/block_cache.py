@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import itertools
 import operator
@@ -21,19 +20,11 @@ from ocr_kernels.core.calls import has_own_forward, is_recorded
 from ocr_kernels.core.derivatives import is_in_transform
 from ocr_kernels.core.layout import DTYPES
 from ocr_kernels.models.block_plan import plan_block, verify
-from ocr_kernels.models.block_trace import tensor_at
+from ocr_kernels.models.block_program import tensor_at
 from ocr_kernels.models.block_training import TrainingPlan, plan_training
-from ocr_kernels.models.block_weights import (
-    BASE,
-    BlockPlan,
-    Folded,
-    class_of,
-    computed_in,
-    globals_of,
-    own_classes,
-    read_by_forward,
-)
+from ocr_kernels.models.block_weights import BlockPlan, Folded, computed_in
 from ocr_kernels.models.maps import Recorder
+from ocr_kernels.models.own_code import BASE, class_of, globals_of, kept, own_classes, read_by_forward
 
 MOST_PLANS = 8
 """A module whose settings change from step to step trains by its own forward then."""
@@ -43,29 +34,23 @@ _mode_of = operator.attrgetter("training")
 
 
 class BlockCache:
-    """A module's plans, and its folded weights of the last call; a copy starts without them.
+    """A module's plans, and its folded weights of the last call; a copy starts without them."""
 
-    `forward` is the module's own, by default its class's.
-    """
-
-    def __init__(
-        self, plan: BlockPlan, forward: Callable[..., Any] | None = None, training: TrainingPlan | None = None
-    ) -> None:
+    def __init__(self, plan: BlockPlan, training: TrainingPlan | None = None) -> None:
         self.plan: BlockPlan | None = plan
         self.training = training
-        self.forward = forward
         self.snapshot: Snapshot | None = None
         self.trained: Structure | None = None  # for which the plan for training was last found to hold
         self.design: Design | None = None  # that the plan was made of
         self.plans = 0  # that were made since the first
 
     def __reduce__(self) -> Any:
-        return BlockCache, (self.plan, self.forward, self.training)
+        return BlockCache, (self.plan, self.training)
 
     def plan_training(self, module: nn.Module) -> str:
         """Find out how the module computes step 4 in training; why it cannot be one op, if it cannot."""
         assert self.plan is not None
-        found = plan_training(module, self.plan, self.forward or type(module).forward)
+        found = plan_training(module, self.plan)
         self.training = None if isinstance(found, str) else found
         return found if isinstance(found, str) else ""
 
@@ -201,9 +186,9 @@ class BlockCache:
     def _plan_again(self, module: nn.Module) -> None:
         self.plans += 1
         self.design, self.trained = Design(module), None
-        found = plan_block(module, forward=self.forward)
+        found = plan_block(module)
         if isinstance(found, BlockPlan) and found.folds:
-            checked = verify(module, found, forward=self.forward)
+            checked = verify(module, found)
             found = checked if isinstance(checked, str) else found
         self.plan, self.training = (found if isinstance(found, BlockPlan) else None), None
         if self.plan is not None:
@@ -220,7 +205,7 @@ class Design:
         self.attributes: list[dict[str, Any]] = list(map(vars, self.layers))
         self.settings: Reads = _reads((vars(layer), _settings_of(layer)) for layer in self.layers)
         self.settings += [(operator.itemgetter(*names), [globals]) for globals, names in globals_of(module)]
-        self.settings_before: list[list[Any]] = [list(map(_kept, map(get, owners))) for get, owners in self.settings]
+        self.settings_before: list[list[Any]] = [list(map(kept, map(get, owners))) for get, owners in self.settings]
         self.code: list[Any] = [vars(base) for base in {base for layer in self.layers for base in own_classes(layer)}]
         self.code_before: list[tuple[Any, ...]] = [tuple(code.values()) for code in self.code]
 
@@ -360,32 +345,23 @@ def _reads(owners: Iterable[tuple[dict[str, Any], tuple[str, ...]]]) -> Reads:
     return [(operator.itemgetter(*names), owners) for names, owners in alike.items()]
 
 
-def _kept(values: Any) -> Any:
-    """Values, with copies of those that may be changed in place."""
-    if isinstance(values, tuple):
-        return tuple(copy.copy(each) if type(each) in (list, dict, set) else each for each in values)
-    return values
-
-
 def _wants_grad(module: nn.Module, *inputs: Any) -> bool:
     tensors = (each for each in (*inputs, *module.parameters()) if isinstance(each, Tensor))
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def _may_fold() -> bool:
-    if is_in_transform():
+    if is_in_transform() or is_recorded():
         return False
     if torch.compiler.is_compiling():
-        return not torch.compiler._is_exporting_flag  # is_exporting() is true under any torch.compile of PyTorch 2.11
-    return not (  # no public function tells of the last two
-        torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-        or forward_ad._current_level >= 0
-        or (torch._C._len_torch_dispatch_stack() and any(map(_records, _get_current_dispatch_mode_stack())))
+        return True
+    return not (  # which no public function tells
+        forward_ad._current_level >= 0
+        or (
+            torch._C._len_torch_dispatch_stack()
+            and any(isinstance(mode, Recorder) for mode in _get_current_dispatch_mode_stack())
+        )
     )
-
-
-def _records(mode: object) -> bool:
-    return isinstance(mode, Recorder)
 
 
 def _is_watched_or_training(module: nn.Module) -> bool:

@@ -11,7 +11,6 @@ import copy
 import dataclasses
 import inspect
 import itertools
-import math
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -23,21 +22,22 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ocr_kernels.core.calls import has_own_forward, taken_apart
 from ocr_kernels.core.layout import DTYPES
-from ocr_kernels.models.block_trace import Call, Map, Node, Own, Ref, Tracer, Unmatched, aten, tensor_at
-from ocr_kernels.models.block_weights import (
+from ocr_kernels.models.block_program import Call, Ref, aten, tensor_at
+from ocr_kernels.models.block_trace import Map, Node, Own, Tracer, Unmatched
+from ocr_kernels.models.block_weights import Beyond, BlockPlan, Layer
+from ocr_kernels.models.classifier import matrix_of
+from ocr_kernels.models.errors import Errors, errors, relative_error
+from ocr_kernels.models.own_code import (
     BASE,
-    Beyond,
-    BlockPlan,
-    Layer,
-    frozen,
     functions_of,
     globals_of,
     is_plain,
+    is_value,
+    kept,
     own_classes,
     present,
     read_by_forward,
 )
-from ocr_kernels.models.classifier import matrix_of
 from ocr_kernels.models.random_state import forked_rng
 
 VERIFICATION_BOUND = 1e-4
@@ -66,28 +66,25 @@ def verify(
     plan: BlockPlan,
     example: tuple[Tensor, Tensor] | None = None,
     *,
-    forward: Forward | None = None,
     classifier: nn.Module | None = None,
     compute: Callable[[nn.Module, Tensor, Tensor], Tensor] | None = None,
-) -> tuple[float, float | None, float] | str:
-    """The plan's error against the module's own forward in float64, eager's own in its dtype, and the relative one.
+) -> Errors | str:
+    """The plan's errors beside those of the module's own forward.
 
-    Or why the plan is wrong: with random weights in float32 it is off, or with the real ones by more than 4 times what
-    eager is off, plus 4 eps of the largest value; in float64, of which eager has no error, 4 times the root of eps of
-    it. Without `example` pixels and regions are random. With a classifier,
-    whose op is that of the plan, logits are compared. Of a plan that does not fold, `compute` is what runs instead, and
-    was compared with random weights.
+    Or why the plan is wrong: with random weights in float32 it is off, or with the real ones by more than the bound.
+    Without `example` pixels and regions are random. With a classifier, whose op is that of the plan, logits are
+    compared. Of a plan that does not fold, `compute` is what runs instead, and was compared with random weights.
     """
-    own = forward or type(module).forward
     try:
         with quiet([*module.parameters(), *module.buffers()]):
-            off = "" if classifier is not None or compute is not None else _off_at_random(module, plan, own)
-            return off or _errors(module, plan, own, example, classifier, compute)
+            off = "" if classifier is not None or compute is not None else _off_at_random(module, plan)
+            return off or _errors(module, plan, example, classifier, compute)
     except Exception as error:
         return f"it fails on pixels and regions: {error}"
 
 
-def _off_at_random(module: nn.Module, plan: BlockPlan, forward: Forward) -> str:
+def _off_at_random(module: nn.Module, plan: BlockPlan) -> str:
+    forward = type(module).forward
     generator = torch.Generator().manual_seed(0)
     trial = copied(module)
     for name, tensor in (*trial.named_parameters(), *trial.named_buffers()):
@@ -104,8 +101,8 @@ def _off_at_random(module: nn.Module, plan: BlockPlan, forward: Forward) -> str:
             return "its forward computes something else on other weights, or for other sizes"
         if not expected.is_contiguous():
             return "its result is not contiguous where its pixels are"
-        error = _largest(found.double(), expected.double()) / (expected.abs().max().item() or 1.0)
-        if not error <= VERIFICATION_BOUND:
+        error = relative_error(found, expected)
+        if not error <= VERIFICATION_BOUND or not expected.isfinite().all():
             where = f"on random weights, {batch} images of {sides[: plan.dims - 2]} pixels, {count} regions"
             return f"its forward computes something else (off by {error:.1e} {where})"
     narrow = [t.bfloat16() for t in plan.random_inputs(1)]
@@ -113,18 +110,17 @@ def _off_at_random(module: nn.Module, plan: BlockPlan, forward: Forward) -> str:
     if expected.dtype != torch.bfloat16:
         return "its result has another dtype than its pixels"
     found = plan.weights(trial, torch.bfloat16).compute(narrow[0], narrow[1], backend="reference")
-    error = _largest(found.double(), expected.double()) / (expected.abs().max().item() or 1.0)
+    error = relative_error(found, expected)
     return "" if error <= 0.25 else f"its forward computes something else in bfloat16 (off by {error:.1e})"
 
 
 def _errors(
     module: nn.Module,
     plan: BlockPlan,
-    forward: Forward,
     example: tuple[Tensor, Tensor] | None,
     classifier: nn.Module | None,
     compute: Callable[[nn.Module, Tensor, Tensor], Tensor] | None,
-) -> tuple[float, float | None, float] | str:
+) -> Errors | str:
     first = tensor_at(module, plan.first)
     trial = copied(module, keep=True)
     feats, regions = (tensor.detach().to(first) for tensor in example or plan.random_inputs(2))
@@ -133,7 +129,7 @@ def _errors(
     with torch.device(first.device):
         after = nn.Identity() if classifier is None else copied(classifier, keep=True)
         if compute is not None:
-            found = compute(trial, feats, regions).double()
+            found = compute(trial, feats, regions)
         else:
             weights: Any = plan.weights(trial, first.dtype)
             if classifier is not None:
@@ -141,35 +137,30 @@ def _errors(
                 weights = None if layer is None else weights.with_classifier(*layer)
             if weights is None:
                 return "its result does not go to a 1x1 convolution that is part of the op"
-            found = weights.compute(feats, regions).double()
-        eager = after(forward(trial, feats.clone(), regions.clone())).double()
-        exact = after.double()(forward(trial.double(), feats.double(), regions.double()))
-    error, eager_error = _largest(found, exact), None if first.dtype == torch.float64 else _largest(eager, exact)
-    largest, eps = exact.abs().max().item(), torch.finfo(first.dtype).eps
-    bound = 4 * eps**0.5 * largest if eager_error is None else 4 * eager_error + 4 * eps * largest
-    if not error <= bound or math.isinf(error):
-        return f"its error would be {error:.1e}, more than {bound:.1e}"
-    return error, eager_error, error / (largest or 1.0)
+            found = weights.compute(feats, regions)
 
+        def own(x: Tensor, f: Tensor) -> Tensor:
+            out: Tensor = after(type(trial).forward(trial, x, f))
+            return out
 
-def _largest(found: Tensor, expected: Tensor) -> float:
-    """The largest difference; what is NaN in both, or the same infinity, does not differ."""
-    alike = (found == expected) | (found.isnan() & expected.isnan())
-    return (found - expected).abs().masked_fill(alike, 0).nan_to_num(nan=math.inf, posinf=math.inf).max().item()
+        def exact() -> Tensor:
+            trial.double(), after.double()
+            return own(feats.double(), regions.double())
+
+        result = errors(found, own(feats.clone(), regions.clone()), exact)
+    return result.why_not() or result
 
 
 # Finding it
 
 
-def plan_block(
-    module: nn.Module, example: tuple[Tensor, Tensor] | None = None, *, forward: Forward | None = None
-) -> BlockPlan | str:
+def plan_block(module: nn.Module, example: tuple[Tensor, Tensor] | None = None) -> BlockPlan | str:
     """How `module` computes step 4, or why it cannot be computed by `ocr_block`; empty if it does not compute step 4.
 
-    A copy of it is run on small random pixels and regions, of the dimensions of `example` if there is one, and as
-    `forward` says, its class's own by default. The module itself stays as it is.
+    A copy of it is run on small random pixels and regions, of the dimensions of `example` if there is one. The module
+    itself stays as it is.
     """
-    own = forward or type(module).forward
+    own = type(module).forward
     if not _takes_two(own) or not 2 <= len(_matrices(module)) <= MOST_MATRICES:
         return ""
     failure = ""
@@ -242,11 +233,7 @@ def _obstacle(module: nn.Module) -> str:
 
 def _is_seen(value: Any) -> bool:
     """Whether a change of an attribute, or in it, is noticed."""
-    if isinstance(value, (list, set, tuple)):
-        return all(map(is_plain, value))
-    if isinstance(value, dict):
-        return all(map(is_plain, value.values()))
-    return is_plain(value) or callable(value) or isinstance(value, (Tensor, torch.dtype, torch.device, torch.Size))
+    return is_value(value) or callable(value) or isinstance(value, (Tensor, torch.dtype, torch.device))
 
 
 def _matrices(module: nn.Module) -> dict[str, Tensor]:
@@ -507,9 +494,9 @@ def _settings(part: nn.Module) -> tuple[tuple[str, Any], ...]:
         values |= {name: inspect.getattr_static(part, name) for base in own for name in vars(base).keys() & read}
         values |= {name: vars(part)[name] for name in vars(part).keys() & read}
     return tuple(
-        (name, frozen(value))
+        (name, kept(value))
         for name, value in values.items()
-        if name not in BASE and (is_plain(value) or (own and isinstance(value, (list, dict)) and _is_seen(value)))
+        if name not in BASE and (is_plain(value) or (own and is_value(value)))
     )
 
 

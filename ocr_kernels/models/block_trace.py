@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,97 +18,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-aten: Any = torch.ops.aten
+from ocr_kernels.models.block_program import Call, Program, Ref, Window, aten, channel_norm
 
-
-# What is made of the module's own tensors
-
-
-class Ref(NamedTuple):
-    """A result of a program, or one of several of that call."""
-
-    at: int
-    item: int | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Call:
-    """One operation of a program; among its arguments are `Ref`s."""
-
-    function: Callable[..., Any]
-    args: tuple[Any, ...]
-    kwargs: tuple[tuple[str, Any], ...] = ()
-
-    def __reduce__(self) -> Any:
-        function = self.function.name() if isinstance(self.function, torch._ops.OpOverload) else self.function
-        return _call, (function, self.args, self.kwargs)
-
-    def run(self, results: Sequence[Any], device: torch.device, exact: torch.dtype, *leading: Any) -> Any:
-        """`exact` is the dtype of what float32 was where the module was traced."""
-        args = [_value(arg, results, exact) for arg in self.args]
-        kwargs = {name: device if name == "device" else _value(arg, results, exact) for name, arg in self.kwargs}
-        return self.function(*leading, *args, **kwargs)
-
-
-def _call(function: Any, args: tuple[Any, ...], kwargs: tuple[tuple[str, Any], ...]) -> Call:
-    """For unpickling: PyTorch's operations go by their names."""
-    if isinstance(function, str):
-        name, _, overload = function.removeprefix("aten::").partition(".")
-        function = getattr(getattr(aten, name), overload or "default")
-    return Call(function, args, kwargs)
-
-
-def _value(arg: Any, results: Sequence[Any], exact: torch.dtype) -> Any:
-    if isinstance(arg, Ref):
-        return results[arg.at] if arg.item is None else results[arg.at][arg.item]
-    if isinstance(arg, (list, tuple)):
-        return [_value(each, results, exact) for each in arg]
-    return exact if arg is torch.float32 else arg
-
-
-class Program(NamedTuple):
-    """Which of the module's tensors, by their paths, and what is made of them, in order; with the results' numbers."""
-
-    sources: tuple[tuple[int, str], ...]
-    calls: tuple[tuple[int, Call], ...]
-    length: int
-
-    def run(self, module: nn.Module, exact: torch.dtype) -> list[Any]:
-        """The results, in float32 or float64."""
-        results: list[Any] = [None] * self.length
-        for at, path in self.sources:
-            tensor = tensor_at(module, path).detach()
-            results[at] = tensor.to(exact) if tensor.is_floating_point() else tensor
-        device = results[self.sources[0][0]].device
-        for at, call in self.calls:
-            results[at] = call.run(results, device, exact)
-        return results
-
-    def pruned(self, wanted: Any) -> Program:
-        """What `wanted` needs of it."""
-        needed = _references(wanted)
-        calls = []
-        for at, call in reversed(self.calls):
-            if at in needed:
-                needed |= _references((call.args, call.kwargs))
-                calls.append((at, call))
-        return Program(tuple(s for s in self.sources if s[0] in needed), tuple(reversed(calls)), self.length)
-
-
-def _references(tree: Any) -> set[int]:
-    """The numbers of the results that are referred to."""
-    if isinstance(tree, Ref):
-        return {tree.at}
-    if isinstance(tree, Call):
-        return _references((tree.args, tree.kwargs))
-    return set().union(*map(_references, tree)) if isinstance(tree, (list, tuple)) else set()
-
-
-def tensor_at(module: nn.Module, path: str) -> Tensor:
-    found: Any = module
-    for name in path.split("."):
-        found = getattr(found, name)
-    return found  # type: ignore[no-any-return]
+# The formula
 
 
 @dataclasses.dataclass(eq=False)
@@ -118,16 +30,6 @@ class Own:
     ref: Ref
     value: Tensor
     constant: bool  # of numbers alone
-
-
-# The formula
-
-
-class Window(NamedTuple):
-    """Which pixels a convolution takes that gives as many as it takes."""
-
-    padding: tuple[int, ...]
-    dilation: tuple[int, ...]
 
 
 @dataclasses.dataclass(eq=False)
@@ -623,14 +525,13 @@ class Tracer(TorchDispatchMode):
         product = self._on_mm(a, b)
         if alpha != 1:
             product = self._on_mul(product, alpha)
-        return self._on_add(product, bias) if beta == 1 else self._rest(product, beta)
-
-    _on_baddbmm = _on_addmm
-
-    def _rest(self, product: Map, beta: float) -> Map:
+        if beta == 1:
+            return self._on_add(product, bias)
         if beta:
             raise Unmatched("adds a multiple of a tensor to a product")
         return product
+
+    _on_baddbmm = _on_addmm
 
     def _on_mm(self, a: Any, b: Any) -> Map:
         batches = (a.value if isinstance(a, Own) else a.index).dim() - 2
@@ -702,11 +603,6 @@ class Tracer(TorchDispatchMode):
         weights = self._on_softmax(self._on_mul(self._product(Map(query.node, index), key), scale), 2)
         context = self._product(weights, Map(value.node, value.index.mT))
         return Map(context.node, context.index.mT.unflatten(2, query.index.shape[2:]))
-
-
-def channel_norm(x: Tensor, shape: list[int], weight: Any, bias: Any, eps: float) -> Tensor:
-    """LayerNorm of the channels of `[B, C, K]`."""
-    return F.layer_norm(x.mT, shape, weight, bias, eps).mT
 
 
 def _is_laid_out(x: Map) -> bool:

@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import functools
 import itertools
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,8 +17,9 @@ from ocr_kernels.block import ocr_block
 from ocr_kernels.block.layers import is_norm, is_pointwise, layer_of, mask_of
 from ocr_kernels.core.calls import is_plain_call
 from ocr_kernels.models.block_plan import copied, quiet
-from ocr_kernels.models.block_trace import Call, Ref
+from ocr_kernels.models.block_program import Call, Ref
 from ocr_kernels.models.block_weights import BlockPlan
+from ocr_kernels.models.errors import relative_error
 from ocr_kernels.models.random_state import undisturbed
 
 BOUND = 1e-8
@@ -101,7 +101,7 @@ class _Local(nn.modules.batchnorm._BatchNorm):
         pass
 
 
-def plan_training(module: nn.Module, plan: BlockPlan, forward: Callable[..., Any]) -> TrainingPlan | str:
+def plan_training(module: nn.Module, plan: BlockPlan) -> TrainingPlan | str:
     """How `module`, whose plan for inference is known, computes step 4 in training; or why the op cannot."""
     if plan.beyond is not None:
         convolves = plan.beyond.window is not None
@@ -134,7 +134,7 @@ def plan_training(module: nn.Module, plan: BlockPlan, forward: Callable[..., Any
         reasons = []
         for context_first, dropout in itertools.product((True, False), (*dropouts, None)):
             candidate = dataclasses.replace(found, context_first=context_first, dropout=dropout)
-            reasons.append(_off(module, plan, candidate, forward))
+            reasons.append(_off(module, plan, candidate))
             if not reasons[-1]:
                 return candidate
         return reasons[0]
@@ -172,7 +172,7 @@ def _pairs(
     return (*found[:-1], found[-1]._replace(slope=slope)) if found else ()
 
 
-def _off(module: nn.Module, plan: BlockPlan, candidate: TrainingPlan, forward: Callable[..., Any]) -> str:
+def _off(module: nn.Module, plan: BlockPlan, candidate: TrainingPlan) -> str:
     """Why a plan is wrong: with random weights in float64, in the modes that it is for, it gives something else."""
     with quiet([*module.parameters(), *module.buffers()]):
         trial = copied(module).double()
@@ -188,12 +188,11 @@ def _off(module: nn.Module, plan: BlockPlan, candidate: TrainingPlan, forward: C
         for seed, mode in itertools.product(range(2), (True, False)):
             trial.train(mode), twin.train(mode)
             feats, regions = (tensor.double() for tensor in plan.random_inputs(seed, 2, (7, 5, 3), 4 + seed))
-            runs = (forward, trial), (candidate.compute, twin)
+            runs = (type(trial).forward, trial), (candidate.compute, twin)
             calls = [functools.partial(_in_training, run, part, feats, regions, seed) for run, part in runs]
             for found, expected in zip(*undisturbed([], *calls), strict=True):
-                largest = expected.abs().max().item() if expected.numel() else 0.0
-                error = (found - expected).abs().max().item() / (largest or 1.0) if expected.numel() else 0.0
-                if found.shape != expected.shape or not error <= BOUND or math.isnan(error):
+                error = relative_error(found, expected)
+                if not (error <= BOUND and expected.isfinite().all()):
                     return f"its forward computes something else in training (off by {error:.1e})"
     return ""
 

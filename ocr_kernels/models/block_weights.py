@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
-import sys
-from types import FunctionType, ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -19,16 +16,14 @@ from ocr_kernels.block.registration import implemented
 from ocr_kernels.core.activations import activate_
 from ocr_kernels.core.backends import BACKENDS, Backend, left_to_compiler
 from ocr_kernels.core.layout import in_format, statistics_dtype
-from ocr_kernels.models.block_trace import Call, Program, Ref, Window
-
-BASE = vars(nn.Module()).keys()
-"""Attributes that every module has."""
+from ocr_kernels.models.block_program import Call, Program, Ref, Window
+from ocr_kernels.models.own_code import class_of, is_value, present
 
 
 class Layer(NamedTuple):
     """A matrix and a bias, or None for zeros, among a program's results, and the slope of the activation after it."""
 
-    weight: Ref
+    weight: Ref | None  # None in `up` alone, where the values themselves are activated
     bias: Ref | None
     slope: float
 
@@ -98,7 +93,7 @@ class BlockPlan:
     pixels: tuple[Layer, ...]  # phi, one or two
     key: tuple[Layer | Call, ...]  # psi; calls are of operations that no layer is
     value: tuple[Layer | Call, ...]  # delta
-    up: Layer  # rho; its weight is the number of channels where the values themselves are activated
+    up: Layer  # rho
     context: Ref  # the half of g that takes y
     fusing: Layer  # the half of g that takes x
     scale: float
@@ -146,11 +141,6 @@ class BlockPlan:
             key, value = (tuple(map(part, parts)) for parts in (self.key, self.value))
             return Folded(made, key, value, self.transposed, self.beyond)
 
-    def run(self, module: nn.Module, feats: Tensor, regions: Tensor) -> Tensor:
-        """z of `module`, in the shape and memory format that its own forward gives it."""
-        with torch.no_grad():
-            return self.weights(module, computed_in(feats)).compute(feats, regions)
-
     def takes(self, feats: Tensor, regions: Tensor, first: Tensor) -> bool:
         """Whether the module's own forward would take pixels and regions like these; `first` is `self.first`'s."""
         shape, region_shape, dtype = feats.shape, regions.shape, feats.dtype
@@ -192,7 +182,8 @@ class BlockPlan:
             if present(layer) != tensors:
                 return False
             for attribute, value in settings:
-                if frozen(getattr(layer, attribute, None)) != value:
+                found = getattr(layer, attribute, None)
+                if not is_value(found) or found != value:
                     return False
         return True
 
@@ -205,98 +196,6 @@ def computed_in(feats: Tensor) -> torch.dtype:
 def _are_cast(*tensors: Tensor) -> bool:
     is_exact = any(tensor.dtype == torch.float64 for tensor in tensors)
     return not is_exact and torch.is_autocast_enabled(tensors[0].device.type)
-
-
-def class_of(layer: nn.Module) -> type:
-    """Its class, without what `torch.distributed.fsdp.fully_shard` puts before it."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    wrapper = getattr(fsdp, "FSDPModule", None)
-    if wrapper is None or not isinstance(layer, wrapper):
-        return type(layer)
-    return next(base for base in type(layer).__mro__[1:] if base is not wrapper)
-
-
-def present(layer: nn.Module) -> tuple[str, ...]:
-    """The names of a layer's parameters and buffers that are there."""
-    entries = (*layer._parameters.items(), *layer._buffers.items())
-    return tuple([name for name, tensor in entries if tensor is not None])
-
-
-# The code of a module, which its plan was read off
-
-
-def own_classes(module: nn.Module) -> list[type]:
-    """The classes of a module that are not PyTorch's."""
-    return [base for base in type(module).__mro__ if _is_own(base)]
-
-
-def _is_own(base: type) -> bool:
-    return _package(base.__module__) not in ("torch", "builtins")
-
-
-def functions_of(base: type) -> list[FunctionType]:
-    return [value for value in map(inspect.unwrap, vars(base).values()) if isinstance(value, FunctionType)]
-
-
-def globals_of(module: nn.Module) -> list[tuple[dict[str, Any], tuple[str, ...]]]:
-    """The globals of its code that may be other values later, which are neither modules nor functions nor classes.
-
-    Of functions of the same package that its forward calls, and of modules that it reads, plain values alone.
-    """
-    packages = {_package(base.__module__) for part in module.modules() for base in own_classes(part)}
-    found: dict[int, tuple[dict[str, Any], set[str]]] = {}
-
-    def add(owner: dict[str, Any], name: str) -> None:
-        found.setdefault(id(owner), (owner, set()))[1].add(name)
-
-    todo: list[tuple[FunctionType, bool]] = []  # whether forward calls it, as far as names tell
-    for kind in set(map(type, module.modules())):
-        read = read_by_forward(kind)
-        own = [base for base in kind.__mro__ if _is_own(base)]
-        todo += [(f, f.__name__ in read or f.__name__ == "forward") for base in own for f in functions_of(base)]
-    methods, seen = {function for function, _ in todo}, set()
-    while todo:
-        function, is_called = todo.pop()
-        names = function.__code__.co_names
-        for name in function.__globals__.keys() & names if (function, is_called) not in seen else ():
-            value = function.__globals__[name]
-            if isinstance(value, FunctionType):
-                todo += [(value, True)] * (is_called and _package(value.__module__) in packages - {"ocr_kernels"})
-            elif isinstance(value, ModuleType):
-                for other in vars(value).keys() & names if is_called and _package(value.__name__) != "torch" else ():
-                    if is_plain(vars(value)[other]):
-                        add(vars(value), other)
-            elif not callable(value) and (function in methods or is_plain(value)):
-                add(function.__globals__, name)
-        seen.add((function, is_called))
-    return [(owner, tuple(sorted(names))) for owner, names in found.values()]
-
-
-def _package(name: str | None) -> str:
-    return (name or "").partition(".")[0]
-
-
-def is_plain(value: Any) -> bool:
-    return isinstance(value, (int, float, str, type(None))) or (isinstance(value, tuple) and all(map(is_plain, value)))
-
-
-def frozen(value: Any) -> Any:
-    """A list or a dict as it is now."""
-    if isinstance(value, list):
-        return "list", tuple(value)
-    return ("dict", tuple(value.items())) if isinstance(value, dict) else value
-
-
-def read_by_forward(kind: type) -> frozenset[str]:
-    """The names in the forward of a class and in the methods that it calls."""
-    read: set[str] = set()
-    todo = {"forward"}
-    while todo:
-        read |= todo
-        functions = (inspect.getattr_static(kind, name, None) for name in todo)
-        names = (function.__code__.co_names for function in functions if isinstance(function, FunctionType))
-        todo = set().union(*names) - read
-    return frozenset(read)
 
 
 def _chain(columns: Tensor, parts: tuple[Any, ...]) -> Tensor:

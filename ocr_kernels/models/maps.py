@@ -90,7 +90,8 @@ def record_maps() -> Iterator[Maps]:
     """Record the `region_maps` and `attention_maps` of every call of the ops that this thread makes inside the block.
 
     It sees the functions, `ocr_kernels.modules`, swapped modules and `torch.ops`; outputs and gradients stay what they
-    were. The pixels of a swapped module come flat, `[B, K, N]`: `unflatten(2, (h, w))` brings them back. A forward
+    were. The pixels of a replaced module may come flat, `[B, K, N]`: `flatten(2).unflatten(2, (h, w))`
+    makes images of all. A forward
     pass that runs again, as in activation checkpointing, is recorded again; `vmap` is one call whose batch is both.
 
     A map is computed at once, beside its call, and stays on its device until the lists are cleared: 4 bytes times

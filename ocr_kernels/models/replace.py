@@ -22,6 +22,7 @@ from ocr_kernels.models.block_cache import BlockCache
 from ocr_kernels.models.block_plan import plan_block, verify
 from ocr_kernels.models.block_weights import BlockPlan
 from ocr_kernels.models.classifier import Join, joined, joins_of
+from ocr_kernels.models.errors import Errors
 from ocr_kernels.models.recognition import NO_PRODUCT
 from ocr_kernels.models.replacement import Replacement, replacement_of
 from ocr_kernels.models.report import LeftAlone, ReplacementReport, Swapped
@@ -262,7 +263,7 @@ def _as_a_block(
         not_in_training = block.plan_training(module)
         if not is_used_on(device_of(module)):
             not_in_training = not_in_training or f"it has no kernels for {device_of(module).type}"
-        errors: tuple[float, float | None, float] | str
+        errors: Errors | str
         if plan.folds:
             errors = verify(module, plan, example)
         else:
@@ -275,7 +276,6 @@ def _as_a_block(
             found = row if isinstance(row, Swapped) else Swapped(name, type(module).__qualname__)
             backend = _backend(module, module, *plan.backends(device_of(module).type))
             backends = dict.fromkeys([found.backend, backend])
-            error, eager_error, relative = errors
             if not_in_training:
                 found = dataclasses.replace(found, notes=(*found.notes, f"no block in training: {not_in_training}"))
             elif finding is not None and finding.own_bytes is not None:
@@ -284,9 +284,9 @@ def _as_a_block(
                 found,
                 computations=("block", *([] if not_in_training else ["training"]), *(before or ())),
                 backend=", ".join(filter(None, backends)),
-                max_error=max(error, found.max_error or 0.0),
-                eager_error=None if eager_error is None else max(eager_error, found.eager_error or 0.0),
-                relative_error=max(relative, found.relative_error or 0.0),
+                max_error=max(errors.error, found.max_error or 0.0),
+                eager_error=None if errors.eager_error is None else max(errors.eager_error, found.eager_error or 0.0),
+                relative_error=max(errors.relative_error, found.relative_error or 0.0),
             )
         plan = errors
     if isinstance(row, Swapped) and plan:
@@ -302,16 +302,16 @@ def _joining(module: nn.Module, replacements: dict[nn.Module, Replacement]) -> t
     plans = {child: block.plan for child, block in found.items() if block is not None and block.plan is not None}
     plans = {child: plan for child, plan in plans.items() if plan.folds}
     joins: list[Join] = []
-    worst: tuple[float, float | None, float] = (0.0, None, 0.0)
+    worst = Errors(0.0, None, 0.0, 0.0)
     for join in () if has_own_forward(module) else joins_of(module, plans):
         block, classifier = module.get_submodule(join.block), module.get_submodule(join.classifier)
         errors = verify(block, plans[block], classifier=classifier)
         if not isinstance(errors, str):
             joins.append(join)
-            worst = max(worst, errors, key=lambda each: each[0])
+            worst = max(worst, errors, key=lambda each: each.error)
     copies = joined(type(module), tuple(joins)) if joins else {}
     if not copies:
         return None
     backend = _backend(module, module, *implemented(device_of(module).type))
-    row = Swapped("", type(module).__qualname__, ("logits",), backend, *worst)
+    row = Swapped("", type(module).__qualname__, ("logits",), backend, *worst[:3])
     return Replacement(module, (type(module),), copies, joins=tuple(joins)), row

@@ -23,7 +23,7 @@ RESTORE_FIRST = "call ocr_kernels.restore_ocr_modules(model) first, and replace_
 
 
 class Replacement(StandIn):
-    """Calls a module's own forward, a rewritten copy of it, or in eval mode the block that it computes."""
+    """Calls a module's own forward, a rewritten copy of it, or the block that it computes."""
 
     def __init__(
         self,

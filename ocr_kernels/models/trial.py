@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import math
 import sys
 import threading
 from collections import deque
@@ -18,26 +17,12 @@ from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from ocr_kernels.core.calls import StandIn
+from ocr_kernels.models.errors import Errors, errors
 from ocr_kernels.models.random_state import forked_rng, undisturbed
 from ocr_kernels.models.recognition import Log
 from ocr_kernels.models.replacement import Replacement
 
 _running = threading.Lock()  # PyTorch's random state is one for all threads
-
-
-@dataclasses.dataclass(frozen=True)
-class Errors:
-    """How far outputs are off: ours and the module's own in its dtype, against float64 where that could be run."""
-
-    error: float
-    eager_error: float | None
-    relative_error: float
-    bound: float
-
-    def why_not(self) -> str | None:
-        if self.error <= self.bound:
-            return None
-        return f"its outputs would be off by {self.error:.1e} (relative {self.relative_error:.1e})"
 
 
 @dataclasses.dataclass
@@ -187,44 +172,6 @@ def _exact(module: nn.Module, args: Any, kwargs: Any) -> Any:
 
 def _double(tensor: Tensor) -> Tensor:
     return tensor.double() if tensor.is_floating_point() else tensor.clone()
-
-
-def errors(found: Any, expected: Any, exact: Callable[[], Any]) -> Errors:
-    """How far `found` is off, from float64 if `exact` gives something near `expected`, else from `expected`."""
-    outputs = [t for t in pytree.tree_leaves(expected) if isinstance(t, Tensor) and t.is_floating_point()]
-    eps = max([torch.finfo(t.dtype).eps for t in outputs], default=0.0)
-    if eps > torch.finfo(torch.float64).eps:  # nothing is more exact than that
-        try:
-            truth = exact()
-            eager_error, eager_relative = error_of(expected, truth)
-            if eager_relative <= min(0.5, 64 * eps**0.5):
-                error, relative = error_of(found, truth)
-                largest = error / relative if relative else 0.0
-                return Errors(error, eager_error, relative, 4 * eager_error + 8 * eps * largest)
-        except Exception:  # a module may do anything in another dtype
-            pass
-    error, relative = error_of(found, expected)
-    return Errors(error, None, relative, 4 * eps**0.5 * (error / relative if relative else 0.0))
-
-
-def error_of(output: Any, expected: Any) -> tuple[float, float]:
-    """The largest difference over all tensors, and the largest one relative to its tensor's largest value.
-
-    What is not finite on one side alone, or differs there, is off by infinity.
-    """
-    absolute = relative = 0.0
-    for a, b in zip(pytree.tree_leaves(output), pytree.tree_leaves(expected), strict=True):
-        if isinstance(b, Tensor) and b.is_floating_point() and b.numel():
-            if a.shape != b.shape:
-                return torch.inf, torch.inf
-            a, b = a.detach().double(), b.detach().double()
-            same = (a == b) | (a.isnan() & b.isnan())
-            error = (a - b).abs().masked_fill(same, 0).max().item()
-            error = torch.inf if math.isnan(error) else error
-            largest = b.abs().nan_to_num(nan=0.0, posinf=0.0).max().item() or 1.0
-            absolute = max(absolute, error)
-            relative = max(relative, error / largest)
-    return absolute, relative
 
 
 # Without a trace

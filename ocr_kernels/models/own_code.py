@@ -1,0 +1,112 @@
+"""What a module is beside its tensors: its classes, their code, and what that may read."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import sys
+from collections import deque
+from types import FunctionType, ModuleType
+from typing import Any
+
+from torch import nn
+
+BASE = vars(nn.Module()).keys()
+"""Attributes that every module has."""
+
+
+def class_of(layer: nn.Module) -> type:
+    """Its class, without what `torch.distributed.fsdp.fully_shard` puts before it."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    wrapper = getattr(fsdp, "FSDPModule", None)
+    if wrapper is None or not isinstance(layer, wrapper):
+        return type(layer)
+    return next(base for base in type(layer).__mro__[1:] if base is not wrapper)
+
+
+def present(layer: nn.Module) -> tuple[str, ...]:
+    """The names of a layer's parameters and buffers that are there."""
+    entries = (*layer._parameters.items(), *layer._buffers.items())
+    return tuple([name for name, tensor in entries if tensor is not None])
+
+
+def own_classes(module: nn.Module) -> list[type]:
+    """The classes of a module that are not PyTorch's."""
+    return [base for base in type(module).__mro__ if _is_own(base)]
+
+
+def _is_own(base: type) -> bool:
+    return _package(base.__module__) not in ("torch", "builtins")
+
+
+def functions_of(base: type) -> list[FunctionType]:
+    return [value for value in map(inspect.unwrap, vars(base).values()) if isinstance(value, FunctionType)]
+
+
+def globals_of(module: nn.Module) -> list[tuple[dict[str, Any], tuple[str, ...]]]:
+    """The globals of its code that may be other values later, which are neither modules nor functions nor classes.
+
+    Of functions of the same package that its forward calls, and of modules that it reads, plain values alone.
+    """
+    packages = {_package(base.__module__) for part in module.modules() for base in own_classes(part)}
+    found: dict[int, tuple[dict[str, Any], set[str]]] = {}
+
+    def add(owner: dict[str, Any], name: str) -> None:
+        found.setdefault(id(owner), (owner, set()))[1].add(name)
+
+    todo: list[tuple[FunctionType, bool]] = []  # whether forward calls it, as far as names tell
+    for kind in set(map(type, module.modules())):
+        read = read_by_forward(kind)
+        own = [base for base in kind.__mro__ if _is_own(base)]
+        todo += [(f, f.__name__ in read or f.__name__ == "forward") for base in own for f in functions_of(base)]
+    methods, seen = {function for function, _ in todo}, set()
+    while todo:
+        function, is_called = todo.pop()
+        names = function.__code__.co_names
+        for name in function.__globals__.keys() & names if (function, is_called) not in seen else ():
+            value = function.__globals__[name]
+            if isinstance(value, FunctionType):
+                todo += [(value, True)] * (is_called and _package(value.__module__) in packages - {"ocr_kernels"})
+            elif isinstance(value, ModuleType):
+                for other in vars(value).keys() & names if is_called and _package(value.__name__) != "torch" else ():
+                    if is_plain(vars(value)[other]):
+                        add(vars(value), other)
+            elif not callable(value) and (function in methods or is_plain(value)):
+                add(function.__globals__, name)
+        seen.add((function, is_called))
+    return [(owner, tuple(sorted(names))) for owner, names in found.values()]
+
+
+def _package(name: str | None) -> str:
+    return (name or "").partition(".")[0]
+
+
+def is_plain(value: Any) -> bool:
+    return isinstance(value, (int, float, str, type(None))) or (isinstance(value, tuple) and all(map(is_plain, value)))
+
+
+def is_value(value: Any) -> bool:
+    """Whether it is made of numbers and strings alone."""
+    parts = value.values() if isinstance(value, dict) else value
+    return all(map(is_value, parts)) if isinstance(value, (dict, list, set, tuple)) else is_plain(value)
+
+
+def kept(value: Any) -> Any:
+    """What equals it, with copies of all that may be changed in place."""
+    if isinstance(value, (list, tuple)):
+        return (list if isinstance(value, list) else tuple)(map(kept, value))
+    if isinstance(value, dict):
+        return {key: kept(each) for key, each in value.items()}
+    return copy.copy(value) if isinstance(value, (set, deque)) else value
+
+
+def read_by_forward(kind: type) -> frozenset[str]:
+    """The names in the forward of a class and in the methods that it calls."""
+    read: set[str] = set()
+    todo = {"forward"}
+    while todo:
+        read |= todo
+        functions = (inspect.getattr_static(kind, name, None) for name in todo)
+        names = (function.__code__.co_names for function in functions if isinstance(function, FunctionType))
+        todo = set().union(*names) - read
+    return frozenset(read)
