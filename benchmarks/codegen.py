@@ -42,6 +42,7 @@ from triton.runtime.jit import JITFunction
 import ocr_kernels.attention.triton
 import ocr_kernels.block.triton
 import ocr_kernels.block.triton_inference
+import ocr_kernels.block.triton_norms
 import ocr_kernels.core.triton_host
 import ocr_kernels.core.triton_launch
 import ocr_kernels.gather.triton
@@ -76,6 +77,7 @@ OPS = (
     ocr_kernels.attention.triton,
     ocr_kernels.block.triton,
     ocr_kernels.block.triton_inference,
+    ocr_kernels.block.triton_norms,
 )
 REGISTERS = 2048  # of a multiprocessor, for each lane of a warp
 

@@ -183,5 +183,5 @@ def test_each_op_is_the_same_files(op: str) -> None:
     if op == "gather":
         kernels |= {"state.py"}
     elif op == "block":
-        kernels |= {"layers.py", "norms.py", "passes.py", "triton_inference.py"}
+        kernels |= {"layers.py", "norms.py", "passes.py", "triton_inference.py", "triton_norms.py"}
     assert files == {"__init__.py", "functional.py", "registration.py", "reference.py", "sharding.py"} | kernels

@@ -21,6 +21,8 @@ from torch import Tensor
 from ocr_kernels.block import reference, tiles
 from ocr_kernels.core.tiles import Problem, padded
 from ocr_kernels.core.triton_device import (
+    activated,
+    add_bias,
     add_product,
     image_of,
     load_tile,
@@ -60,23 +62,6 @@ def add_channels(
 def matrix_of(weight, OUTPUTS, CHANNELS):
     """A contiguous weight [OUTPUTS, CHANNELS] as it enters products of pixels, [CHANNELS, OUTPUTS]."""
     return transposed(rows_of(weight, OUTPUTS, CHANNELS, CHANNELS))
-
-
-@triton.jit
-def add_bias(total, bias, o0, OUTPUTS):
-    """total + bias[o], a [pixels, outputs] tile."""
-    o = o0 + tl.arange(0, total.shape[1])
-    return total + tl.load(bias + o, mask=o < OUTPUTS, other=0.0)[None, :]
-
-
-@triton.jit
-def activated(x, SLOPE: tl.constexpr):
-    """x where it is positive, SLOPE * x elsewhere. NaN stays."""
-    if SLOPE == 0:  # 0 for -inf, too
-        x = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    elif SLOPE != 1:
-        x = tl.where(x > 0, x, x * SLOPE)
-    return x
 
 
 @triton.jit(do_not_specialize=["N"])

@@ -177,3 +177,35 @@ def sum_splits_kernel(
         store_tile(image_of(out, out_strides, image, C, K, 1, False), sums, c0, k0)
     else:
         store_tile(image_of(below, below_strides, image, V, K, 1, False), sums, c0 - top, k0)
+
+
+@triton.jit
+def column_of(vector, c0, C, BLOCK_C: tl.constexpr):
+    """[BLOCK_C, 1] of a vector [C], zeros after it."""
+    c = c0 + tl.arange(0, BLOCK_C)
+    return tl.load(vector + c, mask=c < C, other=0.0)[:, None]
+
+
+@triton.jit
+def masked(grad, taken, SLOPE: tl.constexpr):
+    """The gradient of what an activation was taken of. NaN lets it pass, as in PyTorch."""
+    if SLOPE != 1:
+        grad = tl.where(taken <= 0, grad * SLOPE if SLOPE != 0 else 0.0, grad)
+    return grad
+
+
+@triton.jit
+def add_bias(total, bias, o0, OUTPUTS):
+    """total + bias[o], a [pixels, outputs] tile."""
+    o = o0 + tl.arange(0, total.shape[1])
+    return total + tl.load(bias + o, mask=o < OUTPUTS, other=0.0)[None, :]
+
+
+@triton.jit
+def activated(x, SLOPE: tl.constexpr):
+    """x where it is positive, SLOPE * x elsewhere. NaN stays."""
+    if SLOPE == 0:  # 0 for -inf, too
+        x = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    elif SLOPE != 1:
+        x = tl.where(x > 0, x, x * SLOPE)
+    return x

@@ -120,7 +120,7 @@ class BlockPlan:
             def vector(ref: Ref | None) -> Tensor | None:
                 return None if ref is None else results[ref.at].contiguous()
 
-            def matrix(ref: Ref) -> Tensor:
+            def matrix(ref: Any) -> Tensor:
                 made: Tensor = results[ref.at].to(dtype).contiguous()
                 return made
 
