@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from blocks import HEADS, C, D, Head, K, Label, Mmseg, inputs, ours, trained
 from module_results import CountOps
 from ops import native_on
@@ -474,6 +475,56 @@ def test_norms_that_track_nothing_until_they_do() -> None:
         replaced(Head(norm=functools.partial(nn.BatchNorm2d, track_running_stats=False)))(
             torch.randn(1, C, 1, 1), torch.randn(1, C, 2, 1)
         )
+
+
+class NormFirst(nn.Module):
+    """A layer whose parts are registered in another order than they run."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.norm, self.convolution = nn.BatchNorm1d(outputs), nn.Conv1d(inputs, outputs, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.norm(self.convolution(x)))
+
+
+class Rows(nn.Module):
+    """Step 4 on pixels `[B, C, N]`, with a dropout of its own."""
+
+    def __init__(self, dropout: nn.Module) -> None:
+        super().__init__()
+        self.phi, self.psi, self.delta, self.rho = (NormFirst(*sizes) for sizes in ((8, 4), (8, 4), (8, 4), (4, 8)))
+        self.fuse, self.dropout = NormFirst(16, 6), dropout
+
+    def forward(self, feats: Tensor, regions: Tensor) -> Tensor:
+        pixels = feats.flatten(2)
+        weights = torch.matmul(self.psi(regions).mT, self.phi(pixels)).softmax(1)
+        context = self.rho(torch.matmul(self.delta(regions), weights))
+        return self.dropout(self.fuse(torch.cat([pixels, context], 1)).unflatten(2, feats.shape[2:]))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(("dropout", "sides"), [(nn.Dropout2d(0.5), (5, 4)), (nn.Dropout3d(0.5), (3, 4, 2))])
+def test_layers_whose_norms_are_registered_first(dropout: nn.Module, sides: tuple[int, ...]) -> None:
+    plain = Rows(dropout)
+    module = copy.deepcopy(plain)
+    args = torch.randn(2, 8, *sides), torch.randn(2, 8, 5)
+    (row, *_) = replace_ocr_modules(module, example_inputs=args).swapped
+    assert row.computations is not None
+    assert "training" in row.computations
+    results = []
+    for each in (module, plain):
+        torch.manual_seed(3)
+        z = each(*args)
+        results.append([z, *torch.autograd.grad(z.square().sum(), list(each.parameters())), *each.buffers()])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_a_norm_of_pixels_and_of_regions_is_named() -> None:
+    module = Rows(nn.Identity())
+    module.psi.norm = module.phi.norm
+    (row, *_) = replace_ocr_modules(module, example_inputs=(torch.randn(2, 8, 5, 4), torch.randn(2, 8, 5))).swapped
+    assert "no block in training: phi.norm is a norm of pixels and of regions" in row.notes
 
 
 class BySize(nn.Sequential):

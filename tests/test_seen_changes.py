@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import gc
+import random
 import types
 import weakref
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -293,6 +294,87 @@ def test_gradients_in_either_mode(kind: type[nn.Module], train: bool) -> None:
     for a, b in zip(*found, strict=True):
         if b is not None:
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+
+
+HISTORY: list[float] = []
+
+
+class Beside(reference.SpatialOCR):
+    """In training alone it does something beside its result."""
+
+    history: ClassVar[list[float]] = []
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.memory = nn.Parameter(torch.zeros(12), requires_grad=False)
+        self._kept: dict[str, list[float]] = {"z": []}
+
+    def forward(self, feats: Tensor, proxy_feats: Tensor) -> Tensor:
+        z = super().forward(feats, proxy_feats)
+        return self.beside(z) if self.training else z
+
+    def beside(self, z: Tensor) -> Tensor:
+        return z
+
+
+class SetsAnAttribute(Beside):
+    def beside(self, z: Tensor) -> Tensor:
+        self.last = z.detach()
+        return z
+
+
+class AddsToAList(Beside):
+    def beside(self, z: Tensor) -> Tensor:
+        self._kept["z"].append(float(z.detach().sum()))
+        return z
+
+
+class AddsToItsClass(Beside):
+    def beside(self, z: Tensor) -> Tensor:
+        self.history.append(float(z.detach().sum()))
+        return z
+
+
+class AddsToAGlobal(Beside):
+    def beside(self, z: Tensor) -> Tensor:
+        HISTORY.append(float(z.detach().sum()))
+        return z
+
+
+class Averages(Beside):
+    def beside(self, z: Tensor) -> Tensor:
+        self.memory.data.mul_(0.9).add_(0.1 * z.detach().mean((0, 2, 3)))
+        return z
+
+
+class Draws(Beside):
+    """What it does by what it draws is seen once in a hundred calls."""
+
+    def beside(self, z: Tensor) -> Tensor:
+        return z * 0 if torch.rand(()) < 0.01 else z
+
+
+class DrawsByPython(Beside):
+    def beside(self, z: Tensor) -> Tensor:
+        return z * 0 if random.random() < 0.01 else z
+
+
+@pytest.mark.parametrize(
+    "kind", [SetsAnAttribute, AddsToAList, AddsToItsClass, AddsToAGlobal, Averages, Draws, DrawsByPython]
+)
+def test_what_training_does_beside_its_result(kind: type[nn.Module]) -> None:
+    state = random.getstate()
+    module = kind(16, 8, 12, dropout=0.0)
+    (row, *_) = replace_ocr_modules(module).swapped
+    assert row.computations is not None
+    assert "block" in row.computations
+    assert "training" not in row.computations
+    assert "no block in training: in training it " in " ".join(row.notes)
+    assert random.getstate() == state
+    for train in (True, False):
+        with CountOps() as ops:
+            module.train(train)(*inputs())
+        assert ops.block == 0
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])

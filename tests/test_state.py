@@ -143,6 +143,27 @@ def test_float32_logits_far_from_zero(target: TARGET, shift: float) -> None:
         assert not failures
 
 
+@on_cpu
+@pytest.mark.parametrize("value", [-1e20, 1e20, torch.finfo(torch.float32).min])
+def test_a_region_that_a_finite_number_masks(target: TARGET, value: float) -> None:
+    """All of its pixels count alike, also in parts of several sizes: a logarithm beside such a number tells nothing."""
+    backend, _ = target
+    feats, logits = exact_inputs(spatial=(9, 4))
+    logits = logits.detach().index_fill(1, torch.tensor([1]), value).requires_grad_()
+
+    def uneven(feats: Tensor, logits: Tensor) -> Tensor:
+        parts = [(feats[:, :, rows], logits[:, :, rows]) for rows in (slice(0, 1), slice(1, 9))]
+        return state_of(parts, backend=backend).result()
+
+    assert_same(derivatives(uneven, feats, logits), derivatives(GATHER.definition, feats, logits))
+    with torch.no_grad():
+        state = state_of([(feats[:, :, :1], logits[:, :, :1])], backend=backend)
+        state.fade(0.25)
+        state.update(feats[:, :, 1:3], logits[:, :, 1:3])
+    expected = (0.25 * feats[:, :, :1].mean((2, 3)) + 2 * feats[:, :, 1:3].mean((2, 3))) / 2.25
+    assert_same(state.result()[..., 1], expected)
+
+
 @pytest.mark.parametrize("value", [-math.inf, math.inf, math.nan], ids=str)
 def test_a_part_in_which_a_region_is_not_finite(target: TARGET, value: float) -> None:
     backend, device = target

@@ -120,8 +120,11 @@ def is_norm(norm: nn.Module) -> bool:
     return isinstance(norm, nn.Module) and type(norm).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
 
 
-def mask_of(dropout: nn.Dropout2d, feats: Tensor, channels: int) -> Tensor | None:
-    """What a Dropout2d multiplies `[B, channels]` by: as it draws it, from the same random numbers."""
+CHANNEL_DROPOUTS = nn.Dropout1d, nn.Dropout2d, nn.Dropout3d
+
+
+def mask_of(dropout: nn.Dropout1d | nn.Dropout2d | nn.Dropout3d, feats: Tensor, channels: int) -> Tensor | None:
+    """What a dropout of whole channels multiplies `[B, channels]` by: as it draws it, from the same random numbers."""
     if not dropout.training or dropout.p == 0:
         return None
     kind = feats.device.type

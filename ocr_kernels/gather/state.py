@@ -27,13 +27,21 @@ from ocr_kernels.gather.registration import spatial_gather_backward_op, spatial_
 class Sums(NamedTuple):
     """What pixels come to, in float64: with weights exp(scale * M_ki - m_k), sums of x and of 1."""
 
-    maximum: Tensor  # m, [B, K]: the largest logarithm of a part's sum of weights; a constant
+    maximum: Tensor  # m, [B, K]: the largest scale * M_ki of all parts, or somewhat less; a constant
     of_feats: Tensor  # [B, C, K]
     of_ones: Tensor  # [B, K]
 
     def relative_to(self, maximum: Tensor) -> Sums:
         factor = (self.maximum - maximum).exp().masked_fill(self.maximum == -math.inf, 0)  # NaN where both are
         return Sums(maximum, self.of_feats * factor.unsqueeze(1), self.of_ones * factor)
+
+    def faded(self, factor: float) -> Sums:
+        """With weights times a factor, which m takes where the sums would become too small or too large."""
+        ones = self.of_ones.detach() * factor
+        fits = (ones > 1e-100) & (ones < 1e100)
+        maximum = torch.where(fits, self.maximum, self.maximum + math.log(factor))
+        by = torch.where(fits, factor, 1.0)
+        return Sums(maximum, self.of_feats * by.unsqueeze(1), self.of_ones * by)
 
     def rows(self) -> Tensor:
         """Both sums, `[B, C + 1, K]`."""
@@ -145,8 +153,7 @@ class GatherState:
             raise TypeError(f"factor must be a number, but is {type(factor).__name__}")
         if not 0 < factor < math.inf:
             raise ValueError(f"factor must be positive and finite, but is {factor}")
-        sums, _ = self._known()
-        self._sums = sums._replace(maximum=sums.maximum + math.log(factor))
+        self._sums = self._known()[0].faded(factor)
 
     @staticmethod
     def merge(*states: GatherState) -> GatherState:
@@ -261,17 +268,16 @@ def as_the_op_casts(feats: Tensor) -> Tensor:
 
 def sums_of(feats: Tensor, logits: Tensor, scale: float, backend: Backend) -> Sums:
     """The sums of one part."""
-    regions, lse, _ = _Part.apply(feats, logits, scale, backend)  # type: ignore[no-untyped-call]
-    maximum = lse.detach()
-    weight = (lse - maximum.masked_fill(maximum == -math.inf, 0)).exp()
-    return Sums(maximum, regions.double() * weight.unsqueeze(1), weight)
+    regions, log_total, stats = _Part.apply(feats, logits, scale, backend)  # type: ignore[no-untyped-call]
+    maximum, total = stats[:, -2].double().masked_fill(log_total.detach() == -math.inf, -math.inf), log_total.exp()
+    return Sums(maximum, regions.double() * total.unsqueeze(1), total)
 
 
 class _Part(torch.autograd.Function):
-    """Regions `[B, C, K]` of a part, 0 where all logits are -inf, and the logarithms of the softmax's sums, `[B, K]`.
+    """Regions `[B, C, K]` of a part, 0 where all logits are -inf, the logarithms of its sums of weights, and the stats.
 
-    The latter are float64: float32 would leave a relative error of eps * |logarithm| in a part's weight. What they save
-    is what the op saves.
+    Weights are relative to the largest, which may be so large that no logarithm of the sum would tell how many there
+    are. What it saves is what the op saves.
     """
 
     generate_vmap_rule = True
@@ -281,10 +287,10 @@ class _Part(torch.autograd.Function):
         _, stats = spatial_gather_op(feats, logits, scale, backend)
         maximum, total = stats[:, -2], stats[:, -1]
         none = total == 0
-        lse = (maximum.double() + total.double().log()).masked_fill(none, -math.inf)
+        log_total = total.double().log()
         regions = stats[:, :-2].masked_fill(none.unsqueeze(1), 0)
         rest = maximum.masked_fill(none, 0), total.masked_fill(none, 1)  # weights of exp(-inf) / 1
-        return regions, lse, torch.cat((regions, *(row.unsqueeze(1) for row in rest)), dim=1)
+        return regions, log_total, torch.cat((regions, *(row.unsqueeze(1) for row in rest)), dim=1)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -294,7 +300,7 @@ class _Part(torch.autograd.Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, lse_grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, log_grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         feats, logits, stats = ctx.saved_tensors
         needs = ctx.needs_input_grad[:2]
         if torch.is_grad_enabled():  # for a second derivative, which is NaN through softmaxes of -inf alone
@@ -306,10 +312,10 @@ class _Part(torch.autograd.Function):
             grad = grad.to(feats.dtype)
             both = spatial_gather_backward_op(grad, feats, logits, stats, ctx.scale, *needs, ctx.backend)
             found = [gradient if need else None for gradient, need in zip(both, needs, strict=True)]
-        if lse_grad is not None and needs[1]:
+        if log_grad is not None and needs[1]:
             scores = ctx.scale * logits.flatten(2).to(stats.dtype)
             none = scores.detach() == -math.inf
             weights = scores.softmax(2).masked_fill(none, 0)  # NaN where all are -inf
-            gradient = (ctx.scale * weights * lse_grad.unsqueeze(2).to(stats.dtype)).view(logits.shape)
+            gradient = (ctx.scale * weights * log_grad.unsqueeze(2).to(stats.dtype)).view(logits.shape)
             found[1] = (gradient if found[1] is None else found[1] + gradient).to(logits.dtype)
         return *found, None, None

@@ -12,6 +12,7 @@ import dataclasses
 import inspect
 import itertools
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -49,6 +50,7 @@ SIZES = (
     (3, (2, 2, 2), 1, False),
     (2, (4, 8, 1), 21, True),
     (1, (34, 31, 2), 5, False),
+    (1, (71, 67, 1), 3, False),
 )
 """Images, sides of theirs, regions, and whether gradients are on, at which two forwards are compared."""
 
@@ -321,39 +323,63 @@ def quiet(tensors: list[Tensor]) -> Iterator[None]:
 
 
 def _traced(module: nn.Module, forward: Forward, inputs: tuple[Tensor, Tensor], transposed: bool) -> tuple[Tracer, Any]:
-    before = [dict(vars(part)) for part in module.modules()]
-    held = _containers(module)
-    kept = [(container, copy.copy(container)) for container in held]
-    foreign = {id(item) for container in held for item in _items(container)}
+    watch = Watch(module, [*module.parameters(), *module.buffers(), *inputs])
+    foreign = {id(item) for container in watch.containers for item in _items(container)}
     foreign |= {id(globals[name]) for globals, names in globals_of(module) for name in names}
-    tensors = [*module.parameters(), *module.buffers(), *inputs]
-    versions = [tensor._version for tensor in tensors]
     with sdpa_kernel(SDPBackend.MATH), Tracer(module, *inputs, transposed, foreign) as tracer:
         out = forward(module, *inputs)
-    for part, attributes in zip(module.modules(), before, strict=True):
-        for name, value in vars(part).items():
-            if name not in attributes or value is not attributes[name]:
-                tracer.obstacle = tracer.obstacle or f"sets its attribute {name}"
-    if any(len(now) != len(was) or not all(map(_is_same, _items(now), _items(was))) for now, was in kept):
-        tracer.obstacle = tracer.obstacle or "adds to a list or a dict"
-    if [tensor._version for tensor in tensors] != versions:
-        tracer.obstacle = tracer.obstacle or "changes its own tensors or its arguments in place"
+    tracer.obstacle = tracer.obstacle or watch.left_behind()
     return tracer, out
 
 
+class Watch:
+    """What a run of a module may leave behind beside its result."""
+
+    def __init__(self, module: nn.Module, tensors: list[Tensor]) -> None:
+        self.parts: list[nn.Module] = list(module.modules())
+        self.attributes: list[dict[str, Any]] = [dict(vars(part)) for part in self.parts]
+        self.containers: list[Any] = _containers(module)
+        self.contents: list[Any] = list(map(kept, self.containers))
+        self.tensors = tensors
+        self.versions: list[int] = [tensor._version for tensor in tensors]
+        self.values: list[Tensor] = [tensor.detach().clone() for tensor in tensors]  # `.data` has no version
+
+    def left_behind(self) -> str:
+        """What it did since then; the message completes "it ..."."""
+        for part, attributes in zip(self.parts, self.attributes, strict=True):
+            for name, value in vars(part).items():
+                if name not in attributes or value is not attributes[name]:
+                    return f"sets its attribute {name}"
+        if not all(map(_is_same, self.containers, self.contents)):
+            return "changes a list or a dict"
+        is_unchanged = [
+            bool(((t == value) | (t != t)).all()) for t, value in zip(self.tensors, self.values, strict=True)
+        ]
+        if [tensor._version for tensor in self.tensors] != self.versions or not all(is_unchanged):
+            return "changes its own tensors or its arguments in place"
+        return ""
+
+
 def _containers(module: nn.Module) -> list[Any]:
-    """The lists, dicts and sets that a run might fill: of modules, and of the globals of their code."""
-    found = [value for part in module.modules() for name, value in vars(part).items() if not name.startswith("_")]
+    """The lists, dicts and sets that a run might fill: of modules, their classes, and the globals of their code."""
+    parts = list(module.modules())
+    owners = [*map(vars, parts), *(vars(base) for base in {base for part in parts for base in own_classes(part)})]
+    found = [value for owner in owners for name, value in owner.items() if name not in BASE]
     found += [globals[name] for globals, names in globals_of(module) for name in names]
-    return [value for value in found if isinstance(value, (list, dict, set))]
+    return [value for value in found if isinstance(value, (list, dict, set, deque))]
 
 
 def _items(container: Any) -> list[Any]:
     return list(container.values()) if isinstance(container, dict) else list(container)
 
 
-def _is_same(first: Any, second: Any) -> bool:
-    return first is second or (isinstance(first, (int, float, str)) and first == second)
+def _is_same(now: Any, before: Any) -> bool:
+    """Whether a container holds what it held."""
+    if not isinstance(now, (list, tuple, dict, deque)):
+        return now is before or (isinstance(now, (int, float, str, set)) and bool(now == before))
+    if len(now) != len(before) or (isinstance(now, dict) and list(now) != list(before)):
+        return False
+    return all(map(_is_same, _items(now), _items(before)))
 
 
 def _tensors(out: Any) -> list[Tensor]:

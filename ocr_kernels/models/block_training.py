@@ -14,13 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ocr_kernels.block import ocr_block
-from ocr_kernels.block.layers import is_norm, is_pointwise, layer_of, mask_of
+from ocr_kernels.block.layers import CHANNEL_DROPOUTS, is_norm, is_pointwise, layer_of, mask_of
 from ocr_kernels.core.calls import is_plain_call
-from ocr_kernels.models.block_plan import copied, quiet
+from ocr_kernels.models.block_plan import Watch, copied, quiet
 from ocr_kernels.models.block_program import Call, Ref
 from ocr_kernels.models.block_weights import BlockPlan
 from ocr_kernels.models.errors import relative_error
-from ocr_kernels.models.random_state import undisturbed
+from ocr_kernels.models.random_state import random_states, undisturbed
 
 BOUND = 1e-8
 """Largest relative difference at which two forwards in float64 count as equal."""
@@ -56,7 +56,7 @@ class TrainingPlan:
         *pixel, fusing = (_layer(module, pair) for pair in (*self.pixels, self.fusing))
         up = None if self.up is None else _layer(module, self.up)
         dropout = None if self.dropout is None else _at(module, self.dropout)
-        mask = mask_of(dropout, feats, len(fusing.weight)) if isinstance(dropout, nn.Dropout2d) else None
+        mask = mask_of(dropout, feats, len(fusing.weight)) if isinstance(dropout, CHANNEL_DROPOUTS) else None
         options: Any = {"scale": self.scale, "context_first": self.context_first, "mask": mask}
         z = ocr_block(feats, key, value, pixel, up, fusing, **options)
         return F.dropout(z, dropout.p, dropout.training) if isinstance(dropout, nn.Dropout) else z
@@ -109,7 +109,7 @@ def plan_training(module: nn.Module, plan: BlockPlan) -> TrainingPlan | str:
     if any(isinstance(part, Call) for part in (*plan.key, *plan.value)):
         return "its regions go through more than layers, norms and slopes"
     dropouts = [
-        path for path, part in module.named_modules() if type(part) in (nn.Dropout, nn.Dropout2d) and part.p > 0
+        path for path, part in module.named_modules() if type(part) in (nn.Dropout, *CHANNEL_DROPOUTS) and part.p > 0
     ]
     try:
         fusing = _pairs(module, plan, [plan.fusing.weight], plan.fusing.slope)
@@ -131,6 +131,10 @@ def plan_training(module: nn.Module, plan: BlockPlan) -> TrainingPlan | str:
             return "its pixels go through more than two layers before they attend"
         if not found.fits(module):
             return "a layer has a hook, or is none that the op has"
+        of_pixels = {pair.norm for pair in (*found.pixels, *ups, *fusing)} - {None}
+        shared = of_pixels & {pair.norm for pair in (*found.key, *found.value)}
+        if shared:
+            return f"{min(filter(None, shared))} is a norm of pixels and of regions"
         reasons = []
         for context_first, dropout in itertools.product((True, False), (*dropouts, None)):
             candidate = dataclasses.replace(found, context_first=context_first, dropout=dropout)
@@ -159,14 +163,20 @@ def _pairs(
         raise ValueError("it adds up projections of pixels and contexts")
     owners = dict.fromkeys(path for path in owners if path not in own)
     found: list[Pair] = []
+    norm = None  # that was registered before its layer
     for path in owners:
         part = module.get_submodule(path)
         if is_pointwise(part) or type(part) is nn.Linear:
-            found.append(Pair(path, None, 1.0))
+            found.append(Pair(path, norm, 1.0))
+            norm = None
         elif is_norm(part) and found and found[-1].norm is None:
             found[-1] = found[-1]._replace(norm=path)
+        elif is_norm(part) and norm is None:
+            norm = path
         else:
             raise ValueError(f"{path}, a {type(part).__qualname__}, is no layer that the op has")
+    if norm is not None:
+        raise ValueError(f"{norm} is a norm without a layer")
     if slope < 0:
         raise ValueError("an activation has a negative slope")
     return (*found[:-1], found[-1]._replace(slope=slope)) if found else ()
@@ -190,7 +200,11 @@ def _off(module: nn.Module, plan: BlockPlan, candidate: TrainingPlan) -> str:
             feats, regions = (tensor.double() for tensor in plan.random_inputs(seed, 2, (7, 5, 3), 4 + seed))
             runs = (type(trial).forward, trial), (candidate.compute, twin)
             calls = [functools.partial(_in_training, run, part, feats, regions, seed) for run, part in runs]
-            for found, expected in zip(*undisturbed([], *calls), strict=True):
+            watch = Watch(trial, list(trial.parameters()))
+            (*theirs, drawn), (*ours, drawn_by_us) = undisturbed([], *calls)
+            if watch.left_behind() or not torch.equal(drawn, drawn_by_us):
+                return f"in training it {watch.left_behind() or 'draws other random numbers'}"
+            for expected, found in zip(theirs, ours, strict=True):
                 error = relative_error(found, expected)
                 if not (error <= BOUND and expected.isfinite().all()):
                     return f"its forward computes something else in training (off by {error:.1e})"
@@ -198,7 +212,9 @@ def _off(module: nn.Module, plan: BlockPlan, candidate: TrainingPlan) -> str:
 
 
 def _in_training(run: Callable[..., Any], module: nn.Module, feats: Tensor, regions: Tensor, seed: int) -> list[Tensor]:
-    """A module's result, the gradients of its inputs, of all its parameters, its buffers, and its result without grad.
+    """A module's result, the gradients of its inputs, of all its parameters, its buffers, its result without gradients.
+
+    And the random states after it.
 
     Those of parameters are one vector: some may be nothing but rounding, which is to be seen beside the others.
     """
@@ -213,4 +229,4 @@ def _in_training(run: Callable[..., Any], module: nn.Module, feats: Tensor, regi
     buffers = [buffer.clone() for buffer in module.buffers()]
     with torch.no_grad():
         alone = run(module, feats.clone(), regions.clone())
-    return [out, dx, df, torch.cat([nothing, *map(torch.flatten, others)]), *buffers, alone]
+    return [out, dx, df, torch.cat([nothing, *map(torch.flatten, others)]), *buffers, alone, random_states()]

@@ -1,10 +1,12 @@
-"""PyTorch's random state, which is one for all threads."""
+"""The random states of PyTorch, Python and NumPy, each of which is one for all threads."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable
-from typing import TypeVar
+import random
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,9 +14,32 @@ from torch import Tensor
 _Result = TypeVar("_Result")
 
 
-def forked_rng(tensors: Iterable[Tensor]) -> contextlib.AbstractContextManager[None]:
+@contextlib.contextmanager
+def forked_rng(tensors: Iterable[Tensor]) -> Iterator[None]:
     """In here, numbers are drawn that are drawn again after it, on the CPU and on the devices of `tensors`."""
-    return torch.random.fork_rng({t.device.index for t in tensors if t.device.type == "cuda"})
+    python, numpy = random.getstate(), _numpy()
+    of_numpy = None if numpy is None else numpy.get_state()
+    with torch.random.fork_rng({t.device.index for t in tensors if t.device.type == "cuda"}):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            if numpy is not None:
+                numpy.set_state(of_numpy)
+
+
+def random_states() -> Tensor:
+    """PyTorch's on the CPU, Python's and NumPy's, as numbers."""
+    numbers = [*random.getstate()[1]]
+    numpy = _numpy()
+    if numpy is not None:
+        _, words, position, *_ = numpy.get_state()
+        numbers += [*words.tolist(), position]
+    return torch.cat((torch.get_rng_state().double(), torch.tensor(numbers, dtype=torch.float64, device="cpu")))
+
+
+def _numpy() -> Any:
+    return getattr(sys.modules.get("numpy"), "random", None)
 
 
 def undisturbed(tensors: Iterable[Tensor], *runs: Callable[[], _Result]) -> list[_Result]:
@@ -28,7 +53,7 @@ def undisturbed(tensors: Iterable[Tensor], *runs: Callable[[], _Result]) -> list
         for run in runs:
             with forked_rng(tensors):
                 results.append(run())
-                states.append(torch.get_rng_state())
+                states.append(random_states())
         if all(torch.equal(state, states[0]) for state in states):
             break
     return results

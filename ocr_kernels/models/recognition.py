@@ -866,6 +866,7 @@ _MODULES: dict[type[nn.Module], Handler] = {
     nn.Dropout: _dropout_module,
     nn.Dropout1d: _dropout_module,
     nn.Dropout2d: _dropout_module,
+    nn.Dropout3d: _dropout_module,
     nn.Identity: _identity_module,
 }
 # Python looks operators up on the class, past __getattr__
