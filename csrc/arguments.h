@@ -74,12 +74,12 @@ struct BlockGradient {
   double slope;
 };
 
-// out = a * d + b * h + c with the same d
+// out = a * d + b * (h - mean) + c with the same d
 struct BlockThrough {
   Tensor out;
   Tensor grad;
   Tensor h;
-  Tensor vectors;  // factor, offset, mask, a, b, c
+  Tensor vectors;  // factor, offset, mask, a, b, c, mean
   double slope;
 };
 

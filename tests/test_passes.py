@@ -101,7 +101,7 @@ class TestEachPass:
 
     def test_through(self, case: dict[str, Any]) -> None:
         c = Case(case)
-        h, grad, vectors = c.tile(), c.tile(c.other), c.vectors(6)
+        h, grad, vectors = c.tile(), c.tile(c.other), c.vectors(7)
         for out in {c.dtype, c.other}:
             c.check("through", grad, h, vectors, c.slope, out=out)
 
@@ -183,7 +183,7 @@ def test_number_of_threads_changes_no_bit(dtype: torch.dtype, channels_last: boo
         c = Case(case)
         passes, h, grad = compiled(c), c.tile(), c.tile()
         outs = [c.tile(empty=True) for _ in range(3)]
-        passes.through(grad, h, c.vectors(6), 0.0, outs[0])
+        passes.through(grad, h, c.vectors(7), 0.0, outs[0])
         passes.softmax(h, outs[1])
         passes.softmax_backward(outs[1], grad, torch.zeros(150, 151, dtype=c.exact), 1.0, outs[2])
         results.append([*outs, passes.moments(h), passes.gradient(grad, h, c.vectors(4), 0.0)])

@@ -188,8 +188,8 @@ void run(const BlockGradient& a, Parallel parallel) {
 }
 
 void run(const BlockThrough& a, Parallel parallel) {
-  for_each_gradient<6, 0>(parallel, a, nullptr, [](auto h, auto d, auto, const auto* vectors, auto*) {
-    return fma(vectors[3], d, fma(vectors[4], h, vectors[5]));
+  for_each_gradient<7, 0>(parallel, a, nullptr, [](auto h, auto d, auto, const auto* vectors, auto*) {
+    return fma(vectors[3], d, fma(vectors[4], h - vectors[6], vectors[5]));
   });
 }
 

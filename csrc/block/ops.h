@@ -84,7 +84,7 @@ class Passes {
     a.h = tile.map("h", h);
     a.grad = tile.map("grad", grad, true);
     a.out = tile.map("out", out, true, true);
-    a.vectors = tile.vectors("vectors", vectors, 6);
+    a.vectors = tile.vectors("vectors", vectors, 7);
     a.slope = slope;
     run(tile, a, a.h, a.grad, a.out);
   }

@@ -104,7 +104,7 @@ class Compiled(Passes):
         return sums
 
     def through(self, grad: Tensor, h: Tensor, vectors: Tensor, slope: float, out: Tensor) -> Tensor:
-        if vectors.shape[0] == 6:
+        if vectors.shape[0] == 7:
             _ops.block_through(out, grad, h, vectors, slope)
         else:  # infinite h are multiplied by nothing
             factor, offset, mask, a = vectors

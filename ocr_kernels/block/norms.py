@@ -194,9 +194,7 @@ class Gradients(NamedTuple):
         norm = self.norm
         if not norm.layer.has_statistics:
             return norm.of_images(masks, images, norm.factor)
-        slope, offset = self.centred()
-        constant = torch.addcmul(offset, norm.mean, slope, value=-1)
-        return norm.of_images(masks, images, norm.factor, slope, constant)
+        return norm.of_images(masks, images, norm.factor, *self.centred(), norm.mean)
 
     def vectors(self) -> Tensor:
         """The same where the activation was gone through before."""

@@ -118,10 +118,13 @@ class Passes:
         return torch.stack((d.sum(1), d.mul_(torch.sub(h, mean, out=self._spare(h, "h"))).sum(1)))
 
     def through(self, grad: Tensor, h: Tensor, vectors: Tensor, slope: float, out: Tensor) -> Tensor:
-        """out = a * d + b * h + c, the gradient of h, with the same d; without b and c, a * d alone."""
+        """out = a * d + b * (h - mean) + c, the gradient of h, with the same d; without the last three, a * d alone."""
         taken, (a, *affine) = vectors[:3].unsqueeze(2), vectors[3:].unsqueeze(2)
         d = self._through_activation(grad, h, slope, *taken).mul_(a)
-        return out.copy_(d.addcmul_(h, affine[0]).add_(affine[1]) if affine else d)
+        if affine:
+            b, c, mean = affine  # means may be large: b * h and what makes up for it would not be exact
+            d.addcmul_(torch.sub(h, mean, out=self._spare(h, "h")), b).add_(c)
+        return out.copy_(d)
 
     def softmax(self, scores: Tensor, out: Tensor) -> Tensor:
         """Over regions."""

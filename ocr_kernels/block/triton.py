@@ -408,7 +408,7 @@ def backward(
         del inside
         outer, total = _outer_sums(dy, weights, y.mean_weights)
         del dy
-        dup, slope, offset, _ = added(up, y.gradient_sums(up, outer, total))
+        dup, slope, offset = added(up, y.gradient_sums(up, outer, total))
         dcontexts, matrix, column = y.backward(up, outer, total, slope, offset)
 
         dkey, dpixel_in, dpixel_out = (torch.empty_like(each, dtype=exact) for each in (key, pixel_in, pixel_out))

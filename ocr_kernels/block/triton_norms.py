@@ -177,16 +177,16 @@ def ocr_block_gradient_sums_kernel(
 
 @triton.jit(do_not_specialize=["parts"])
 def ocr_block_norm_gradient_kernel(
-    out,  # [5, C]: the gradients of gain and shift; slope, offset and constant, below
+    out,  # [4, C]: the gradients of gain and shift; slope and offset, below
     partial,  # [parts, 2, C]: sums of the gradients, and of those times h - mean
-    factor, rstd, mean,  # [C]
+    factor, rstd,  # [C]
     count,  # a number
     C, parts,
     STATISTICS: tl.constexpr, ACCUMULATOR: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """The sums of all splits, in a fixed order, and what follows from them for each pixel.
 
-    The gradient of h is factor * d + slope * (h - mean) + offset, or factor * d + slope * h + constant.
+    The gradient of h is factor * d + slope * (h - mean) + offset.
     """
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     shift = tl.zeros([BLOCK_C], ACCUMULATOR)
@@ -208,7 +208,6 @@ def ocr_block_norm_gradient_kernel(
     tl.store(out + C + c, shift, mask=c < C)
     tl.store(out + 2 * C + c, slope, mask=c < C)
     tl.store(out + 3 * C + c, offset, mask=c < C)
-    tl.store(out + 4 * C + c, offset - tl.load(mean + c, mask=c < C, other=0.0) * slope, mask=c < C)
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -217,7 +216,7 @@ def ocr_block_gradient_kernel(
     grad,  # [B, C, N]
     h,  # [B, C, N]
     factor, offset,  # [C]
-    slope, constant,  # [C]: it is factor * d + slope * h + constant, or without statistics factor * d
+    slope, shift, mean,  # [C]: it is factor * d + slope * (h - mean) + shift, or without statistics factor * d
     mask,  # [B, C]
     out_strides, grad_strides, h_strides,
     C, N,
@@ -235,7 +234,8 @@ def ocr_block_gradient_kernel(
     )
     d = d * column_of(factor, c0, C, BLOCK_C)
     if STATISTICS:
-        d = d + x * column_of(slope, c0, C, BLOCK_C) + column_of(constant, c0, C, BLOCK_C)
+        x -= column_of(mean, c0, C, BLOCK_C)
+        d = d + x * column_of(slope, c0, C, BLOCK_C) + column_of(shift, c0, C, BLOCK_C)
     store_tile(out, d, c0, n0)
 
 
@@ -348,21 +348,20 @@ def _norm_gradient_launch(parts: Tensor, *, statistics: bool) -> Launch:
     return Launch(ocr_block_norm_gradient_kernel, programs, *sizes, STATISTICS=statistics, **arguments)
 
 
-def added(norm: Norm, parts: Tensor) -> tuple[Gradients, Tensor, Tensor, Tensor]:
-    """Of sums `[parts, 2, C]` of gradients, and of those times h - mean: them, and slope, offset and constant.
+def added(norm: Norm, parts: Tensor) -> tuple[Gradients, Tensor, Tensor]:
+    """Of sums `[parts, 2, C]` of gradients, and of those times h - mean: them, and slope and offset.
 
-    The gradient of h is factor * d + slope * (h - mean) + offset, or factor * d + slope * h + constant.
+    The gradient of h is factor * d + slope * (h - mean) + offset.
     """
-    vectors = parts.new_empty((5, parts.shape[2]))
+    vectors = parts.new_empty((4, parts.shape[2]))
     launch = _norm_gradient_launch(parts, statistics=norm.layer.has_statistics)
     pixels: Any = norm.pixels  # a tensor, as `split_statistics` gives it
-    launch(vectors, parts, norm.factor, norm.rstd, norm.mean, pixels)
-    gain, shift, slope, offset, constant = vectors.unbind()
+    launch(vectors, parts, norm.factor, norm.rstd, pixels)
+    gain, shift, slope, offset = vectors.unbind()
     gradients = Gradients(norm, gain, shift)
     if norm.layer.group:
         slope, offset = gradients.centred()
-        constant = torch.addcmul(offset, norm.mean, slope, value=-1)
-    return gradients, slope, offset, constant
+    return gradients, slope, offset
 
 
 @prepared
@@ -392,7 +391,7 @@ def gradients_of(norm: Norm, grad: Tensor, h: Tensor, out: Tensor, mask: Tensor 
     sums = _gradient_sums_launch(grad, h, **flags)
     partial = h.new_empty(sums.shape, dtype=statistics_dtype(h))
     sums.launch(partial, grad, h, norm.factor, norm.offset, norm.mean, factors)
-    gradients, slope, _, constant = added(norm, partial.flatten(0, 1))
+    gradients, slope, shift = added(norm, partial.flatten(0, 1))
     launch = _gradient_launch(out, grad, h, **flags, statistics=norm.layer.has_statistics)
-    launch(out, grad, h, norm.factor, norm.offset, slope, constant, factors)
+    launch(out, grad, h, norm.factor, norm.offset, slope, shift, norm.mean, factors)
     return gradients
