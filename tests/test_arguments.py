@@ -54,6 +54,16 @@ def test_backward_ops_name_what_is_wrong(op: Op, kernels: tuple[str, str], wrong
 
 
 @both_ops
+@pytest.mark.parametrize("wrong", [Tensor.to_sparse, Tensor.to_mkldnn, lambda t: torch.nested.nested_tensor([*t])])
+def test_tensors_are_dense(op: Op, wrong: Any) -> None:
+    inputs = op.inputs(batch=BATCH, channels=CHANNELS, regions=REGIONS, spatial=PIXELS)
+    for i, name in enumerate(("query", "key", "value") if op is ATTENTION else ("feats", "logits")):
+        given = [wrong(each.detach()) if i == j else each for j, each in enumerate(inputs)]
+        with pytest.raises(TypeError, match=f"^{name} must be dense, but is "):
+            op.call(*given)
+
+
+@both_ops
 @pytest.mark.parametrize("backend", ["os", "", "registration"])
 def test_backends_are_not_names_of_modules(op: Op, backend: str) -> None:
     tensors, options = backward_arguments(op)

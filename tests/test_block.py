@@ -456,10 +456,29 @@ def test_regions_that_are_nearly_alike(backend: str, training: bool) -> None:
         for module, dtype in ((ours, torch.float32), (plain, torch.float32), (copy.deepcopy(plain), torch.float64)):
             module, columns = module.to(dtype), regions.to(dtype).requires_grad_()
             attention = module.object_context_block
-            wanted = [columns, *attention.f_object.parameters(), *attention.f_down.parameters()]
+            layers = attention.f_pixel, attention.f_object, attention.f_down
+            wanted = [columns, *(parameter for part in layers for parameter in part.parameters())]
             results.append(torch.autograd.grad(module(feats.detach().to(dtype), columns), wanted, grad.to(dtype)))
         ratios.append([((a - c).norm() / (b - c).norm()).item() for a, b, c in zip(*results, strict=True)])
     assert max(map(statistics.median, zip(*ratios, strict=True))) <= 1.2
+
+
+def test_regions_of_an_untrained_head(backend: str) -> None:
+    """In eval mode, where no norm takes them apart: gradients of the pixels' side are as exact as the plain head's."""
+    ratios = []
+    for seed in range(4):
+        torch.manual_seed(seed)
+        plain = reference.OCRHead(16, 19, mid_channels=32, key_channels=16, dropout=0.0).eval()
+        ours = modules.OCRHead(16, 19, mid_channels=32, key_channels=16, dropout=0.0).eval()
+        ours.load_state_dict(plain.state_dict())
+        feats, grad = torch.randn(2, 16, 16, 12), torch.randn(2, 19, 16, 12)
+        results = []
+        for module, dtype in ((ours, torch.float32), (plain, torch.float32), (copy.deepcopy(plain), torch.float64)):
+            module = module.to(dtype)
+            wanted = list(module.ocr_distri_head.object_context_block.f_pixel.parameters())
+            results.append(torch.autograd.grad(module(feats.to(dtype))[1], wanted, grad.to(dtype)))
+        ratios += [((a - c).norm() / (b - c).norm()).item() for a, b, c in zip(*results, strict=True)]
+    assert statistics.median(ratios) <= 1.2
 
 
 def test_frozen_norms_in_training() -> None:

@@ -140,6 +140,18 @@ def test_products(
         case.check("layer_into", case.tile(empty=True), matrix, bias, case.tile(), slope)
 
 
+def test_gradients_about_a_mean_that_is_large() -> None:
+    """What is taken from each pixel alike would add up over pixels if it were rounded."""
+    c = Case(PLAIN | {"channels": 3, "pixels": 70})
+    h, grad = c.tile().add_(1e4), c.tile()
+    vectors = torch.tensor([1.0, 0.0, 1.0, 0.5, 1 / 3, 0.1, 1e4])[:, None].expand(7, 3).contiguous()
+    expected = 0.5 * grad.double() + vectors[4, 0].double() * (h.double() - 1e4) + vectors[5, 0].double()
+    for make in (compiled, plain):
+        out = c.tile()
+        make(c).through(grad, h, vectors, 1.0, out)
+        torch.testing.assert_close(out.double(), expected, rtol=1e-6, atol=1e-6)
+
+
 def test_in_place() -> None:
     c = Case(PLAIN | {"channels": 17, "pixels": 70})
     h, grad, vectors = c.tile(), c.tile(), c.vectors(4)

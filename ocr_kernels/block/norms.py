@@ -220,14 +220,14 @@ class Contexts:
         """Moments of the weights are None where rho's norm takes none: one pixel that is NaN then spoils no other."""
         self.pixels = pixels  # of an image
         self.scatter: Tensor | None = None  # [B, K, K]: sums of outer products of weights less their means
-        self.centred = u  # [B, Y, K]
         if moments is None:
             self.mean_weights = u.new_zeros((u.shape[0], u.shape[2], 1))  # [B, K, 1]
-            self.means = u.new_zeros(u.shape[:2])  # [B, Y]
+            means = u.mean(2, keepdim=True)
         else:
             self.mean_weights, self.scatter = moments
             means = u @ self.mean_weights
-            self.means, self.centred = means.squeeze(2), u - means
+        self.means = means.squeeze(2)  # [B, Y]
+        self.centred = u - means  # [B, Y, K]
 
     def moments(self) -> tuple[Tensor, Tensor]:
         """Means of u w, and sums of squares about them, image by image `[B, Y]`."""

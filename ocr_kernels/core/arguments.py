@@ -15,6 +15,8 @@ def check_tensors(**arguments: object) -> None:
     for name, argument in arguments.items():
         if not isinstance(argument, Tensor):
             raise TypeError(f"{name} must be a tensor, but is {type(argument).__name__}")
+        if argument.layout != torch.strided or argument.is_nested:
+            raise TypeError(f"{name} must be dense, but is {'nested' if argument.is_nested else argument.layout}")
 
 
 def is_dtensor(tensor: Tensor) -> bool:
