@@ -1,7 +1,7 @@
 """How an op is differentiated: in 0.6 of the host time of `torch.library.register_autograd`, and also by `torch.func`
 and in forward mode, where that one raises or returns zeros.
 
-What the ops use of PyTorch's private functions stands in this file alone. Each is tried when the file is imported;
+What the ops use of autograd's private functions stands in this file alone. Each is tried when the file is imported;
 where it is missing or does something else, the public form beside it takes over.
 """
 

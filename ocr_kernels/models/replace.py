@@ -43,8 +43,8 @@ def replace_ocr_modules(
     from a module's source is not assumed: it is given computed tensors, or the module is left alone.
 
     A module that computes the whole of step 4, from pixels and regions to z, runs as one op, `ocr_block`, in eval mode
-    where no gradient is wanted, and in training, where it keeps a third of what PyTorch does for its backward pass. It
-    is found by what it computes, too: its layers are traced, and checked on random weights.
+    where no gradient is wanted, and in training, where it keeps a quarter of what PyTorch does for its backward pass.
+    It is found by what it computes, too: its layers are traced, and checked on random weights.
     Where the module around it hands z to a 1x1 convolution alone, both are one op, to logits. What a trained weight,
     another layer, a hook or an attribute changes is seen at the next call.
 
