@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import pickle
 import random
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ _Result = TypeVar("_Result")
 @contextlib.contextmanager
 def forked_rng(tensors: Iterable[Tensor]) -> Iterator[None]:
     """In here, numbers are drawn that are drawn again after it, on the CPU and on the devices of `tensors`."""
-    python, numpy = random.getstate(), _numpy()
+    python, numpy = random.getstate(), sys.modules.get("numpy.random")
     of_numpy = None if numpy is None else numpy.get_state()
     with torch.random.fork_rng({t.device.index for t in tensors if t.device.type == "cuda"}):
         try:
@@ -29,17 +30,10 @@ def forked_rng(tensors: Iterable[Tensor]) -> Iterator[None]:
 
 
 def random_states() -> Tensor:
-    """PyTorch's on the CPU, Python's and NumPy's, as numbers."""
-    numbers = [*random.getstate()[1]]
-    numpy = _numpy()
-    if numpy is not None:
-        _, words, position, *_ = numpy.get_state()
-        numbers += [*words.tolist(), position]
-    return torch.cat((torch.get_rng_state().double(), torch.tensor(numbers, dtype=torch.float64, device="cpu")))
-
-
-def _numpy() -> Any:
-    return getattr(sys.modules.get("numpy"), "random", None)
+    """PyTorch's on the CPU, Python's and NumPy's, as bytes."""
+    numpy = sys.modules.get("numpy.random")
+    others = pickle.dumps((random.getstate(), None if numpy is None else numpy.get_state()))
+    return torch.cat((torch.get_rng_state(), torch.frombuffer(bytearray(others), dtype=torch.uint8)))
 
 
 def undisturbed(tensors: Iterable[Tensor], *runs: Callable[[], _Result]) -> list[_Result]:
