@@ -201,8 +201,8 @@ def _off(module: nn.Module, plan: BlockPlan, candidate: TrainingPlan) -> str:
             runs = (type(trial).forward, trial), (candidate.compute, twin)
             calls = [functools.partial(_in_training, run, part, feats, regions, seed) for run, part in runs]
             watch = Watch(trial, list(trial.parameters()))
-            (*theirs, drawn), (*ours, drawn_by_us) = undisturbed([], *calls)
-            if watch.left_behind() or not torch.equal(drawn, drawn_by_us):
+            (theirs, drawn), (ours, drawn_by_us) = undisturbed([], *calls)
+            if watch.left_behind() or drawn != drawn_by_us:
                 return f"in training it {watch.left_behind() or 'draws other random numbers'}"
             for expected, found in zip(theirs, ours, strict=True):
                 error = relative_error(found, expected)
@@ -211,12 +211,13 @@ def _off(module: nn.Module, plan: BlockPlan, candidate: TrainingPlan) -> str:
     return ""
 
 
-def _in_training(run: Callable[..., Any], module: nn.Module, feats: Tensor, regions: Tensor, seed: int) -> list[Tensor]:
+def _in_training(
+    run: Callable[..., Any], module: nn.Module, feats: Tensor, regions: Tensor, seed: int
+) -> tuple[list[Tensor], Any]:
     """A module's result, the gradients of its inputs, of all its parameters, its buffers, its result without gradients.
 
-    And the random states after it.
-
-    Those of parameters are one vector: some may be nothing but rounding, which is to be seen beside the others.
+    And the random states after it. Gradients of parameters are one vector: some may be nothing but rounding, which is
+    to be seen beside the others.
     """
     torch.default_generator.manual_seed(seed)  # of the CPU alone
     with torch.enable_grad():
@@ -229,4 +230,4 @@ def _in_training(run: Callable[..., Any], module: nn.Module, feats: Tensor, regi
     buffers = [buffer.clone() for buffer in module.buffers()]
     with torch.no_grad():
         alone = run(module, feats.clone(), regions.clone())
-    return [out, dx, df, torch.cat([nothing, *map(torch.flatten, others)]), *buffers, alone, random_states()]
+    return [out, dx, df, torch.cat([nothing, *map(torch.flatten, others)]), *buffers, alone], random_states()

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import pickle
 import random
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,11 +28,17 @@ def forked_rng(tensors: Iterable[Tensor]) -> Iterator[None]:
                 numpy.set_state(of_numpy)
 
 
-def random_states() -> Tensor:
-    """PyTorch's on the CPU, Python's and NumPy's, as bytes."""
+def random_states() -> tuple[Any, ...]:
+    """PyTorch's on the CPU, Python's and NumPy's, to be compared."""
     numpy = sys.modules.get("numpy.random")
-    others = pickle.dumps((random.getstate(), None if numpy is None else numpy.get_state()))
-    return torch.cat((torch.get_rng_state(), torch.frombuffer(bytearray(others), dtype=torch.uint8)))
+    return torch.get_rng_state().tolist(), random.getstate(), None if numpy is None else _comparable(numpy.get_state())
+
+
+def _comparable(state: Any) -> Any:
+    """NumPy's, with bytes for its arrays."""
+    if isinstance(state, dict):
+        return {name: _comparable(each) for name, each in state.items()}
+    return tuple(map(_comparable, state)) if isinstance(state, tuple) else getattr(state, "tobytes", lambda: state)()
 
 
 def undisturbed(tensors: Iterable[Tensor], *runs: Callable[[], _Result]) -> list[_Result]:
@@ -48,6 +53,6 @@ def undisturbed(tensors: Iterable[Tensor], *runs: Callable[[], _Result]) -> list
             with forked_rng(tensors):
                 results.append(run())
                 states.append(random_states())
-        if all(torch.equal(state, states[0]) for state in states):
+        if all(state == states[0] for state in states):
             break
     return results
