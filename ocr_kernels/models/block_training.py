@@ -131,10 +131,10 @@ def plan_training(module: nn.Module, plan: BlockPlan) -> TrainingPlan | str:
             return "its pixels go through more than two layers before they attend"
         if not found.fits(module):
             return "a layer has a hook, or is none that the op has"
-        of_pixels = {pair.norm for pair in (*found.pixels, *ups, *fusing)} - {None}
-        shared = of_pixels & {pair.norm for pair in (*found.key, *found.value)}
-        if shared:
-            return f"{min(filter(None, shared))} is a norm of pixels and of regions"
+        of_pixels = {pair.norm for pair in (*found.pixels, *ups, *fusing)}
+        for pair in (*found.key, *found.value):
+            if pair.norm is not None and pair.norm in of_pixels:
+                return f"{pair.norm} is a norm of pixels and of regions"
         reasons = []
         for context_first, dropout in itertools.product((True, False), (*dropouts, None)):
             candidate = dataclasses.replace(found, context_first=context_first, dropout=dropout)
@@ -202,8 +202,9 @@ def _off(module: nn.Module, plan: BlockPlan, candidate: TrainingPlan) -> str:
             calls = [functools.partial(_in_training, run, part, feats, regions, seed) for run, part in runs]
             watch = Watch(trial, list(trial.parameters()))
             (theirs, drawn), (ours, drawn_by_us) = undisturbed([], *calls)
-            if watch.left_behind() or drawn != drawn_by_us:
-                return f"in training it {watch.left_behind() or 'draws other random numbers'}"
+            beside = watch.left_behind() or ("draws other random numbers" if drawn != drawn_by_us else "")
+            if beside:
+                return f"in training it {beside}"
             for expected, found in zip(theirs, ours, strict=True):
                 error = relative_error(found, expected)
                 if not (error <= BOUND and expected.isfinite().all()):
