@@ -17,10 +17,17 @@ import torch
 
 import ocr_kernels
 from ocr_kernels.block.registration import implemented
-from ocr_kernels.core import libraries, tuned
+from ocr_kernels.core import libraries, memory, tuned
 from ocr_kernels.core.backends import BACKENDS, Backend, available_backends, resolve_backend
 
-ENVIRONMENT = ("OCR_KERNELS_BACKEND", "OCR_KERNELS_ISA", "OCR_KERNELS_LIBRARY", tuned.VARIABLE, "TRITON_INTERPRET")
+ENVIRONMENT = (
+    "OCR_KERNELS_BACKEND",
+    "OCR_KERNELS_ISA",
+    memory.VARIABLE,
+    "OCR_KERNELS_LIBRARY",
+    tuned.VARIABLE,
+    "TRITON_INTERPRET",
+)
 
 SPEED = (  # of the library for GPUs: by the bytes that it moves, see docs/design.md
     "not measured; expect the attention's backward pass of up to 64 regions to be slower than PyTorch's own"

@@ -21,6 +21,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ocr_kernels.core.memory import new_memory
+
 Layout = Literal["contiguous", "channels_last", "sliced", "transposed", "expanded", "strided"]
 LAYOUTS: tuple[Layout, ...] = ("contiguous", "channels_last", "sliced", "transposed", "expanded", "strided")
 
@@ -507,7 +509,8 @@ def peak_bytes(function: Callable[..., Any], *inputs: Any) -> int:
         torch.cuda.synchronize()
         largest = torch.cuda.max_memory_allocated() - before
     else:
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        cpu = [torch.profiler.ProfilerActivity.CPU]
+        with new_memory(), torch.profiler.profile(activities=cpu, profile_memory=True) as profile:
             results = function(*inputs)
         kineto = profile.profiler.kineto_results if profile.profiler else None
         changes = [event.nbytes() for event in (kineto.events() if kineto else ()) if event.name() == "[memory]"]

@@ -28,6 +28,7 @@ from ocr_kernels.block.norms import (
 from ocr_kernels.block.passes import Passes, empty_maps, maps_of
 from ocr_kernels.core.activations import activate_
 from ocr_kernels.core.layout import empty_in_format, in_format, statistics_dtype
+from ocr_kernels.core.memory import reused
 
 # The definition
 
@@ -122,8 +123,9 @@ def forward(
     tiles = kind(x)
     layers = settings.layers(vectors)
     depth, outputs, regions = pixel_in.shape[0], fusing.shape[0], key.shape[2]
-    hidden_in, hidden_out = empty_maps(x, depth), empty_maps(x, pixel_out.shape[0])
-    weights, fused, z = empty_maps(x, regions), empty_maps(x, outputs), empty_in_format(feats, outputs)
+    made = (depth, pixel_out.shape[0], regions, outputs)
+    hidden_in, hidden_out, weights, fused = (reused(empty_maps(x, length)) for length in made)
+    z = reused(empty_in_format(feats, outputs))
 
     moments = Moments(layers[0])
     for _, of_x, h in tiles.of(x, hidden_in):
@@ -192,7 +194,7 @@ def backward(
     need_feats = needs[0]
     need_phi = any((*needs[:4], *needs[6:10]))
     y = contexts_of(contexts.to(exact), weights, tiles, layers[2])
-    dfeats = empty_in_format(feats, channels if need_feats else 0)
+    dfeats = reused(empty_in_format(feats, channels if need_feats else 0))
     dx = dfeats.flatten(2)
 
     slope = last.layer.slope
@@ -204,7 +206,7 @@ def backward(
     halves = fusing.split([context_channels, channels] if settings.context_first else [channels, context_channels], 1)
     on_context, on_pixels = (half.t().contiguous() for half in halves[:: 1 if settings.context_first else -1])
     dfusing = torch.zeros_like(fusing, dtype=exact)
-    dweights = empty_maps(x, regions, dtype)
+    dweights = reused(empty_maps(x, regions, dtype))
     matrix, offset = y.normalised(up, dtype)
     outer = torch.zeros_like(y.centred)  # sum_i dy_i (w_i - mean)', [B, Y, K]
     total = torch.zeros_like(y.means)  # sum_i dy_i
@@ -231,7 +233,7 @@ def backward(
     dphi = [Gradients.anything(first), Gradients.anything(second)]
     if need_phi:  # through the softmax first
         query, hidden = (second, hidden_out) if pixel_out.shape[0] else (first, hidden_in)
-        dquery, slope = empty_maps(x, depth), query.layer.slope
+        dquery, slope = reused(empty_maps(x, depth)), query.layer.slope
         taken, centred = query.vectors(), query.vectors(None, query.mean)
         of_images = of_each(key.to(dtype).contiguous(), torch.cat((matrix, column), 2), dkey)
         sums = []
