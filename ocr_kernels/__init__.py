@@ -35,10 +35,3 @@ __all__ = [
     "spatial_gather",
     "use_backend",
 ]
-
-
-def __getattr__(name: str) -> object:
-    if name in ("fold_ocr_modules", "unfold_ocr_modules"):
-        instead = "replace_ocr_modules" if name == "fold_ocr_modules" else "restore_ocr_modules"
-        raise AttributeError(f"ocr_kernels.{name} is gone: {instead} does both")
-    raise AttributeError(f"module 'ocr_kernels' has no attribute {name!r}")

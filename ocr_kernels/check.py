@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ocr_kernels.bench.timing import Timing
+from ocr_kernels.bench.timing import Timing, duration
 from ocr_kernels.models.replace import replace_ocr_modules
 from ocr_kernels.testing import saved_bytes
 
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of model and inputs (default: %(default)s)")
     parser.add_argument("--device", help="such as cuda:0 (default: cuda where there is one)")
-    parser.add_argument("--seconds", type=float, default=5.0, metavar="S", help="for each comparison of times")
+    parser.add_argument("--seconds", type=duration, default=5.0, metavar="S", help="for each comparison of times")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -89,7 +89,7 @@ def _load(
     sys.path.insert(0, str(path.parent.resolve()))
     specification.loader.exec_module(module)
     made = getattr(module, function)()
-    model, *inputs = made if isinstance(made, tuple) else (made,)
+    model, *inputs = made if isinstance(made, tuple) and made else (made,)
     if len(inputs) == 1 and isinstance(inputs[0], tuple):
         inputs = list(inputs[0])
     if not isinstance(model, nn.Module):

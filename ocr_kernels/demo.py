@@ -1,7 +1,7 @@
-"""The command `ocr-kernels demo`: a small OCR network learns one photograph, before and after the swap.
+"""The command `ocr-kernels demo`: a small OCR network learns one photograph, before and after the replacement.
 
 Three copies of it train in lockstep on the same crops: as it is, as it is on crops that differ by one unit in the last
-place, and with its OCR modules swapped. The second copy shows how far rounding alone drives two runs apart.
+place, and with its OCR modules replaced. The second copy shows how far rounding alone drives two runs apart.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def run_demo(
     """Compare one training step, train, print a table and write the pictures and `report.txt` into `out`.
 
     Returns:
-        0; 1 if the swapped network's outputs, gradients or loss curve differ more than rounding explains; 2, with one
+        0; 1 if the replaced network's outputs, gradients or loss curve differ more than rounding explains; 2, with one
         line on stderr and nothing written, if the arguments or this installation do not allow a run.
     """
     try:
@@ -233,9 +233,9 @@ def _demo(photo: Tensor, directory: Path, steps: int) -> int:
     moved, after = copy.deepcopy(before), copy.deepcopy(before)
     report = replace_ocr_modules(after.network, example_inputs=batch[0])
     console.print(f"{report}\n", markup=False, soft_wrap=True)
-    not_fused = {"gather", "attention"} - {name for swapped in report.swapped for name in swapped.computations or ()}
+    not_fused = {"gather", "attention"} - {name for replaced in report.replaced for name in replaced.computations or ()}
     if not_fused:
-        console.print(f"parity FAILED: not swapped: {', '.join(sorted(not_fused))}")
+        console.print(f"parity FAILED: not replaced: {', '.join(sorted(not_fused))}")
         return 1
     try:
         measurements = _compare(after, before, batch)
@@ -249,7 +249,7 @@ def _demo(photo: Tensor, directory: Path, steps: int) -> int:
         crops, targets = next(batches)
         for run in runs:
             run.step(crops.nextafter(crops + 1) if run.objective is moved else crops, targets)
-    with record_maps() as maps:  # of the swapped network: the others never call our ops
+    with record_maps() as maps:  # of the replaced network: the others never call our ops
         masks = [_mask(objective.network.eval(), images) for objective in (before, moved, after)]
     console.print(_training_table(runs, masks, labels.cpu(), saved))
     console.print(_parity_table(measurements))
@@ -365,12 +365,10 @@ def _training_table(
 
 
 def _gain(runs: Sequence[_Run], saved: Sequence[tuple[int, int]]) -> str:
-    """What the swap brought, in a sentence."""
+    """What the replacement brought, in a sentence."""
     before, *_, after = (statistics.median(run.seconds) for run in runs)
     (_, block), (_, small) = saved
-    return (
-        f"The swap: {after / before:.0%} of the time of a step, {small / block:.0%} of the bytes that the block saves."
-    )
+    return f"Replaced: {after / before:.0%} of the time of a step, {small / block:.0%} of the bytes that it saves."
 
 
 @torch.no_grad()
@@ -409,7 +407,7 @@ def _typical_pixels(mask: Tensor) -> list[tuple[int, int]]:
 def _draw_overview(
     photo: Tensor, mask: Tensor, regions: Tensor, runs: Sequence[_Run], saved: Sequence[tuple[int, int]]
 ) -> Figure:
-    """What the regions are, and what the swap brought."""
+    """What the regions are, and what the replacement brought."""
     title = "Object regions of a photo, and what training this small network on them costs on this machine"
     caption = (
         "Left, where the three largest regions have their weight; right, time and what is kept for the backward pass."
@@ -443,7 +441,7 @@ def _draw_photo(photo: Tensor) -> Figure:
 def _draw_mask(photo: Tensor, labels: Tensor, mask: Tensor) -> Figure:
     from matplotlib.patches import Patch
 
-    title = "Labels of k-means, and what the swapped network learnt of them"
+    title = "Labels of k-means, and what the replaced network learnt of them"
     figure = new_figure(12, 6 * photo.shape[1] / photo.shape[2] + 1.25, title, caption="")
     grey = 0.25 + 0.75 * photo.mean(0).unsqueeze(2)
     large = labels.repeat_interleave(STRIDE, 0).repeat_interleave(STRIDE, 1)
@@ -460,8 +458,8 @@ def _draw_mask(photo: Tensor, labels: Tensor, mask: Tensor) -> Figure:
 
 def _draw_losses(runs: Sequence[_Run]) -> Figure:
     before, moved, after = runs
-    caption = "Left, the losses themselves. Right, what the swap moves them by, beside what rounding alone does."
-    figure = new_figure(12, 4.75, "Training before and after the swap", caption)
+    caption = "Left, the losses themselves. Right, what the replacement moves them by, beside what rounding alone does."
+    figure = new_figure(12, 4.75, "Training before and after the replacement", caption)
     left, right = figure.subplots(1, 2)
     left.plot(before.losses, color=COLOURS[0], linewidth=4, label="before")
     left.plot(after.losses, color=COLOURS[4], linewidth=1.5, label="after")

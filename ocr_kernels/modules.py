@@ -111,5 +111,5 @@ class OCRHead(_NoScript, reference.OCRHead):
 
 
 SpatialGather_Module = SpatialGather
-ObjectAttentionBlock2D = _ObjectAttentionBlock = ObjectAttentionBlock
+ObjectAttentionBlock2D = ObjectAttentionBlock
 SpatialOCR_Module = SpatialOCR

@@ -84,7 +84,8 @@ def plot_attention(
     Raises:
         ImportError: matplotlib is missing.
         TypeError: `image` or `maps` is no tensor.
-        ValueError: a shape is another, `names` are not K, `labels` not one for each pixel, or there is no such pixel.
+        ValueError: a shape is another, `names` are not K, `labels` not a region for each pixel, or there is no such
+            pixel.
 
     Examples:
         >>> maps = attention_maps(torch.randn(1, 8, 16, 32), torch.randn(1, 8, 4))[0]
@@ -98,6 +99,8 @@ def plot_attention(
         raise ValueError(f"pixels must be (y, x) inside the image of {height} x {width}, but are {list(pixels)}")
     if labels is not None and len(labels) != len(pixels):
         raise ValueError(f"labels must be one for each of {len(pixels)} pixels, but are {len(labels)}")
+    if labels is not None and not all(0 <= label < len(maps) for label in labels):
+        raise ValueError(f"labels must be regions, 0 to {len(maps) - 1}, but are {list(labels)}")
     weights = torch.stack([maps[:, y * maps.shape[1] // height, x * maps.shape[2] // width] for y, x in pixels])
     rings = weights.argmax(1).tolist() if labels is None else labels
     shown = weights.amax(0).topk(min(len(maps), BARS)).indices.sort().values.tolist()
@@ -128,7 +131,7 @@ def _checked(image: Tensor, maps: Tensor, names: Sequence[str] | None) -> tuple[
     """The image as `[H, W, 3]`, the maps in float32, both on the CPU, and the names."""
     check_tensors(image=image, maps=maps)
     check_shape("image", image, "[3, H, W]", image.dim() == 3 and image.shape[0] == 3 and image.numel() > 0)
-    expected = "[K, h, w] (one image's; where a swapped module made them flat, unflattened)"
+    expected = "[K, h, w] (one image's; where a replaced module made them flat, unflattened)"
     check_shape("maps", maps, expected, maps.dim() == 3 and maps.numel() > 0)
     if names is not None and len(names) != len(maps):
         raise ValueError(f"names must be one for each of {len(maps)} regions, but are {len(names)}")

@@ -111,7 +111,7 @@ def ours() -> nn.Module:
 
 def replaced() -> nn.Module:
     model = nn.SyncBatchNorm.convert_sync_batchnorm(spatial_ocr(reference.SpatialOCR)).float()
-    (row,) = (row for row in replace_ocr_modules(model).swapped if row.name == "")
+    (row,) = (row for row in replace_ocr_modules(model).replaced if row.name == "")
     assert row.computations is not None
     assert "training" in row.computations, row
     return model.double()

@@ -300,6 +300,23 @@ def test_a_job_that_fails_does_not_end_the_run(
     assert failed == {"gather lip float32 contiguous": "OutOfMemoryError: too large"}
 
 
+def test_the_variable_that_chooses_a_backend_is_ignored(
+    tiny_cases: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is called ours would be another's."""
+    monkeypatch.setattr(backends, "_default", "abacus")  # as OCR_KERNELS_BACKEND sets it
+    monkeypatch.setattr(backends, "_selected", "abacus")
+    selected = []
+
+    def measured(*_: Any) -> list[dict[str, Any]]:
+        selected.append(backends._selected)
+        return []
+
+    monkeypatch.setattr(measure, "measure", measured)
+    assert command.main([*RUN, str(tmp_path / "a.json"), "--cases", "lip", "--subjects", "module"]) == 0
+    assert selected == [None]
+
+
 def test_host_times_that_fail_do_not_end_the_run(
     tiny_cases: None, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

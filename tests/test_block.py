@@ -319,7 +319,9 @@ def test_opcheck() -> None:
         ({"key": torch.randn(B, D, 0)}, ValueError, "key must have shape"),
         ({"key": torch.randn(B, D, K).double()}, TypeError, "key must have the dtype of feats"),
         ({"value": torch.randn(B, V, K + 1)}, ValueError, "value must have shape"),
-        ({"pixel": []}, ValueError, "pixel must be one layer or two"),
+        ({"pixel": []}, ValueError, "pixel must be of one Layer or two, but is of 0"),
+        ({"pixel": None}, TypeError, "pixel must be a list or tuple of one Layer or two, but is NoneType"),
+        ({"pixel": Layer(torch.zeros(3, 4))}, TypeError, "pixel must be a list .* but is Layer"),
         ({"pixel": [Layer(torch.randn(D, C + 1))]}, ValueError, r"pixel\[0\].weight must have shape \[4, 5\]"),
         ({"fusing": Layer(torch.randn(OUT, C))}, ValueError, r"fusing.weight must have shape \[7, 11\]"),
         ({"up": Layer(torch.randn(Y, V), torch.randn(V))}, ValueError, r"up.bias must have shape \[6\]"),
@@ -659,6 +661,7 @@ def test_layers_of_modules(training: bool) -> None:
     [
         ([nn.ReLU()], TypeError, "convolution must be"),
         ([nn.Conv2d(4, 4, 3)], ValueError, "convolution must have kernel, stride and groups of 1"),
+        ([nn.ConvTranspose2d(4, 4, 1)], TypeError, "convolution must be a 1x1 convolution or a Linear"),
         ([nn.Conv2d(4, 4, 1, stride=2)], ValueError, "convolution must have"),
         ([nn.Linear(4, 4), nn.GroupNorm(2, 4)], TypeError, "norm must be a BatchNorm"),
         ([nn.Linear(4, 4), "batch"], TypeError, "norm must be a BatchNorm"),

@@ -209,13 +209,13 @@ def test_what_else_reads_it_gets_it(build: Callable[[], Network]) -> None:
 @torch.no_grad()
 def test_report_and_undo() -> None:
     network = Network()
-    rows = {row.name: row for row in replace_ocr_modules(network, example_inputs=torch.randn(1, C, 6, 4)).swapped}
+    rows = {row.name: row for row in replace_ocr_modules(network, example_inputs=torch.randn(1, C, 6, 4)).replaced}
     assert rows[""].computations == ("logits",)
     assert rows[""].max_error is not None
     assert rows[""].eager_error is not None
     assert "" in restore_ocr_modules(network)
     assert "forward" not in vars(network)
-    assert all(row.name for row in replace_ocr_modules(network, filter=lambda _, name: name != "").swapped)
+    assert all(row.name for row in replace_ocr_modules(network, filter=lambda _, name: name != "").replaced)
     assert "forward" not in vars(network)
 
 

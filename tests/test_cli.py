@@ -105,7 +105,10 @@ def test_module_is_the_command() -> None:
     assert (result.returncode, result.stdout.strip()) == (0, f"ocr_kernels {__version__}")
 
 
-@pytest.mark.parametrize("arguments", [[], ["abacus"], ["info", "--abacus"], ["info", "abacus"]])
+@pytest.mark.parametrize("arguments", [
+    [], ["abacus"], ["info", "--abacus"], ["info", "abacus"],
+    ["check", "model.py:f", "--seconds", "-1"], ["bench", "--seconds", "nan"], ["tune", "--seconds", "inf"],
+])  # fmt: skip
 def test_unknown_arguments_are_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         main(arguments)
@@ -197,7 +200,7 @@ def test_check_compares_a_model_with_itself_replaced(
     function, *options = arguments
     assert main(["check", f"{model}:{function}", *options, "--seconds", "0"]) == 0
     report, table = capsys.readouterr().out.split("\n\n")
-    assert report.startswith("4 swapped, 0 left alone")
+    assert report.startswith("4 replaced, 0 left alone")
     rows = {line[:30].strip(): line[30:].split() for line in table.splitlines()}
     assert rows[""] == ["before", "after", "times", "less"]
     *_, note = table.splitlines()

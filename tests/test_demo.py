@@ -140,17 +140,17 @@ def test_a_diverging_loss_curve_is_exit_code_1(
 
 
 @pytest.mark.usefixtures("small")
-def test_nothing_swapped_is_exit_code_1(
+def test_nothing_replaced_is_exit_code_1(
     image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    swap = demo.replace_ocr_modules
+    replace = demo.replace_ocr_modules
     monkeypatch.setattr(
         demo,
         "replace_ocr_modules",
-        lambda model, **kwargs: swap(model, filter=lambda module, name: "gather" in name, **kwargs),
+        lambda model, **kwargs: replace(model, filter=lambda module, name: "gather" in name, **kwargs),
     )
     assert demo.run_demo(image, "cpu", "reference", tmp_path, steps=1) == 1
-    assert "not swapped: attention" in capsys.readouterr().out
+    assert "not replaced: attention" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

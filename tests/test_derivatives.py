@@ -90,7 +90,7 @@ def test_private_functions_stand_in_one_file(folder: str) -> None:
 
 def test_the_private_forms_are_used_here() -> None:
     assert derivatives._below_autograd is torch._C._AutoDispatchBelowAutograd
-    assert derivatives._in_forward_mode is not derivatives._has_tangent
+    assert derivatives.in_forward_mode is not derivatives._has_tangent
 
 
 def test_trials_pass_in_any_mode() -> None:

@@ -30,13 +30,13 @@ def spatial_ocr() -> nn.Module:
     return modules.SpatialOCR(8, 4, 6, dropout=0.0, norm_layer=functools.partial(nn.GroupNorm, 2))
 
 
-def swapped_head() -> nn.Module:
+def replaced_head() -> nn.Module:
     head = reference.OCRHead(8, 5, 8, 4, dropout=0.0, norm_layer=functools.partial(nn.GroupNorm, 2))
     ocr_kernels.replace_ocr_modules(head, example_inputs=torch.randn(INPUTS[0]))
     return head
 
 
-models = pytest.mark.parametrize("build", [spatial_ocr, swapped_head])
+models = pytest.mark.parametrize("build", [spatial_ocr, replaced_head])
 
 
 def example(build: Callable[[], nn.Module]) -> tuple[nn.Module, list[Tensor]]:
@@ -45,7 +45,7 @@ def example(build: Callable[[], nn.Module]) -> tuple[nn.Module, list[Tensor]]:
         torch.manual_seed(0)
         model = build().double()
         inputs = [torch.randn(size, dtype=torch.float64) for size in INPUTS]
-    return model, inputs[:1] if build is swapped_head else inputs
+    return model, inputs[:1] if build is replaced_head else inputs
 
 
 def loss(output: Tensor | list[Tensor]) -> Tensor:
@@ -129,7 +129,7 @@ def train_in_parallel(rank: int, store: str) -> None:
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=datetime.timedelta(seconds=60)
     )
-    for build in (spatial_ocr, swapped_head):
+    for build in (spatial_ocr, replaced_head):
         for sharded in (False, True):
             compare_steps(rank, build, sharded)
     torch.distributed.barrier()
@@ -166,7 +166,7 @@ def step(model: nn.Module, inputs: list[Tensor]) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="PyTorch is built without gloo")
 def test_data_parallelism(tmp_path: Path) -> None:
-    """DistributedDataParallel and FSDP2, of our module and of a swapped one."""
+    """DistributedDataParallel and FSDP2, of our module and of a replaced one."""
     processes = torch.multiprocessing.spawn(train_in_parallel, (str(tmp_path / "store"),), nprocs=2, join=False)
     end = time.monotonic() + 120
     try:

@@ -59,7 +59,7 @@ def test_training() -> None:
     pytest.importorskip("sklearn", reason="ships the digits")
     result = python(str(EXAMPLES / "hrnet_training.py"), "8", OMP_NUM_THREADS="1")
     assert result.returncode == 0, result.stderr
-    assert "4 swapped, 0 left alone" in result.stdout
+    assert "4 replaced, 0 left alone" in result.stdout
     before, after = (float(line.split("loss ")[1].split(",")[0]) for line in result.stdout.splitlines()[-2:])
     assert before < 2.8  # an untrained network's is about 1.4 log(11) = 3.4
     assert after == pytest.approx(before, rel=0.05)
@@ -77,7 +77,7 @@ def test_notebook(capsys: pytest.CaptureFixture[str]) -> None:
     with torch.random.fork_rng():
         for cell in cells:
             exec("".join(cell["source"]), names)
-    assert "4 swapped, 0 left alone" in capsys.readouterr().out
+    assert "4 replaced, 0 left alone" in capsys.readouterr().out
     losses = names["losses"]
     assert losses[-1] < losses[0] / 2
 

@@ -26,9 +26,9 @@ SIZES = ((2, 12, 6, 10), (3, 12, 7, 9), (4, 12, 11, 5))  # equal sizes would sha
 DYNAMIC = ({0: Dim("batch", min=1), 2: Dim("height", min=3), 3: Dim("width", min=3)},)
 OURS = ["ocr_kernels.pixel_region_attention.default", "ocr_kernels.spatial_gather.default"]
 
-heads = pytest.mark.parametrize("kind", ["swapped", "ours"])
+heads = pytest.mark.parametrize("kind", ["replaced", "ours"])
 compiled_heads = pytest.mark.parametrize(
-    "kind", ["ours", *(pytest.param(kind, marks=pytest.mark.wide) for kind in ("swapped", "plain"))]
+    "kind", ["ours", *(pytest.param(kind, marks=pytest.mark.wide) for kind in ("replaced", "plain"))]
 )
 
 
@@ -41,10 +41,10 @@ def seeded() -> Iterator[None]:
 
 
 def head(kind: str) -> nn.Module:
-    """A head in plain PyTorch, the same after the swap, or ours; with the same parameters after the same seed."""
+    """A head in plain PyTorch, the same replaced, or ours; with the same parameters after the same seed."""
     model = (modules if kind == "ours" else reference).OCRHead(12, 4, 8, 6).eval()
-    if kind == "swapped":
-        assert len(ocr_kernels.replace_ocr_modules(model).swapped) == 4
+    if kind == "replaced":
+        assert len(ocr_kernels.replace_ocr_modules(model).replaced) == 4
     return model
 
 
@@ -130,7 +130,7 @@ def test_functions_compile_once_for_every_size(op: Op, marked: bool) -> None:
 @pytest.mark.parametrize("strict", [True, False], ids=["strict", "nonstrict"])
 @pytest.mark.parametrize("dynamic_shapes", [None, DYNAMIC], ids=["static", "dynamic"])
 def test_export(kind: str, strict: bool, dynamic_shapes: Any) -> None:
-    """A swapped head is exported in plain operations, for anywhere; ours keeps the ops, for where this library is."""
+    """A replaced head is exported in plain operations, for anywhere; ours keeps the ops, for where this library is."""
     model = head(kind)
     program = torch.export.export(model, (torch.randn(SIZES[0]),), dynamic_shapes=dynamic_shapes, strict=strict)
     assert our_ops(program) == (OURS if kind == "ours" else [])
@@ -178,7 +178,7 @@ def test_decompositions_give_what_the_ops_give(op: Op, dtype: torch.dtype, layou
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="AOTInductor needs a C++ compiler")
-@pytest.mark.parametrize("kind", ["ours", pytest.param("swapped", marks=pytest.mark.wide)])
+@pytest.mark.parametrize("kind", ["ours", pytest.param("replaced", marks=pytest.mark.wide)])
 def test_aot_inductor(kind: str, tmp_path: Path) -> None:
     """With the ops in it, a package runs in a Python that has imported this library."""
     model = head(kind)
@@ -242,7 +242,7 @@ def test_onnx_of_before(kind: str) -> None:
 
 
 @pytest.mark.parametrize("given", ["model", "exported program"])
-@pytest.mark.parametrize("kind", ["swapped", "ours"])
+@pytest.mark.parametrize("kind", ["replaced", "ours"])
 def test_onnx(kind: str, given: str) -> None:
     """From a model at once; from an exported program, once ours are decomposed."""
     for name in ("onnx", "onnxscript"):

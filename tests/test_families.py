@@ -26,24 +26,24 @@ def seeded() -> Iterator[None]:
 def test_family(family: Family) -> None:
     plain = family.make().double()
     inputs = tuple(torch.rand(shape, dtype=torch.float64) * 3 for shape in family.inputs)
-    swapped, dry = copy.deepcopy(plain), copy.deepcopy(plain)
-    replace_ocr_modules(swapped)
+    replaced, dry = copy.deepcopy(plain), copy.deepcopy(plain)
+    replace_ocr_modules(replaced)
     report = replace_ocr_modules(dry, example_inputs=inputs)
     expected = results(plain, *inputs)
-    for module in (swapped, dry):
+    for module in (replaced, dry):
         with CountOps() as ops:
             found = results(module, *inputs)
         assert (ops.gather, ops.attention + ops.block) == (family.gathers, family.attentions or ops.block)
         assert_same(found, expected, 1e-10)
         assert_same(dict(module.named_buffers()), dict(plain.named_buffers()), 1e-10)
         assert list(module.state_dict()) == list(plain.state_dict())
-    fused = {computation for row in report.swapped for computation in row.computations}
+    fused = {computation for row in report.replaced for computation in row.computations}
     fused -= {"block", "training", "logits"}
     wanted = {name for name, runs in (("gather", family.gathers), ("attention", family.attentions)) if runs}
     assert fused == wanted or {row.reason for row in report.left_alone} >= {"it calls ocr_kernels itself"}
     assert family.reason in str(report)
-    restore_ocr_modules(swapped)
-    assert_same(results(swapped, *inputs), expected, 0)
+    restore_ocr_modules(replaced)
+    assert_same(results(replaced, *inputs), expected, 0)
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
@@ -61,7 +61,7 @@ def test_family_in_eval_mode(family: Family) -> None:
     attentions *= family.attends_apart or not family.blocks
     heads = family.blocks * (not family.attends_apart)
     assert (ops.gather, ops.attention, ops.inference) == (family.gathers, attentions, heads)
-    assert sum("block" in row.computations for row in report.swapped) == family.blocks
+    assert sum("block" in row.computations for row in report.replaced) == family.blocks
     assert family.why_no_block in str(report)
 
 
@@ -70,7 +70,7 @@ def test_family_in_eval_mode(family: Family) -> None:
     [pytest.param(f, marks=[pytest.mark.wide] * ("step 4" in f.name), id=f.name) for f in FAMILIES],
 )
 def test_compiled_family(family: Family) -> None:
-    plain, swapped = with_swapped_copy(family.make().double().eval())
+    plain, replaced = with_replaced_copy(family.make().double().eval())
     inputs = [torch.rand(shape, dtype=torch.float64) * 3 for shape in family.inputs]
     torch._dynamo.reset()
     whole = True
@@ -83,17 +83,17 @@ def test_compiled_family(family: Family) -> None:
         expected = plain(*inputs)
     torch.manual_seed(1)
     with use_backend("reference"):
-        found = torch.compile(swapped, fullgraph=whole, backend="eager")(*inputs)
+        found = torch.compile(replaced, fullgraph=whole, backend="eager")(*inputs)
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
 
-# What is done to a model after the swap
+# What is done to a model after the replacement
 
 
-def with_swapped_copy(head: nn.Module) -> tuple[nn.Module, nn.Module]:
-    swapped = copy.deepcopy(head)
-    replace_ocr_modules(swapped)
-    return head, swapped
+def with_replaced_copy(head: nn.Module) -> tuple[nn.Module, nn.Module]:
+    replaced = copy.deepcopy(head)
+    replace_ocr_modules(replaced)
+    return head, replaced
 
 
 def train(head: nn.Module, change: Callable[[nn.Module], object] | None = None) -> dict[str, Tensor]:
@@ -125,7 +125,7 @@ def test_what_hangs_on_parameters_stays() -> None:
     assert sorted(calls) == sorted(before)
 
 
-def test_an_optimizer_made_before_the_swap_goes_on() -> None:
+def test_an_optimizer_made_before_the_replacement_goes_on() -> None:
     head = Head().double()
     for name, parameter in head.named_parameters():
         if name.endswith("bias"):
@@ -148,16 +148,16 @@ def test_initialisers_find_what_they_look_for() -> None:
         if isinstance(module, nn.Conv2d) and "Conv2d" in module._get_name():
             nn.init.normal_(module.bias)
 
-    plain, swapped = with_swapped_copy(RegionRows())
-    for head in (plain, swapped):
+    plain, replaced = with_replaced_copy(RegionRows())
+    for head in (plain, replaced):
         torch.manual_seed(1)
         head.apply(initialise)
         head.classify.weight = nn.Parameter(torch.ones_like(head.classify.weight))
         head.key = nn.Linear(*head.key[0].weight.shape[::-1])
         head.load_state_dict({name: t + 1 for name, t in head.state_dict().items()})
-    assert_same(swapped.state_dict(), plain.state_dict(), 0)
+    assert_same(replaced.state_dict(), plain.state_dict(), 0)
     feats = torch.rand(FEATS)
-    torch.testing.assert_close(swapped.eval()(feats), plain.eval()(feats))
+    torch.testing.assert_close(replaced.eval()(feats), plain.eval()(feats))
 
 
 def checkpointed(head: nn.Module, feats: Tensor, *, use_reentrant: bool) -> list[Tensor]:
@@ -169,10 +169,10 @@ def checkpointed(head: nn.Module, feats: Tensor, *, use_reentrant: bool) -> list
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_checkpointing_around_a_head(use_reentrant: bool) -> None:
-    plain, swapped = with_swapped_copy(Head().double().eval())
+    plain, replaced = with_replaced_copy(Head().double().eval())
     feats = torch.rand(FEATS, dtype=torch.float64)
     with CountOps() as ops:
-        found = checkpointed(swapped, feats, use_reentrant=use_reentrant)
+        found = checkpointed(replaced, feats, use_reentrant=use_reentrant)
     assert (ops.gather, ops.attention) == (2, 2)
     torch.testing.assert_close(found, checkpointed(plain, feats, use_reentrant=use_reentrant), rtol=1e-10, atol=1e-10)
 
@@ -180,15 +180,15 @@ def test_checkpointing_around_a_head(use_reentrant: bool) -> None:
 def test_a_child_with_a_parametrization() -> None:
     head = Head().double().eval()
     nn.utils.parametrizations.weight_norm(head.key)
-    plain, swapped = with_swapped_copy(head)
-    assert list(swapped.state_dict()) == list(plain.state_dict())
+    plain, replaced = with_replaced_copy(head)
+    assert list(replaced.state_dict()) == list(plain.state_dict())
     feats = torch.rand(FEATS, dtype=torch.float64)
-    assert_same(results(swapped, feats), results(plain, feats), 1e-10)
+    assert_same(results(replaced, feats), results(plain, feats), 1e-10)
 
 
 def test_other_parameters_in_a_functional_call() -> None:
-    plain, swapped = with_swapped_copy(Head().double().eval())
+    plain, replaced = with_replaced_copy(Head().double().eval())
     feats = torch.rand(FEATS, dtype=torch.float64)
     other = {name: t + 0.1 for name, t in plain.state_dict().items() if t.is_floating_point()}
-    found, expected = (torch.func.functional_call(head, other, (feats,)) for head in (swapped, plain))
+    found, expected = (torch.func.functional_call(head, other, (feats,)) for head in (replaced, plain))
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)

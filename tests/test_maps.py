@@ -37,10 +37,10 @@ def seeded() -> Iterator[None]:
         yield
 
 
-def head(*, swapped: bool = False) -> nn.Module:
-    model = (reference if swapped else modules).OCRHead(8, 3, 8, 4).eval()
-    if swapped:
-        assert len(replace_ocr_modules(model, blocks=False).swapped) == 2
+def head(*, replaced: bool = False) -> nn.Module:
+    model = (reference if replaced else modules).OCRHead(8, 3, 8, 4).eval()
+    if replaced:
+        assert len(replace_ocr_modules(model, blocks=False).replaced) == 2
     return model
 
 
@@ -109,6 +109,8 @@ def test_channels_last_and_empty() -> None:
         (lambda x: region_maps(None), TypeError, "logits must be a tensor, but is NoneType"),
         (lambda x: region_maps(x.int()), TypeError, "logits must be float64, float32, bfloat16 or float16, but is"),
         (lambda x: region_maps(x[0, 0]), ValueError, r"logits must have shape \[B, K, \*S\] with K >= 1, but has"),
+        (lambda x: region_maps(x, "a"), TypeError, "scale must be a number or a tensor of one element, but is str"),
+        (lambda x: attention_maps(x, x, "a"), TypeError, "scale must be a number or a tensor of one element"),
         (lambda x: attention_maps(x, None), TypeError, "key must be a tensor, but is NoneType"),
         (lambda x: attention_maps(x.int(), x), TypeError, "query must be float64, float32, bfloat16 or float16"),
         (lambda x: attention_maps(x, x.double()), TypeError, "key must have the dtype of query, torch.float32, but"),
@@ -126,9 +128,9 @@ def test_what_is_wrong_is_named(call: Callable[[Tensor], Tensor], error: type[Ex
         call(torch.randn(2, 3, 4))
 
 
-@pytest.mark.parametrize("swapped", [False, True])
-def test_recording_a_model_changes_neither_outputs_nor_gradients(swapped: bool) -> None:
-    model = head(swapped=swapped)
+@pytest.mark.parametrize("replaced", [False, True])
+def test_recording_a_model_changes_neither_outputs_nor_gradients(replaced: bool) -> None:
+    model = head(replaced=replaced)
     feats = torch.randn(2, 8, 4, 5)
     queries = []
     block = model.ocr_distri_head.object_context_block
@@ -151,7 +153,7 @@ def test_recording_a_model_changes_neither_outputs_nor_gradients(swapped: bool) 
     for one, two, three in zip(before, during, after, strict=True):
         assert torch.equal(one, two)
         torch.testing.assert_close(one, three, rtol=1e-3, atol=1e-4)  # without hooks the block is one op
-    assert shapes(maps.regions) == shapes(maps.attention) == [(2, 3, 20) if swapped else (2, 3, 4, 5)]
+    assert shapes(maps.regions) == shapes(maps.attention) == [(2, 3, 20) if replaced else (2, 3, 4, 5)]
     assert not any(m.requires_grad for m in (*maps.regions, *maps.attention))
     torch.testing.assert_close(maps.regions[0].flatten(2), region_maps(before[0]).flatten(2))
     expected = attention_maps(queries[-2], queries[-1].flatten(2))
@@ -230,9 +232,9 @@ def test_export_and_fake_tensors_record_nothing() -> None:
     torch.testing.assert_close(program.module()(x), model(x))
 
 
-@pytest.mark.parametrize("swapped", [False, True])
-def test_compiled_models_are_recorded_and_not_compiled_again(swapped: bool) -> None:
-    model, x = head(swapped=swapped), torch.randn(1, 8, 4, 5)
+@pytest.mark.parametrize("replaced", [False, True])
+def test_compiled_models_are_recorded_and_not_compiled_again(replaced: bool) -> None:
+    model, x = head(replaced=replaced), torch.randn(1, 8, 4, 5)
     graphs: list[Any] = []
     compiled = torch.compile(model, backend=lambda graph, _: graphs.append(graph) or graph.forward, fullgraph=True)
     with torch.no_grad():
@@ -319,6 +321,7 @@ def test_plots_of_many_regions_stay_legible() -> None:
         ({"pixels": [(4, 0)]}, ValueError, r"pixels must be \(y, x\) inside the image of 4 x 6, but are \[\(4, 0\)\]"),
         ({"pixels": []}, ValueError, r"but are \[\]"),
         ({"labels": [0, 1]}, ValueError, "labels must be one for each of 1 pixels, but are 2"),
+        ({"labels": [2]}, ValueError, r"labels must be regions, 0 to 1, but are \[2\]"),
     ],
 )
 def test_what_cannot_be_drawn_is_named(changed: dict[str, Any], error: type[Exception], message: str) -> None:

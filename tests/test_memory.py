@@ -63,7 +63,8 @@ def test_steps_use_the_same_memory(block: nn.Module, backend: Any, memory_format
             found.append(bits(step(block, *each)))
             addresses.append({kept.storage.data_ptr() for kept in memory._kept})
     assert found == expected
-    assert addresses[0] and addresses[1:] == addresses[:1] * 4
+    assert addresses[0]
+    assert addresses[1:] == addresses[:1] * 4
 
 
 def given_to_numpy(z: Tensor) -> Callable[[], Any]:

@@ -1,4 +1,4 @@
-"""The swap: what is recognised runs on our ops, everything else as it always did, and nothing else changes."""
+"""Replacement: what is recognised runs on our ops, everything else as it always did, and nothing else changes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from module_results import CountOps, assert_same, results
 from torch import Tensor, nn
 
-import ocr_kernels
 from ocr_kernels import modules, reference, use_backend
 from ocr_kernels.models.replace import replace_ocr_modules, restore_ocr_modules
 
@@ -44,13 +43,13 @@ def with_forward(forward: Callable[..., Any], **children: nn.Module) -> nn.Modul
 
 
 def compare(module: nn.Module, *inputs: Tensor) -> tuple[int, int]:
-    """Assert that swapping changes neither outputs nor gradients; how often gather and attention ran."""
-    swapped = copy.deepcopy(module)
-    report = replace_ocr_modules(swapped, blocks=False)
-    assert len(report.swapped) == 1, report
+    """Assert that replacing changes neither outputs nor gradients; how often gather and attention ran."""
+    replaced = copy.deepcopy(module)
+    report = replace_ocr_modules(replaced, blocks=False)
+    assert len(report.replaced) == 1, report
     expected = results(module, *inputs)
     with CountOps() as ops:
-        found = results(swapped, *inputs)
+        found = results(replaced, *inputs)
     assert_same(found, expected, 1e-12)
     return ops.gather, ops.attention
 
@@ -552,28 +551,28 @@ def test_custom_autograd_functions_lose_no_gradient(is_hidden: bool) -> None:
     assert compare(module.eval(), *attention_inputs()) == (0, 1)
 
 
-# The module that was swapped
+# The module that was replaced
 
 
-def swapped_head(**kwargs: Any) -> tuple[reference.OCRHead, reference.OCRHead]:
-    """A reference head and its swapped copy."""
+def replaced_head(**kwargs: Any) -> tuple[reference.OCRHead, reference.OCRHead]:
+    """A reference head and its replaced copy."""
     plain = head(**kwargs)
-    swapped = copy.deepcopy(plain)
-    report = replace_ocr_modules(swapped, blocks=False)
-    assert [row.name for row in report.swapped] == SWAPPED_NAMES
-    return plain, swapped
+    replaced = copy.deepcopy(plain)
+    report = replace_ocr_modules(replaced, blocks=False)
+    assert [row.name for row in report.replaced] == SWAPPED_NAMES
+    return plain, replaced
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_a_head_computes_the_same(training: bool) -> None:
-    plain, swapped = (m.double().train(training) for m in swapped_head(scale=2, dropout=0.5))
+    plain, replaced = (m.double().train(training) for m in replaced_head(scale=2, dropout=0.5))
     feats = torch.randn(2, 12, 8, 6, dtype=torch.float64)
     expected = results(plain, feats)
     with CountOps() as ops:
-        found = results(swapped, feats)
+        found = results(replaced, feats)
     assert (ops.gather, ops.attention) == (1, 1)
     assert_same(found, expected, 1e-11)
-    assert_same(dict(swapped.named_buffers()), dict(plain.named_buffers()), 1e-13)
+    assert_same(dict(replaced.named_buffers()), dict(plain.named_buffers()), 1e-13)
 
 
 def test_nothing_but_the_computation_changes() -> None:
@@ -624,16 +623,16 @@ def test_a_second_call_changes_nothing_and_says_so() -> None:
     replace_ocr_modules(model, blocks=False)
     before = [dict(vars(m)) for m in model.modules()]
     report = replace_ocr_modules(model, example_inputs=torch.randn(HEAD_INPUT), blocks=False)
-    assert report.swapped == ()
+    assert report.replaced == ()
     assert [row.name for row in report.left_alone] == SWAPPED_NAMES
     assert all(row.reason.startswith("it was replaced before, and no example_inputs") for row in report.left_alone)
     assert before == [vars(m) for m in model.modules()]
 
 
-def test_the_root_is_swapped_in_place() -> None:
+def test_the_root_is_replaced_in_place() -> None:
     gather = reference.SpatialGather()
     report = replace_ocr_modules(gather)
-    assert report.swapped[0].name == ""
+    assert report.replaced[0].name == ""
     assert "(model)" in str(report)
     with CountOps() as ops:
         gather(torch.randn(1, 3, 4, 4), torch.randn(1, 2, 4, 4))
@@ -647,20 +646,20 @@ def test_filter() -> None:
         model, filter=lambda module, name: asked.append(name) or "gather" in name, blocks=False
     )
     assert asked == SWAPPED_NAMES
-    assert [row.name for row in report.swapped] == SWAPPED_NAMES[:1]
+    assert [row.name for row in report.replaced] == SWAPPED_NAMES[:1]
     assert [(row.name, row.reason) for row in report.left_alone] == [(SWAPPED_NAMES[1], "the filter says so")]
 
 
-def test_our_own_modules_need_no_swap() -> None:
+def test_our_own_modules_need_no_replacement() -> None:
     report = replace_ocr_modules(modules.OCRHead(12, 4, 8, 6), blocks=False)
-    assert report.swapped == ()
+    assert report.replaced == ()
     assert {row.reason for row in report.left_alone} == {"it calls ocr_kernels itself"}
 
 
 def test_modules_without_the_computation_are_not_mentioned() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.MultiheadAttention(4, 2), nn.Softmax(dim=1), nn.Bilinear(2, 2, 2))
     report = replace_ocr_modules(model)
-    assert (report.swapped, report.left_alone) == ((), ())
+    assert (report.replaced, report.left_alone) == ((), ())
 
 
 @pytest.mark.parametrize(
@@ -693,11 +692,11 @@ def test_the_dry_run_measures_and_leaves_no_trace(form: str, training: bool) -> 
     report = replace_ocr_modules(
         model, example_inputs={"tensor": inputs, "tuple": (inputs,), "dict": {"feats": inputs}}[form], blocks=False
     )
-    assert [(row.name, row.computations) for row in report.swapped] == [
+    assert [(row.name, row.computations) for row in report.replaced] == [
         (SWAPPED_NAMES[0], ("gather",)),
         (SWAPPED_NAMES[1], ("attention",)),
     ]
-    assert all(0 <= row.max_error < 1e-5 and 0 <= row.relative_error < 1e-5 for row in report.swapped)
+    assert all(0 <= row.max_error < 1e-5 and 0 <= row.relative_error < 1e-5 for row in report.replaced)
     assert torch.equal(random, torch.get_rng_state())
     assert torch.equal(inputs, feats)
     assert model.state_dict().keys() == before.keys()
@@ -713,8 +712,8 @@ def test_what_the_dry_run_finds_wrong_is_left_alone(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(wrong, lambda *args: modules.spatial_gather(*args) + 0.5)
     model = head().eval()
     report = replace_ocr_modules(model, example_inputs=torch.randn(HEAD_INPUT), blocks=False)
-    assert [row.name for row in report.swapped] == SWAPPED_NAMES[1:]
-    assert report.swapped[0].max_error < 1e-4
+    assert [row.name for row in report.replaced] == SWAPPED_NAMES[1:]
+    assert report.replaced[0].max_error < 1e-4
     assert "its outputs would be off by 5.0e-01" in report.left_alone[0].reason
     with CountOps() as ops:
         model(torch.randn(HEAD_INPUT))
@@ -739,7 +738,7 @@ def test_the_dry_run_restores_what_did_not_fuse(forward: Callable[..., Any], rea
     gathers = (torch.randn(2, 6, 3, 5, dtype=torch.float64), torch.randn(2, 4, 3, 5, dtype=torch.float64))
     inputs = gathers if forward.__name__.startswith("gather") else attention_inputs()
     report = replace_ocr_modules(module, example_inputs=inputs)
-    assert report.swapped == ()
+    assert report.replaced == ()
     assert reason in report.left_alone[0].reason
     assert type(module) is original
 
@@ -749,7 +748,7 @@ def attention_with_sigmoid_only(self, query, key, value):
     return torch.matmul(sim_map, value.permute(0, 2, 1))
 
 
-def test_a_sigmoid_fork_is_never_swapped() -> None:
+def test_a_sigmoid_fork_is_never_replaced() -> None:
     module = with_forward(attention_with_sigmoid_only)
     original = type(module)
     report = replace_ocr_modules(module)
@@ -770,18 +769,18 @@ def test_a_dry_run_that_fails_is_a_row_of_the_report() -> None:
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
 
 
-def test_modules_that_the_dry_run_does_not_reach_stay_swapped() -> None:
+def test_modules_that_the_dry_run_does_not_reach_stay_replaced() -> None:
     model = with_forward(lambda self, x: x + 1, head=head())
     report = replace_ocr_modules(model, example_inputs=torch.zeros(1), blocks=False)
-    assert [row.computations for row in report.swapped] == [(), ()]
+    assert [row.computations for row in report.replaced] == [(), ()]
     assert "not run by example_inputs" in str(report)
 
 
 def test_the_report_is_a_table() -> None:
     model = nn.ModuleDict({"head": head(), "fork": with_forward(attention_with_sigmoid_only)})
     lines = str(replace_ocr_modules(model, blocks=False)).splitlines()
-    assert lines[0] == "2 swapped, 1 left alone"
-    columns = "swapped class fused backend error eager's own relative saves remarks"
+    assert lines[0] == "2 replaced, 1 left alone"
+    columns = "replaced class fused backend error eager's own relative saves remarks"
     assert " ".join(lines[1].split()) == columns
     assert lines[2].startswith("  head.ocr_gather_head                       SpatialGather         to be seen when it ")
     assert lines[4].split() == ["left", "alone", "class", "because"]
@@ -796,7 +795,7 @@ def test_the_report_names_the_backend_that_runs() -> None:
 def test_the_report_tells_how_much_less_is_saved() -> None:
     report = replace_ocr_modules(head(), example_inputs=torch.randn(2, 12, 16, 16), blocks=False)
     weights = 2 * 4 * 240 * 4  # of each softmax, in bytes, nearly
-    assert all(row.saved_bytes >= weights for row in report.swapped)
+    assert all(row.saved_bytes >= weights for row in report.replaced)
 
 
 def test_one_line_for_a_test_of_a_model() -> None:
@@ -814,12 +813,6 @@ def test_one_line_for_a_test_of_a_model() -> None:
         replace_ocr_modules(unreached, example_inputs=torch.zeros(1)).raise_if_incomplete()
 
 
-@pytest.mark.parametrize("name", ["fold_ocr_modules", "unfold_ocr_modules"])
-def test_the_names_of_before_say_what_to_call(name: str) -> None:
-    with pytest.raises(AttributeError, match=r"(replace|restore)_ocr_modules does both"):
-        getattr(ocr_kernels, name)
-
-
 # Nesting
 
 
@@ -829,15 +822,15 @@ def attention_around_a_gather(self, feats, logits):
     return (sim_map @ regions.transpose(1, 2)).transpose(1, 2).reshape(feats.shape)
 
 
-def test_a_swapped_module_inside_another() -> None:
+def test_a_replaced_module_inside_another() -> None:
     module = with_forward(attention_around_a_gather, gather=reference.SpatialGather())
-    swapped = copy.deepcopy(module)
+    replaced = copy.deepcopy(module)
     inputs = torch.randn(2, 6, 3, 5, dtype=torch.float64), torch.randn(2, 4, 3, 5, dtype=torch.float64)
-    report = replace_ocr_modules(swapped, example_inputs=inputs)
-    computations = {row.name: row.computations for row in report.swapped}
+    report = replace_ocr_modules(replaced, example_inputs=inputs)
+    computations = {row.name: row.computations for row in report.replaced}
     assert computations == {"": ("gather", "attention"), "gather": ("gather",)}
     with CountOps() as ops:
-        found = results(swapped, *inputs)
+        found = results(replaced, *inputs)
     assert (ops.gather, ops.attention) == (1, 1)
     assert_same(found, results(module, *inputs), 1e-12)
 
@@ -868,39 +861,39 @@ def through_a_file(model: nn.Module) -> nn.Module:
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, through_pickle, through_a_file])
-def test_copies_stay_swapped_and_can_be_restored(duplicate: Callable[[nn.Module], nn.Module]) -> None:
-    _, swapped = swapped_head()
-    swapped.eval()
+def test_copies_stay_replaced_and_can_be_restored(duplicate: Callable[[nn.Module], nn.Module]) -> None:
+    _, replaced = replaced_head()
+    replaced.eval()
     feats = torch.randn(HEAD_INPUT)
-    twin = duplicate(swapped)
+    twin = duplicate(replaced)
     with CountOps() as ops:
-        torch.testing.assert_close(twin(feats), swapped(feats), rtol=0, atol=0)
+        torch.testing.assert_close(twin(feats), replaced(feats), rtol=0, atol=0)
     assert (ops.gather, ops.attention) == (2, 2)
-    assert all(a is not b for a, b in zip(twin.parameters(), swapped.parameters(), strict=True))
+    assert all(a is not b for a, b in zip(twin.parameters(), replaced.parameters(), strict=True))
     assert restore_ocr_modules(twin) == SWAPPED_NAMES
-    assert restore_ocr_modules(swapped) == SWAPPED_NAMES
+    assert restore_ocr_modules(replaced) == SWAPPED_NAMES
 
 
 def test_averaged_model() -> None:
-    _, swapped = swapped_head()
-    average = torch.optim.swa_utils.AveragedModel(swapped)
-    average.update_parameters(swapped)
+    _, replaced = replaced_head()
+    average = torch.optim.swa_utils.AveragedModel(replaced)
+    average.update_parameters(replaced)
     with CountOps() as ops:
         average.eval()(torch.randn(HEAD_INPUT))
     assert (ops.gather, ops.attention) == (1, 1)
 
 
 def test_changing_dtype_and_device() -> None:
-    _, swapped = swapped_head()
+    _, replaced = replaced_head()
     with CountOps() as ops:
-        out = swapped.to(torch.float64).to("cpu")(torch.randn(HEAD_INPUT, dtype=torch.float64))[1]
+        out = replaced.to(torch.float64).to("cpu")(torch.randn(HEAD_INPUT, dtype=torch.float64))[1]
     assert out.dtype == torch.float64
     assert (ops.gather, ops.attention) == (1, 1)
 
 
 def test_conversion_to_synchronised_batch_norm() -> None:
-    plain, swapped = (m.eval() for m in swapped_head())
-    converted = nn.SyncBatchNorm.convert_sync_batchnorm(swapped)
+    plain, replaced = (m.eval() for m in replaced_head())
+    converted = nn.SyncBatchNorm.convert_sync_batchnorm(replaced)
     assert {type(m) for m in converted.modules()} >= {nn.SyncBatchNorm}
     feats = torch.randn(HEAD_INPUT)
     with CountOps() as ops:
@@ -913,7 +906,7 @@ def test_conversion_to_synchronised_batch_norm() -> None:
 @pytest.mark.parametrize("training", [True, False])
 def test_compiling_needs_no_graph_break(training: bool, backend: str | None) -> None:
     """The ops are in the program if somebody names a backend; for a CPU else what Inductor makes of the formula."""
-    plain, swapped = (m.train(training) for m in swapped_head(dropout=0.0))
+    plain, replaced = (m.train(training) for m in replaced_head(dropout=0.0))
     feats = torch.randn(HEAD_INPUT)
     graphs: list[torch.fx.GraphModule] = []
 
@@ -924,39 +917,39 @@ def test_compiling_needs_no_graph_break(training: bool, backend: str | None) -> 
     torch._dynamo.reset()
     expected = plain(feats)
     with use_backend(backend):
-        torch.testing.assert_close(torch.compile(swapped, fullgraph=True, backend=keep)(feats), expected)
+        torch.testing.assert_close(torch.compile(replaced, fullgraph=True, backend=keep)(feats), expected)
     called = [str(node.target) for graph in graphs for node in graph.graph.nodes]
     assert called.count("ocr_kernels.spatial_gather.default") == (backend is not None)
     assert called.count("ocr_kernels.pixel_region_attention.default") == (backend is not None)
     torch._dynamo.reset()
-    compiled = torch.compile(swapped, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(replaced, fullgraph=True, backend="aot_eager")
     expected_results = {f"_orig_mod.{k}" if "." in k else k: v for k, v in results(plain, feats).items()}
     with use_backend(backend):
         assert_same(results(compiled, feats), expected_results, 2e-4)
 
 
 def test_tracing_records_plain_operations() -> None:
-    _, swapped = swapped_head()
-    swapped.eval()
+    _, replaced = replaced_head()
+    replaced.eval()
     feats = torch.randn(HEAD_INPUT)
-    traced = torch.jit.trace(swapped, feats)
+    traced = torch.jit.trace(replaced, feats)
     assert "ocr_kernels::" not in str(traced.inlined_graph)
-    torch.testing.assert_close(traced(feats), swapped(feats))
-    exported = torch.export.export(swapped, (feats,), strict=True)
+    torch.testing.assert_close(traced(feats), replaced(feats))
+    exported = torch.export.export(replaced, (feats,), strict=True)
     assert not [node for node in exported.graph.nodes if "ocr_kernels" in str(node.target)]
 
 
 def test_forward_mode_derivatives_and_vmap_work() -> None:
-    plain, swapped = (m.double().eval() for m in swapped_head())
+    plain, replaced = (m.double().eval() for m in replaced_head())
     feats = torch.randn(HEAD_INPUT, dtype=torch.float64)
     tangent = torch.randn_like(feats)
 
     def derivative(model: nn.Module) -> Tensor:
         return torch.func.jvp(lambda x: model(x)[1], (feats,), (tangent,))[1]
 
-    torch.testing.assert_close(derivative(swapped), derivative(plain))
+    torch.testing.assert_close(derivative(replaced), derivative(plain))
     many = torch.randn(3, *HEAD_INPUT, dtype=torch.float64)
     with CountOps() as ops:
-        found = torch.vmap(swapped)(many)
+        found = torch.vmap(replaced)(many)
     assert (ops.gather, ops.attention) == (1, 1)
     torch.testing.assert_close(found, torch.vmap(plain)(many))

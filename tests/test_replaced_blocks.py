@@ -31,7 +31,7 @@ def seeded() -> Iterator[None]:
 
 def replaced(module: nn.Module) -> nn.Module:
     report = replace_ocr_modules(module)
-    assert [row.name for row in report.swapped if "block" in (row.computations or ())] == [""], report
+    assert [row.name for row in report.replaced if "block" in (row.computations or ())] == [""], report
     return module
 
 
@@ -55,16 +55,16 @@ def test_the_report_of_a_head() -> None:
     report = replace_ocr_modules(model, example_inputs=images)
     assert torch.equal(torch.get_rng_state(), random)
     assert model.training
-    assert [(row.name, row.computations) for row in report.swapped] == [
+    assert [(row.name, row.computations) for row in report.replaced] == [
         ("", ("logits",)),
         ("ocr_gather_head", ("gather",)),
         ("ocr_distri_head", ("block", "training")),
         ("ocr_distri_head.object_context_block", ("attention",)),
     ]
     assert "not faster" not in str(report).partition("ocr_gather_head")[0]  # of logits
-    row = report.swapped[2]
+    row = report.replaced[2]
     assert row.backend == resolve_backend(images.device)
-    assert row.saved_bytes > report.swapped[1].saved_bytes
+    assert row.saved_bytes > report.replaced[1].saved_bytes
     assert 0 < row.max_error < 1e-5
     assert 0 < row.eager_error < 1e-5
     restore_ocr_modules(model)
@@ -76,7 +76,7 @@ def test_the_report_of_a_head() -> None:
 def test_one_call_turns_blocks_off() -> None:
     module = Head().eval()
     report = replace_ocr_modules(module, blocks=False)
-    assert [row.computations for row in report.swapped] == [None]
+    assert [row.computations for row in report.replaced] == [None]
     with CountOps() as ops:
         module(*inputs(module))
     assert (ops.attention, ops.inference) == (1, 0)
@@ -386,7 +386,7 @@ def test_training(name: str) -> None:
     plain = HEADS[name]().train()
     module = copy.deepcopy(plain)
     report = replace_ocr_modules(module)
-    (row,) = (row for row in report.swapped if "block" in (row.computations or ()))
+    (row,) = (row for row in report.replaced if "block" in (row.computations or ()))
     assert ("training" in row.computations) == (name not in NOT_IN_TRAINING), report
     assert NOT_IN_TRAINING.get(name, "") in str(row.notes)
     args = inputs(plain)
@@ -508,7 +508,7 @@ def test_layers_whose_norms_are_registered_first(dropout: nn.Module, sides: tupl
     plain = Rows(dropout)
     module = copy.deepcopy(plain)
     args = torch.randn(2, 8, *sides), torch.randn(2, 8, 5)
-    (row, *_) = replace_ocr_modules(module, example_inputs=args).swapped
+    (row, *_) = replace_ocr_modules(module, example_inputs=args).replaced
     assert row.computations is not None
     assert "training" in row.computations
     results = []
@@ -523,7 +523,7 @@ def test_layers_whose_norms_are_registered_first(dropout: nn.Module, sides: tupl
 def test_a_norm_of_pixels_and_of_regions_is_named() -> None:
     module = Rows(nn.Identity())
     module.psi.norm = module.phi.norm
-    (row, *_) = replace_ocr_modules(module, example_inputs=(torch.randn(2, 8, 5, 4), torch.randn(2, 8, 5))).swapped
+    (row, *_) = replace_ocr_modules(module, example_inputs=(torch.randn(2, 8, 5, 4), torch.randn(2, 8, 5))).replaced
     assert "no block in training: phi.norm is a norm of pixels and of regions" in row.notes
 
 
@@ -627,7 +627,7 @@ def test_weights_that_are_channels_last(training: bool) -> None:
     torch.manual_seed(0)
     plain = reference.SpatialOCR(16, 8, 12, dropout=0.0).to(memory_format=torch.channels_last).train(training)
     replaced = copy.deepcopy(plain)
-    rows = {row.name: row.computations for row in replace_ocr_modules(replaced).swapped}
+    rows = {row.name: row.computations for row in replace_ocr_modules(replaced).replaced}
     assert rows[""] == ("block", "training"), rows
     regions = torch.randn(2, 16, 5, 1)
     for memory_format in (torch.channels_last, torch.contiguous_format):

@@ -140,7 +140,7 @@ def pair(kind: type[nn.Module] = reference.SpatialOCR, *, train: bool = False, *
     """A module that is replaced by a block, and its twin that is not."""
     plain = kind(16, 8, 12, dropout=0.0, **options).train(train)
     module = copy.deepcopy(plain)
-    (row, *_) = replace_ocr_modules(module).swapped
+    (row, *_) = replace_ocr_modules(module).replaced
     assert "block" in row.computations
     return module, plain
 
@@ -365,7 +365,7 @@ class DrawsByPython(Beside):
 def test_what_training_does_beside_its_result(kind: type[nn.Module]) -> None:
     state = random.getstate()
     module = kind(16, 8, 12, dropout=0.0)
-    (row, *_) = replace_ocr_modules(module).swapped
+    (row, *_) = replace_ocr_modules(module).replaced
     assert row.computations is not None
     assert "block" in row.computations
     assert "training" not in row.computations

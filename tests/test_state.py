@@ -349,6 +349,13 @@ def test_saved_for_backward(target: TARGET, dtype: torch.dtype) -> None:
 # Merge, share, fade
 
 
+def test_a_group_of_something_else_is_named() -> None:
+    state = GatherState()
+    state.update(torch.randn(1, 3, 4, 5), torch.randn(1, 2, 4, 5))
+    with pytest.raises(TypeError, match="group must be a process group or None, but is str"):
+        state.all_reduce("all")
+
+
 def sums_of(state: GatherState) -> Part:
     """What a state will answer: its result, and what one more part does to that."""
     after = copy.deepcopy(state)

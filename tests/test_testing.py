@@ -186,7 +186,7 @@ def _unwritten(feats: Tensor, logits: Tensor) -> Tensor:
     return out
 
 
-def _swapped_images(feats: Tensor, logits: Tensor) -> Tensor:
+def _replaced_images(feats: Tensor, logits: Tensor) -> Tensor:
     return gather.spatial_gather(feats, logits).flip(0)
 
 
@@ -196,7 +196,7 @@ def _swapped_images(feats: Tensor, logits: Tensor) -> Tensor:
     [
         (_wrong_axis, "output: mean error"),
         (_unwritten, "output: misplaced NaN or inf 1 exceeds 0"),
-        (_swapped_images, "output: max error"),
+        (_replaced_images, "output: max error"),
     ],
 )
 def test_wrong_values_are_caught(wrong: Callable[..., Tensor], complaint: str, dtype: torch.dtype) -> None:

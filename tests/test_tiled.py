@@ -678,6 +678,7 @@ def argument_errors() -> list[Any]:
         ("tile", {"tile": 4}, ValueError, "tile must be .* larger than two margins of 2, but is 4"),
         ("tiles", {"tile": (8, 8, 8)}, ValueError, "tile must be one size, or height and width"),
         ("no size", {"tile": "16"}, TypeError, "tile, margin and stride must be whole numbers"),
+        ("features", {"features": 3}, TypeError, "features must be 'recompute', 'keep' or a folder, but is int"),
         ("no margin", {"margin": 1.5}, TypeError, "tile, margin and stride must be whole numbers"),
         (
             "no output",

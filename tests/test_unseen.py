@@ -43,12 +43,12 @@ def of(forward: Callable[..., Any], **members: Any) -> nn.Module:
 def check(module: nn.Module, attentions: int, *, arguments: tuple[Any, ...] | None = None, gathers: int = 0) -> Any:
     """Assert that a replaced copy gives what `module` does, with this many ops; its report."""
     arguments = inputs() if arguments is None else arguments
-    swapped = copy.deepcopy(module)
-    report = replace_ocr_modules(swapped, example_inputs=arguments)
+    replaced = copy.deepcopy(module)
+    report = replace_ocr_modules(replaced, example_inputs=arguments)
     expected = module(*arguments)
-    replace_ocr_modules(swapped)
+    replace_ocr_modules(replaced)
     with CountOps() as ops:
-        found = swapped(*arguments)
+        found = replaced(*arguments)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
     assert (ops.gather, ops.attention) == (gathers, attentions), report
     return report
@@ -119,9 +119,9 @@ def attention_with_a_helper(self, query, key, value):
 @pytest.mark.parametrize("helper", range(len(HELPERS)))
 def test_a_helper_is_given_a_tensor(helper: int) -> None:
     module = of(attention_with_a_helper, helper=HELPERS[helper])
-    swapped = of(attention_with_a_helper, helper=HELPERS[helper])
-    replace_ocr_modules(swapped)
-    torch.testing.assert_close(swapped(*inputs()), module(*inputs()), rtol=1e-12, atol=1e-12)
+    replaced = of(attention_with_a_helper, helper=HELPERS[helper])
+    replace_ocr_modules(replaced)
+    torch.testing.assert_close(replaced(*inputs()), module(*inputs()), rtol=1e-12, atol=1e-12)
 
 
 def attention_asking(self, query, key, value):
@@ -213,11 +213,11 @@ def attention_setting_a_mode(self, query, key, value):
 )
 def test_modes_are_those_of_the_code(forward: Callable[..., Any], attentions: int) -> None:
     module = of(forward)
-    swapped = copy.deepcopy(module)
-    replace_ocr_modules(swapped)
+    replaced = copy.deepcopy(module)
+    replace_ocr_modules(replaced)
     arguments = [t.requires_grad_() for t in inputs()]
     with CountOps() as ops:
-        found = swapped(*arguments)
+        found = replaced(*arguments)
     assert ops.attention == attentions
     expected = module(*arguments)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
@@ -321,14 +321,14 @@ def attention_of_data(self, query, key, value):
     ids=lambda module: type(module).__name__,
 )
 def test_traps(module: nn.Module, compiled: bool) -> None:
-    swapped = copy.deepcopy(module)
+    replaced = copy.deepcopy(module)
     expected = module(*inputs())
-    replace_ocr_modules(swapped)
+    replace_ocr_modules(replaced)
     if compiled:
         torch._dynamo.reset()
-        swapped = torch.compile(swapped, backend="aot_eager")
+        replaced = torch.compile(replaced, backend="aot_eager")
     with use_backend("reference"):
-        torch.testing.assert_close(swapped(*inputs()), expected, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(replaced(*inputs()), expected, rtol=1e-12, atol=1e-12)
 
 
 # Source files
@@ -376,7 +376,7 @@ def test_what_is_imported_is_followed(tmp_path: Path) -> None:
     check(imported(tmp_path / "imported.py").Attention(), 1)
 
 
-def test_a_method_replaced_after_the_swap_is_the_one_that_runs() -> None:
+def test_a_method_replaced_after_the_replacement_is_the_one_that_runs() -> None:
     class Head(nn.Module):
         def forward(self, query, key, value):
             return self.attend(query, key, value)
@@ -435,7 +435,7 @@ def test_the_class_is_what_it_was(kind: type[nn.Module]) -> None:
     assert kind.__subclasses__() == below
 
 
-def test_another_library_may_change_the_class_after_the_swap() -> None:
+def test_another_library_may_change_the_class_after_the_replacement() -> None:
     module = Plain()
     expected = module(*inputs())
     replace_ocr_modules(module)
@@ -450,7 +450,7 @@ def test_another_library_may_change_the_class_after_the_swap() -> None:
     assert replace_ocr_modules(module)
 
 
-def test_another_library_may_wrap_the_forward_after_the_swap() -> None:
+def test_another_library_may_wrap_the_forward_after_the_replacement() -> None:
     module = Plain()
     expected = module(*inputs())
     replace_ocr_modules(module)
@@ -517,7 +517,7 @@ def test_the_dry_run_of_a_compiled_model(inner: bool) -> None:
     compiled = torch.compile(model, backend="eager")
     compiled(feats)
     report = replace_ocr_modules(compiled, example_inputs=feats, blocks=False)
-    assert [row.computations for row in report.swapped] == [("gather",), ("attention",)]
+    assert [row.computations for row in report.replaced] == [("gather",), ("attention",)]
     torch.testing.assert_close(compiled(feats), expected)
 
 
@@ -736,7 +736,7 @@ def test_gates_beside_a_fused_attention_are_no_reason() -> None:
         context = torch.bmm(torch.bmm(rows(query), key).softmax(-1), value.mT)
         return context * torch.sigmoid(context.mean(2, keepdim=True))
 
-    assert check(of(attention_with_a_gate), 1).swapped[0].notes == ()
+    assert check(of(attention_with_a_gate), 1).replaced[0].notes == ()
 
 
 # Trials
@@ -780,7 +780,7 @@ def test_trials_in_several_threads() -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert [[row.computations for row in report.swapped] for report in reports] == [[("gather",), ("attention",)]] * 4
+    assert [[row.computations for row in report.replaced] for report in reports] == [[("gather",), ("attention",)]] * 4
 
 
 def draw_elsewhere_once(monkeypatch: pytest.MonkeyPatch, dropout: type[nn.Module]) -> list[Any]:
@@ -803,7 +803,7 @@ def test_numbers_that_another_thread_draws_do_not_count(monkeypatch: pytest.Monk
         return self.drop(torch.bmm(torch.bmm(rows(query), key).softmax(-1), value.mT))
 
     drawn = draw_elsewhere_once(monkeypatch, nn.Dropout)
-    assert replace_ocr_modules(of(attention_and_dropout, drop=nn.Dropout(0.5)), example_inputs=inputs()).swapped
+    assert replace_ocr_modules(of(attention_and_dropout, drop=nn.Dropout(0.5)), example_inputs=inputs()).replaced
     assert drawn
 
 
@@ -811,7 +811,7 @@ def test_numbers_that_another_thread_draws_do_not_count_for_blocks(monkeypatch: 
     drawn = draw_elsewhere_once(monkeypatch, nn.Dropout2d)
     report = replace_ocr_modules(reference.OCRHead(12, 4, 8, 6, dropout=0.5))
     assert drawn
-    assert ("block", "training") in [row.computations[:2] for row in report.swapped if row.computations], report
+    assert ("block", "training") in [row.computations[:2] for row in report.replaced if row.computations], report
 
 
 class Lazy(nn.Module):
@@ -852,7 +852,7 @@ def test_arguments_that_are_modified_and_buffers_of_other_kinds() -> None:
     module.register_buffer("mask", torch.eye(3).to_sparse())
     module.register_buffer("absent", torch.empty(2, device="meta"))
     report = replace_ocr_modules(module, example_inputs=inputs())
-    assert [row.computations for row in report.swapped] == [("attention",)]
+    assert [row.computations for row in report.replaced] == [("attention",)]
 
 
 def attention_counting(self, query, key, value):
@@ -888,7 +888,7 @@ def test_parameters_that_the_first_call_makes() -> None:
         "call it once before"
     }
     model(feats)
-    assert len(replace_ocr_modules(model, example_inputs=feats).swapped) == 4
+    assert len(replace_ocr_modules(model, example_inputs=feats).replaced) == 4
 
 
 # Files and processes

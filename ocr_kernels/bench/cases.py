@@ -9,7 +9,6 @@ import functools
 import importlib
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from math import prod
 from types import ModuleType
@@ -23,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import ocr_kernels
-from ocr_kernels import available_backends, modules, reference, replace_ocr_modules, use_backend
+from ocr_kernels import available_backends, modules, reference, replace_ocr_modules
 from ocr_kernels.attention import reference as attention_reference
 from ocr_kernels.core.backends import Backend
 from ocr_kernels.gather import reference as gather_reference
@@ -184,33 +183,29 @@ def _products(works: Sequence[Work]) -> int:
 class Block(nn.Module):
     """SpatialOCR with the gather before it: pixels and logits to augmented pixels."""
 
-    def __init__(self, library: ModuleType, case: Case, backend: Backend | None = None) -> None:
+    def __init__(self, library: ModuleType, case: Case) -> None:
         super().__init__()
-        self.backend = backend
         self.gather = library.SpatialGather(case.regions)
         self.ocr = library.SpatialOCR(
             case.channels, case.key_channels, case.channels, dropout=0.0, norm_layer=batch_norm
         )
 
     def forward(self, feats: Tensor, logits: Tensor) -> Tensor:
-        with use_backend(self.backend) if self.backend else nullcontext():
-            out: Tensor = self.ocr(feats, self.gather(feats, logits))
+        out: Tensor = self.ocr(feats, self.gather(feats, logits))
         return out
 
 
 class Head(nn.Module):
     """The whole head: a backbone's features to auxiliary logits and logits."""
 
-    def __init__(self, library: ModuleType, case: Case, backend: Backend | None = None) -> None:
+    def __init__(self, library: ModuleType, case: Case) -> None:
         super().__init__()
-        self.backend = backend
         self.head = library.OCRHead(
             case.in_channels, case.regions, case.channels, case.key_channels, dropout=0.0, norm_layer=batch_norm
         )
 
     def forward(self, feats: Tensor) -> list[Tensor]:
-        with use_backend(self.backend) if self.backend else nullcontext():
-            out: list[Tensor] = self.head(feats)
+        out: list[Tensor] = self.head(feats)
         return out
 
 
@@ -287,7 +282,7 @@ def scaled_dot_product(query: Tensor, key: Tensor, value: Tensor, *, backend: An
 
 def _fold(module: nn.Module) -> None:
     report = replace_ocr_modules(module)
-    if not any("block" in (row.computations or ()) for row in report.swapped):  # it would be timed all the same
+    if not any("block" in (row.computations or ()) for row in report.replaced):  # it would be timed all the same
         raise RuntimeError(f"not folded:\n{report}")
 
 

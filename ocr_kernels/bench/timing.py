@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+
+def duration(text: str) -> float:
+    """Seconds, of an option; argparse tells of a ValueError."""
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise ValueError
+    return value
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ import ocr_kernels.block.tiles
 import ocr_kernels.gather.tiles
 from ocr_kernels.bench import measure
 from ocr_kernels.bench.cases import CASES, MEMORY_FORMATS, NAMED, OPS, SUBJECTS, Pass, Workload
-from ocr_kernels.bench.timing import Timing
+from ocr_kernels.bench.timing import Timing, duration
 from ocr_kernels.core import tuned
 from ocr_kernels.core.backends import available_backends, interpreting
 from ocr_kernels.core.tiles import Problem, Tile, TileRule
@@ -186,7 +186,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--subjects", nargs="+", choices=subjects, default=subjects, help="default: all")
     parser.add_argument("--dtype", nargs="+", choices=("bfloat16", "float16", "float32"), default=["bfloat16"])
     parser.add_argument("--memory-format", nargs="+", choices=MEMORY_FORMATS, default=["contiguous"])
-    parser.add_argument("--seconds", type=float, default=0.05, help="to spend on timing one tile; default: 0.05")
+    parser.add_argument("--seconds", type=duration, default=0.05, help="to spend on timing one tile; default: 0.05")
     parser.add_argument("--file", type=Path, help=f"default: {tuned.VARIABLE}, or one for this GPU in ~/.cache")
 
 

@@ -245,8 +245,10 @@ def _fold(layer: Layer, contexts: int, like: Tensor, exact: torch.dtype) -> tupl
 
 def _named(pixel: Sequence[Layer], up: Layer | None, fusing: Layer) -> dict[str, Layer | None]:
     """The layers by what messages call them; `up` is always one."""
-    if not isinstance(pixel, (list, tuple)) or isinstance(pixel, Layer) or len(pixel) not in (1, 2):
-        raise ValueError("pixel must be one layer or two, in a sequence")
+    if not isinstance(pixel, (list, tuple)) or isinstance(pixel, Layer):
+        raise TypeError(f"pixel must be a list or tuple of one Layer or two, but is {type(pixel).__name__}")
+    if len(pixel) not in (1, 2):
+        raise ValueError(f"pixel must be of one Layer or two, but is of {len(pixel)}")
     up = Layer(None, slope=1.0) if up is None else up
     layers: dict[str, Any] = {"pixel[0]": pixel[0], "pixel[1]": pixel[-1], "up": up, "fusing": fusing}
     for name, layer in layers.items():

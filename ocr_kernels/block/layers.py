@@ -37,7 +37,11 @@ class Norm(NamedTuple):
 
     @classmethod
     def of(cls, norm: nn.Module) -> Norm:
-        """A BatchNorm as it is at a call."""
+        """A BatchNorm as it is at a call.
+
+        Raises:
+            TypeError: it is no BatchNorm and no SyncBatchNorm.
+        """
         if not isinstance(norm, _BatchNorm):
             raise TypeError(f"norm must be a BatchNorm or a SyncBatchNorm, but is {norm}")
         tracked = norm.num_batches_tracked if norm.training and norm.track_running_stats else None
@@ -80,7 +84,7 @@ class Layer(NamedTuple):
             >>> Layer.of(torch.nn.Conv2d(16, 8, 1), torch.nn.BatchNorm2d(8), torch.nn.LeakyReLU(0.1)).slope
             0.1
         """
-        if type(convolution) is not nn.Linear and not isinstance(convolution, _ConvNd):
+        if type(convolution) not in (nn.Linear, *CONVOLUTIONS):
             raise TypeError(f"convolution must be a 1x1 convolution or a Linear, but is {convolution}")
         if type(convolution) is not nn.Linear and not is_pointwise(convolution):
             raise ValueError(f"convolution must have kernel, stride and groups of 1, no padding, but is {convolution}")
@@ -120,6 +124,7 @@ def is_norm(norm: nn.Module) -> bool:
     return isinstance(norm, nn.Module) and type(norm).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
 
 
+CONVOLUTIONS = nn.Conv1d, nn.Conv2d, nn.Conv3d
 CHANNEL_DROPOUTS = nn.Dropout1d, nn.Dropout2d, nn.Dropout3d
 
 
@@ -136,7 +141,7 @@ def mask_of(dropout: nn.Dropout1d | nn.Dropout2d | nn.Dropout3d, feats: Tensor, 
 
 def is_pointwise(layer: nn.Module) -> bool:
     """Whether a layer is a 1x1 convolution, which is a product with a matrix."""
-    if type(layer) not in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
+    if type(layer) not in CONVOLUTIONS:
         return False
     assert isinstance(layer, _ConvNd)
     is_padded = not isinstance(layer.padding, str) and any(layer.padding)

@@ -62,7 +62,7 @@ def _sees_transforms(is_in_transform: Callable[[], bool]) -> bool:
 
 # Runs an op below its derivative. Public: an op of another name that has none.
 _below_autograd = _private(lambda: torch._C._AutoDispatchBelowAutograd, _hides_autograd)
-_in_forward_mode = _private(lambda: lambda _: forward_ad._current_level >= 0, _sees_levels) or _has_tangent
+in_forward_mode = _private(lambda: lambda _: forward_ad._current_level >= 0, _sees_levels) or _has_tangent
 # Whether a transform of torch.func is under way. Public: nothing; that one may be costs time.
 is_in_transform = _private(lambda: torch._C._are_functorch_transforms_active, _sees_transforms) or (lambda: True)
 # Function.apply, less its checks for callers above the dispatcher.
@@ -85,7 +85,7 @@ def underived(op: Op, define_twin: Callable[[], Op]) -> Op:
 
 def is_differentiated(tensors: Sequence[Tensor]) -> bool:
     """Whether what is made of them has a derivative to anybody, outside of a `torch.func.vmap` too."""
-    return (torch.is_grad_enabled() and any(map(_requires_grad, tensors))) or _in_forward_mode(tensors)
+    return (torch.is_grad_enabled() and any(map(_requires_grad, tensors))) or in_forward_mode(tensors)
 
 
 def _requires_grad(tensor: Tensor) -> bool:
@@ -130,7 +130,7 @@ def register_derivative(
 
     def differentiate(*args: Any) -> Any:
         leading = args[:tensors]
-        if _is_transformed(leading[0]) or _in_forward_mode(leading):
+        if _is_transformed(leading[0]) or in_forward_mode(leading):
             return definition(*args)
         if torch.is_grad_enabled():
             for tensor in leading:
@@ -169,7 +169,7 @@ def refuse_derivative(library: torch.library.Library, op: Op, run: Op, message: 
         wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
         # a transform wraps every tensor; when compiled, its level is known to them alone
         compiled = _is_transformed(tensors[0]) and _has_tangent(tensors, level=0)
-        if wanted or compiled or _in_forward_mode(tensors):
+        if wanted or compiled or in_forward_mode(tensors):
             raise RuntimeError(message)
         return run(*args)
 

@@ -65,7 +65,8 @@ def reused(tensor: Tensor) -> Tensor:
         return tensor
     with _lock:
         _asked += 1
-        held, idle = [], []
+        held: list[_Kept] = []
+        idle: list[_Kept] = []
         for each in _kept:
             (held if each.holders() > alone else idle).append(each)
         idle = [each for each in idle if each.is_as_it_was()]

@@ -12,16 +12,14 @@ from torch import Tensor, distributed, nn
 from ocr_kernels.core import collectives
 from ocr_kernels.core.arguments import (
     check_device,
-    check_dtype,
     check_same_dtype,
-    check_shape,
     check_tensors,
     split_scale,
 )
 from ocr_kernels.core.backends import Backend, resolve_backend
 from ocr_kernels.core.derivatives import is_in_transform
 from ocr_kernels.core.registration import autocast
-from ocr_kernels.gather.registration import spatial_gather_backward_op, spatial_gather_op
+from ocr_kernels.gather.registration import check_feats_and_logits, spatial_gather_backward_op, spatial_gather_op
 
 
 class Sums(NamedTuple):
@@ -196,7 +194,9 @@ class GatherState:
             group: the processes; `None` for all.
 
         Raises:
-            RuntimeError: there was no part. The other processes then wait until the group's timeout.
+            RuntimeError: torch.distributed is not initialised, or there was no part; the other processes then wait
+                until the group's timeout.
+            TypeError: `group` is no process group.
 
         Examples:
             >>> store = torch.distributed.HashStore()
@@ -237,9 +237,7 @@ class GatherState:
     def _sums_of(self, feats: Tensor, logits: Tensor) -> tuple[Sums, Tensor]:
         check_tensors(feats=feats, logits=logits)
         feats = as_the_op_casts(feats)
-        check_shape("feats", feats, "[B, C, *S] with C >= 1", feats.dim() >= 3)
-        check_shape("logits", logits, f"[B, K, *S] beside feats {tuple(feats.shape)}", logits.dim() >= 3)
-        check_dtype("logits", logits)
+        check_feats_and_logits(feats, logits)
         like = feats.detach().new_empty(0)
         self._check_like("feats and logits", like, (*feats.shape[:2], logits.shape[1]))
         logits, scale = split_scale(self.scale, logits)

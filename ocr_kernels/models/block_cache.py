@@ -10,14 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from ocr_kernels.block.registration import is_used_on
 from ocr_kernels.core.backends import is_offered
 from ocr_kernels.core.calls import has_own_forward, is_recorded
-from ocr_kernels.core.derivatives import is_in_transform
+from ocr_kernels.core.derivatives import in_forward_mode, is_in_transform
 from ocr_kernels.core.layout import DTYPES
 from ocr_kernels.models.block_plan import plan_block, verify
 from ocr_kernels.models.block_program import tensor_at
@@ -122,7 +121,7 @@ class BlockCache:
         """
         if self.notices(module, feats, regions):
             return None
-        if type(feats) is not Tensor or type(regions) is not Tensor or not _may_fold():
+        if type(feats) is not Tensor or type(regions) is not Tensor or not _may_fold(feats, regions):
             return None
         device = feats.device.type
         if self.plan is not None and not is_offered(self.plan.backends(device)):
@@ -350,13 +349,13 @@ def _wants_grad(module: nn.Module, *inputs: Any) -> bool:
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
-def _may_fold() -> bool:
+def _may_fold(*inputs: Tensor) -> bool:
     if is_in_transform() or is_recorded():
         return False
     if torch.compiler.is_compiling():
         return True
     return not (  # which no public function tells
-        forward_ad._current_level >= 0
+        in_forward_mode(inputs)
         or (
             torch._C._len_torch_dispatch_stack()
             and any(isinstance(mode, Recorder) for mode in _get_current_dispatch_mode_stack())

@@ -17,23 +17,23 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ocr_kernels.attention.registration import check_query_and_key, pixel_region_attention_op
 from ocr_kernels.block.reference import query_of
 from ocr_kernels.block.registration import ocr_block_inference_op, ocr_block_op
-from ocr_kernels.core.arguments import check_dtype, check_shape, check_tensors
+from ocr_kernels.core.arguments import check_dtype, check_shape, check_tensors, split_scale
 from ocr_kernels.core.layout import statistics_dtype
 from ocr_kernels.gather.registration import spatial_gather_op
 
 
-def region_maps(logits: Tensor, scale: float = 1.0) -> Tensor:
+def region_maps(logits: Tensor, scale: float | Tensor = 1.0) -> Tensor:
     """The weights of the gather: for each region, a softmax **over pixels** of `scale * logits` (Eq. 4).
 
     Args:
         logits: soft object regions M, `[B, K, *S]`, as `spatial_gather` takes them.
-        scale: factor on the logits.
+        scale: factor on the logits, a number or a tensor of one element.
 
     Returns:
         `[B, K, *S]`, float32, or float64 for float64; sums to one over `*S`.
 
     Raises:
-        TypeError: `logits` is no tensor, or of another dtype than the op takes.
+        TypeError: `logits` is no tensor, or of another dtype than the op takes, or `scale` is no number.
         ValueError: its shape is another.
 
     Examples:
@@ -44,23 +44,23 @@ def region_maps(logits: Tensor, scale: float = 1.0) -> Tensor:
     check_tensors(logits=logits)
     check_dtype("logits", logits)
     check_shape("logits", logits, "[B, K, *S] with K >= 1", logits.dim() >= 3 and logits.shape[1] >= 1)
-    scores = scale * logits.flatten(2).to(statistics_dtype(logits))
-    return scores.softmax(2).view(logits.shape)
+    scores, factor = split_scale(scale, logits.flatten(2).to(statistics_dtype(logits)))
+    return (factor * scores).softmax(2).view(logits.shape)
 
 
-def attention_maps(query: Tensor, key: Tensor, scale: float | None = None) -> Tensor:
+def attention_maps(query: Tensor, key: Tensor, scale: float | Tensor | None = None) -> Tensor:
     """The weights of the attention: for each pixel, a softmax **over regions** of `scale * q_i . k_k` (Eq. 3).
 
     Args:
         query: transformed pixels phi(x), `[B, D, *S]`, as `pixel_region_attention` takes them.
         key: transformed regions psi(f), `[B, D, K]`.
-        scale: factor on the scores; `None` means `D ** -0.5`.
+        scale: factor on the scores, a number or a tensor of one element; `None` means `D ** -0.5`.
 
     Returns:
         `[B, K, *S]`, float32, or float64 for float64, under autocast too; sums to one over K.
 
     Raises:
-        TypeError: an argument is no tensor, or the dtypes differ or are others than the op takes.
+        TypeError: an argument is no tensor, the dtypes differ or are others than the op takes, or `scale` is no number.
         ValueError: shapes or devices do not match.
 
     Examples:
@@ -73,8 +73,9 @@ def attention_maps(query: Tensor, key: Tensor, scale: float | None = None) -> Te
     dtype = statistics_dtype(query)
     scale = query.shape[1] ** -0.5 if scale is None else scale
     with torch.autocast(query.device.type, enabled=False):
-        scores = scale * torch.matmul(key.transpose(1, 2).to(dtype), query.flatten(2).to(dtype))  # [B, K, N]
-    return scores.softmax(1).view(key.shape[0], key.shape[2], *query.shape[2:])
+        scores = torch.matmul(key.transpose(1, 2).to(dtype), query.flatten(2).to(dtype))  # [B, K, N]
+        scores, factor = split_scale(scale, scores)
+    return (factor * scores).softmax(1).view(key.shape[0], key.shape[2], *query.shape[2:])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +90,7 @@ class Maps:
 def record_maps() -> Iterator[Maps]:
     """Record the `region_maps` and `attention_maps` of every call of the ops that this thread makes inside the block.
 
-    It sees the functions, `ocr_kernels.modules`, swapped modules and `torch.ops`; outputs and gradients stay what they
+    It sees the functions, `ocr_kernels.modules`, replaced modules and `torch.ops`; outputs and gradients stay what they
     were. The pixels of a replaced module may come flat, `[B, K, N]`: `flatten(2).unflatten(2, (h, w))`
     makes images of all. A forward
     pass that runs again, as in activation checkpointing, is recorded again; `vmap` is one call whose batch is both.

@@ -408,10 +408,14 @@ class Recognition:
         rows, columns = operands[0].shape[1], operands[-1].shape[2]
         given = len(operands) == 1
         if given and not _holds(rows < columns):
-            self.note("the softmax over dim {} of the scores {} is not over pixels", dim, tuple(x.shape))
+            self.note(
+                "the softmax over dim {} of the scores {} is not over pixels, the longer one", dim, tuple(x.shape)
+            )
             return None
         if not given and not _holds(columns < rows):
-            self.note("the softmax over dim {} of the product {} is not over regions", dim, tuple(x.shape))
+            self.note(
+                "the softmax over dim {} of the product {} is not over regions, the shorter one", dim, tuple(x.shape)
+            )
             return None
         if self.log is not None:
             self.log.softmaxes += 1

@@ -25,7 +25,7 @@ from ocr_kernels.models.classifier import Join, joined, joins_of
 from ocr_kernels.models.errors import Errors
 from ocr_kernels.models.recognition import NO_PRODUCT
 from ocr_kernels.models.replacement import Replacement, replacement_of
-from ocr_kernels.models.report import LeftAlone, ReplacementReport, Swapped
+from ocr_kernels.models.report import LeftAlone, Replaced, ReplacementReport
 from ocr_kernels.models.rewriting import PRODUCTS, Rewriter
 from ocr_kernels.models.trial import Finding, device_of, dry_run, saved_in_training
 
@@ -53,8 +53,8 @@ def replace_ocr_modules(
         filter: `(module, name) -> bool`, whether a module may be replaced.
         example_inputs: what `model` is called with: a tensor, a tuple of arguments or a dict of keyword arguments. A
             dry run then finds out what really ran fused, and its error; modules in which nothing did, or whose outputs
-            would be off, are left as they were. Parameters, buffers, attributes, the training flags and PyTorch's
-            random state stay.
+            would be off, are left as they were. Parameters, buffers, attributes, training flags and the random
+            states of PyTorch, Python and NumPy stay.
         blocks: whether step 4 may run as one op, in inference and in training.
 
     Returns:
@@ -67,12 +67,12 @@ def replace_ocr_modules(
         >>> head = reference.OCRHead(in_channels=8, num_classes=3, mid_channels=16, key_channels=8)
         >>> report = replace_ocr_modules(head, example_inputs=torch.randn(2, 8, 16, 16))
         >>> print(report)
-        4 swapped, 0 left alone...
+        4 replaced, 0 left alone...
         >>> report.raise_if_incomplete()
     """
     _check_arguments(model, filter, example_inputs)
     rewriter, tried = Rewriter(), example_inputs is not None
-    rows: dict[nn.Module, Swapped | LeftAlone | None] = {}
+    rows: dict[nn.Module, Replaced | LeftAlone | None] = {}
     replacements: dict[nn.Module, Replacement] = {}
     names = {module: name for name, module in model.named_modules()}
     for module, name in names.items():
@@ -85,10 +85,10 @@ def replace_ocr_modules(
             rows[module] = dataclasses.replace(found, name=name)
     findings, failure = dry_run(model, replacements, example_inputs) if tried and replacements else ({}, None)
     for module, replacement in replacements.items():
-        row: Swapped | LeftAlone | None = None
+        row: Replaced | LeftAlone | None = None
         finding = findings.get(module)
         if replacement.copies:
-            started = Swapped(names[module], type(module).__qualname__, backend=_backend(module, model))
+            started = Replaced(names[module], type(module).__qualname__, backend=_backend(module, model))
             row = _completed(started, finding, failure) if tried else started
         rows[module] = _as_a_block(row, names[module], replacement, finding) if blocks else row
     for module, name in names.items() if blocks else ():
@@ -98,15 +98,15 @@ def replace_ocr_modules(
             rows[module] = dataclasses.replace(row, name=name)
     for module, replacement in replacements.items():
         row = rows[module]
-        if isinstance(row, Swapped):
+        if isinstance(row, Replaced):
             replacement.beside_block = any(other.block is not None for other in replacements.values())
             replacement.was_run = bool(row.computations)
             replacement.install()
-        for part in _softmax_parts(module, rewriter) if isinstance(rows[module], Swapped) else ():
+        for part in _softmax_parts(module, rewriter) if isinstance(rows[module], Replaced) else ():
             if getattr(rows.get(part), "reason", None) == NO_PRODUCT:  # which is the module's own
                 rows[part] = None
     return ReplacementReport(
-        tuple(row for row in rows.values() if isinstance(row, Swapped)),
+        tuple(row for row in rows.values() if isinstance(row, Replaced)),
         tuple(row for row in rows.values() if isinstance(row, LeftAlone)),
     )
 
@@ -227,7 +227,7 @@ def _backend(module: nn.Module, model: nn.Module, *backends: Backend) -> str:
 # What a dry run and a trace found out
 
 
-def _completed(row: Swapped, finding: Finding | None, failure: str | None) -> Swapped | LeftAlone:
+def _completed(row: Replaced, finding: Finding | None, failure: str | None) -> Replaced | LeftAlone:
     """The row of a module whose own computations may run fused, after a dry run."""
     if finding is None:
         if failure is not None:
@@ -251,8 +251,8 @@ def _completed(row: Swapped, finding: Finding | None, failure: str | None) -> Sw
 
 
 def _as_a_block(
-    row: Swapped | LeftAlone | None, name: str, replacement: Replacement, finding: Finding | None
-) -> Swapped | LeftAlone | None:
+    row: Replaced | LeftAlone | None, name: str, replacement: Replacement, finding: Finding | None
+) -> Replaced | LeftAlone | None:
     """The row of a module that may be the whole of step 4; its replacement gets the plan."""
     module = replacement.module
     given = [*finding.args, *finding.kwargs.values()] if finding is not None else []
@@ -272,8 +272,8 @@ def _as_a_block(
         if not isinstance(errors, str):
             replacement.block = block
             block.watch(module)
-            before = row.computations if isinstance(row, Swapped) else ()
-            found = row if isinstance(row, Swapped) else Swapped(name, type(module).__qualname__)
+            before = row.computations if isinstance(row, Replaced) else ()
+            found = row if isinstance(row, Replaced) else Replaced(name, type(module).__qualname__)
             backend = _backend(module, module, *plan.backends(device_of(module).type))
             backends = dict.fromkeys([found.backend, backend])
             if not_in_training:
@@ -289,14 +289,14 @@ def _as_a_block(
                 relative_error=max(errors.relative_error, found.relative_error or 0.0),
             )
         plan = errors
-    if isinstance(row, Swapped) and plan:
+    if isinstance(row, Replaced) and plan:
         return dataclasses.replace(row, notes=(*row.notes, f"no block: {plan}"))
     if row is not None:
         return row
     return LeftAlone(name, type(module).__qualname__, f"no block: {plan}", is_intended=True) if plan else None
 
 
-def _joining(module: nn.Module, replacements: dict[nn.Module, Replacement]) -> tuple[Replacement, Swapped] | None:
+def _joining(module: nn.Module, replacements: dict[nn.Module, Replacement]) -> tuple[Replacement, Replaced] | None:
     """What lets a module call a block of its children and a classifier as one, if it does; and its row."""
     found = {child: replacements[child].block for child in module.children() if child in replacements}
     plans = {child: block.plan for child, block in found.items() if block is not None and block.plan is not None}
@@ -313,5 +313,5 @@ def _joining(module: nn.Module, replacements: dict[nn.Module, Replacement]) -> t
     if not copies:
         return None
     backend = _backend(module, module, *implemented(device_of(module).type))
-    row = Swapped("", type(module).__qualname__, ("logits",), backend, *worst[:3])
+    row = Replaced("", type(module).__qualname__, ("logits",), backend, *worst[:3])
     return Replacement(module, (type(module),), copies, joins=tuple(joins)), row

@@ -7,7 +7,7 @@ import itertools
 
 
 @dataclasses.dataclass(frozen=True)
-class Swapped:
+class Replaced:
     """A module that was replaced, what runs it, and what a dry run found."""
 
     name: str
@@ -44,15 +44,15 @@ class ReplacementReport:
     Examples:
         >>> head = reference.OCRHead(in_channels=8, num_classes=3, mid_channels=16, key_channels=8)
         >>> report = replace_ocr_modules(head, example_inputs=torch.randn(2, 8, 16, 16))
-        >>> bool(report), [row.name for row in report.swapped][:2], report.left_alone
+        >>> bool(report), [row.name for row in report.replaced][:2], report.left_alone
         (True, ['', 'ocr_gather_head'], ())
     """
 
-    swapped: tuple[Swapped, ...]
+    replaced: tuple[Replaced, ...]
     left_alone: tuple[LeftAlone, ...]
 
     def __bool__(self) -> bool:
-        return bool(self.swapped)
+        return bool(self.replaced)
 
     def raise_if_incomplete(self) -> None:
         """For a test of a model: `replace_ocr_modules(model, example_inputs=x).raise_if_incomplete()`.
@@ -61,28 +61,28 @@ class ReplacementReport:
             RuntimeError: with the report, where nothing was replaced, something that looks like OCR was left alone, or
                 a replaced module was not run: without example inputs, or by them.
         """
-        missing = not self.swapped and not any(row.is_intended for row in self.left_alone)
+        missing = not self.replaced and not any(row.is_intended for row in self.left_alone)
         missing |= any(not row.is_intended for row in self.left_alone)
-        missing |= any(not row.computations for row in self.swapped)
+        missing |= any(not row.computations for row in self.replaced)
         if missing:
-            unseen = any(row.computations is None for row in self.swapped)
+            unseen = any(row.computations is None for row in self.replaced)
             hint = "; give example_inputs, which show what runs fused" if unseen else ""
             raise RuntimeError(f"not every OCR module of the model was replaced{hint}:\n{self}")
 
     def __str__(self) -> str:
-        swapped = [(row.name or "(model)", row.module_class, *_findings(row)) for row in self.swapped]
+        replaced = [(row.name or "(model)", row.module_class, *_findings(row)) for row in self.replaced]
         left_alone = [(row.name or "(model)", row.module_class, row.reason) for row in self.left_alone]
-        nothing = "" if swapped or left_alone else ": nothing in the model looks like OCR"
-        lines = [f"{len(swapped)} swapped, {len(left_alone)} left alone{nothing}"]
-        if swapped:
-            columns = "swapped", "class", "fused", "backend", "error", "eager's own", "relative", "saves", "remarks"
-            lines.append(_table(columns, *swapped))
+        nothing = "" if replaced or left_alone else ": nothing in the model looks like OCR"
+        lines = [f"{len(replaced)} replaced, {len(left_alone)} left alone{nothing}"]
+        if replaced:
+            columns = "replaced", "class", "fused", "backend", "error", "eager's own", "relative", "saves", "remarks"
+            lines.append(_table(columns, *replaced))
         if left_alone:
             lines.append(_table(("left alone", "class", "because"), *left_alone))
         return "\n".join(lines)
 
 
-def _findings(row: Swapped) -> tuple[str, ...]:
+def _findings(row: Replaced) -> tuple[str, ...]:
     fused = ", ".join(row.computations or ())
     if not row.computations:
         fused = "to be seen when it runs" if row.computations is None else "not run by example_inputs"

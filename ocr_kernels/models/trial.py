@@ -22,7 +22,7 @@ from ocr_kernels.models.random_state import forked_rng, undisturbed
 from ocr_kernels.models.recognition import Log
 from ocr_kernels.models.replacement import Replacement
 
-_running = threading.Lock()  # PyTorch's random state is one for all threads
+_running = threading.Lock()  # a random state is one for all threads
 
 
 @dataclasses.dataclass

@@ -115,10 +115,12 @@ def segment_tiled(
     The same call gives the same bits, in several parts with `restart` too.
 
     Raises:
-        TypeError: `model`, `image`, a size, `scales`, `flips` or what `prepare` returned is of another type.
+        TypeError: `model`, `image`, a size, `scales`, `flips`, `features`, `out`, what `prepare` returned or what
+            `output` chose is of another type.
         ValueError: the model is in training or calls no gather; shapes, sizes or names are not as above; a scale is
             not positive and finite, or makes an image smaller than `stride`; or `restart` finds a run with other
             settings or weights, or damaged files.
+        RuntimeError: the model gathers more or less often in one tile than in another.
         ImportError: `out` is a path, which needs NumPy, and there is none.
         OSError: a file cannot be read or written. What is done is kept for `restart`.
 
@@ -153,6 +155,8 @@ def segment_tiled(
         raise ValueError(f"restart needs a path as out, but that is {type(out).__name__}")
     if out is not None and not is_path and result == "classes" and tuple(out.shape) != size:
         raise ValueError(f"out must have shape {size}, but has {tuple(out.shape)}")
+    if not isinstance(features, (str, os.PathLike)):
+        raise TypeError(f"features must be 'recompute', 'keep' or a folder, but is {type(features).__name__}")
     folder = None if features in ("recompute", "keep") else Path(features)
     if features != "recompute" and backbone is None:
         raise ValueError(f"features can be {str(features)!r} with a backbone alone, but there is none")

@@ -17,5 +17,5 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "lightning_training.py"
 def test_the_example_trains() -> None:
     result = python(str(EXAMPLE), "4", OMP_NUM_THREADS="1")
     assert result.returncode == 0, result.stderr
-    assert "4 swapped, 0 left alone" in result.stdout
+    assert "4 replaced, 0 left alone" in result.stdout
     assert "4 steps, mean IoU" in result.stdout

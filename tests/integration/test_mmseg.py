@@ -1,4 +1,4 @@
-"""mmsegmentation's own OCRNet, swapped: the same predictions, gradients, losses and checkpoints."""
+"""mmsegmentation's own OCRNet, replaced: the same predictions, gradients, losses and checkpoints."""
 
 from __future__ import annotations
 
@@ -75,8 +75,8 @@ def ocrnet() -> nn.Module:
     return model
 
 
-def train(model: nn.Module, images: Tensor, *, swap_at: int | None = None) -> Tensor:
-    """The losses of a few steps, with the optimizer built before the swap and the swap between two of them."""
+def train(model: nn.Module, images: Tensor, *, replaced_at: int | None = None) -> Tensor:
+    """The losses of a few steps, with the optimizer built before the replacement, and that between two of them."""
     from mmengine.structures import PixelData
     from mmseg.structures import SegDataSample
 
@@ -86,7 +86,7 @@ def train(model: nn.Module, images: Tensor, *, swap_at: int | None = None) -> Te
     optimizer = torch.optim.SGD(model.train().parameters(), lr=0.05, momentum=0.9)
     losses = []
     for step in range(5):
-        if step == swap_at:
+        if step == replaced_at:
             replace_ocr_modules(model)
         found = {name: loss for name, loss in model(images, samples, mode="loss").items() if "loss" in name}
         optimizer.zero_grad()
@@ -101,7 +101,7 @@ def test_both_computations_are_found_and_restored(images: Tensor) -> None:
     classes = [type(module) for module in model.modules()]
     parameters = list(model.parameters())
     report = replace_ocr_modules(model, example_inputs=images)
-    assert [(row.name, row.computations) for row in report.swapped] == [
+    assert [(row.name, row.computations) for row in report.replaced] == [
         (ATTENTION, ("block", "training", "attention")),
         (GATHER, ("gather",)),
     ]
@@ -120,12 +120,12 @@ def test_both_computations_are_found_and_restored(images: Tensor) -> None:
 @pytest.mark.parametrize("training", [True, False])
 def test_outputs_and_gradients(training: bool, images: Tensor) -> None:
     plain = ocrnet().train(training)
-    swapped = copy.deepcopy(plain)
-    replace_ocr_modules(swapped)
-    assert_parity(swapped, plain, (images.requires_grad_(),))
+    replaced = copy.deepcopy(plain)
+    replace_ocr_modules(replaced)
+    assert_parity(replaced, plain, (images.requires_grad_(),))
 
 
-def test_training_goes_on_after_the_swap(images: Tensor) -> None:
+def test_training_goes_on_after_the_replacement(images: Tensor) -> None:
     model = ocrnet()
     exact = train(copy.deepcopy(model).double(), images.double())
     runs = [train(copy.deepcopy(model), images)]
@@ -133,7 +133,7 @@ def test_training_goes_on_after_the_swap(images: Tensor) -> None:
         noise = torch.finfo(images.dtype).eps * torch.randn_like(images)
         runs.append(train(copy.deepcopy(model), images * (1 + noise)))
     with CountOps() as ops:
-        losses = train(model, images, swap_at=2)
+        losses = train(model, images, replaced_at=2)
     assert (ops.gather, ops.block) == (3, 6 + 3)  # six to verify that the op computes what the module does
     assert losses[-1].sum() < losses[0].sum()
     measurements = judge("losses", losses, [(run, exact, 1.0) for run in runs])
@@ -143,11 +143,11 @@ def test_training_goes_on_after_the_swap(images: Tensor) -> None:
 def test_checkpoints_go_in_and_out(images: Tensor, tmp_path: pathlib.Path) -> None:
     from mmengine.runner.checkpoint import load_checkpoint, save_checkpoint
 
-    plain, swapped = ocrnet().eval(), ocrnet().eval()
-    replace_ocr_modules(swapped)
-    assert list(swapped.state_dict()) == list(plain.state_dict())
+    plain, replaced = ocrnet().eval(), ocrnet().eval()
+    replace_ocr_modules(replaced)
+    assert list(replaced.state_dict()) == list(plain.state_dict())
     expected = plain(images)
-    for source, target in ((plain, swapped), (swapped, ocrnet().eval())):
+    for source, target in ((plain, replaced), (replaced, ocrnet().eval())):
         file = str(tmp_path / "checkpoint.pth")
         save_checkpoint({"state_dict": source.state_dict()}, file)
         load_checkpoint(target, file, strict=True, logger=None)

@@ -54,7 +54,7 @@ def test_predictions_and_gradients(options: dict[str, object]) -> None:
     replaced = copy.deepcopy(plain)
     (feats,), logits = example()
     report = replace_ocr_modules(replaced, example_inputs=([feats], logits))
-    assert {row.name: row.computations for row in report.swapped} == {
+    assert {row.name: row.computations for row in report.replaced} == {
         "object_context_block": ("block", "training", "attention"),
         "spatial_gather_module": ("gather",),
     }
@@ -70,5 +70,5 @@ def test_predictions_and_gradients(options: dict[str, object]) -> None:
 def test_what_runs_as_two_ops() -> None:
     (feats,), logits = example()
     report = replace_ocr_modules(head(norm_cfg={"type": "GN", "num_groups": 2}), example_inputs=([feats], logits))
-    assert [row.computations for row in report.swapped] == [("attention",), ("gather",)], report
+    assert [row.computations for row in report.replaced] == [("attention",), ("gather",)], report
     assert "no block: it has a GroupNorm on the pixels" in str(report)

@@ -50,7 +50,7 @@ def test_options_are_those_of_the_call(head: OCRHead, caplog: pytest.LogCaptureF
 def test_example_inputs(head: OCRHead, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     run_hook(head, example_inputs=[1, 8, 16, 16], raise_if_incomplete=True)
-    assert "4 swapped, 0 left alone" in caplog.text
+    assert "4 replaced, 0 left alone" in caplog.text
     assert "to be seen when it runs" not in caplog.text
     run_hook(head, raise_if_incomplete=True)  # once more, as before `Runner.test`
 
@@ -136,7 +136,7 @@ def test_the_example_trains_and_validates(tmp_path: Path, monkeypatch: pytest.Mo
     names = replaced(runner.model)
     assert names == ["decode_head.1.object_context_block", "decode_head.1.spatial_gather_module"]
     log = next((tmp_path / "work").rglob("*.log")).read_text()
-    assert "ocr_kernels: 2 swapped, 0 left alone" in log
+    assert "ocr_kernels: 2 replaced, 0 left alone" in log
     assert "mIoU" in log
 
     plain = MODELS.build(runner.cfg.model)
