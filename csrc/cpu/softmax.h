@@ -53,17 +53,25 @@ void scale_pixels(A* matrix, int64_t regions, const A* factors, int64_t pixels) 
   }
 }
 
-// dweights become dscores = scale * weights * (dweights - sum_k weights dweights). A region with more than half of the
-// weight is subtracted from all dweights before, so that it does not swallow the terms of the others in that sum.
+// dweights become dscores = scale * weights * (dweights - sum_k weights dweights). The dweight of the highest weight is
+// subtracted from all before: what they have in common would leave rounding of the weights' sum, and one with most of
+// the weight would swallow the terms of the others.
 template <int64_t kPixels, class A>
 void softmax_backward(A* dweights, const A* weights, int64_t regions, A scale, int64_t pixels) {
   constexpr int size = Vec<A>::size;
   for (int64_t i = 0; i < kPixels; i += kColumns * size) {
-    Vec<A> base[kColumns], delta[kColumns];
-    sum_over_regions(base, regions, [&](int64_t k, int v, Vec<A> sum) {
-      const int64_t at = k * kPixels + i + v * size;
-      return sum + if_above(load<A>(weights + at), A(0.5), load<A>(dweights + at));
-    });
+    Vec<A> highest[kColumns], base[kColumns], delta[kColumns];
+    for (int v = 0; v < kColumns; ++v) {
+      highest[v] = load<A>(weights + i + v * size);
+      base[v] = load<A>(dweights + i + v * size);
+    }
+    for (int64_t k = 1; k < regions; ++k)
+      for (int v = 0; v < kColumns; ++v) {
+        const int64_t at = k * kPixels + i + v * size;
+        const Vec<A> weight = load<A>(weights + at);
+        base[v] = if_above(weight - highest[v], A(0), load<A>(dweights + at), base[v]);
+        highest[v] = max(highest[v], weight);
+      }
     sum_over_regions(delta, regions, [&](int64_t k, int v, Vec<A> sum) {
       const int64_t at = k * kPixels + i + v * size;
       return fma(load<A>(weights + at), load<A>(dweights + at) - base[v], sum);

@@ -26,6 +26,7 @@ from ocr_kernels.core.arguments import (
 from ocr_kernels.core.backends import Backend, left_to_compiler, resolve_backend
 from ocr_kernels.core.derivatives import is_differentiated, is_in_transform
 from ocr_kernels.core.layout import DTYPES, in_format, pixels, statistics_dtype
+from ocr_kernels.core.registration import is_autocast_on, without_autocast
 
 Output = Literal["features", "logits", "classes"]
 Classifier: TypeAlias = tuple[Tensor, Tensor | None]
@@ -113,9 +114,9 @@ def ocr_block(
     made_of = [feats, key, value, *_tensors(layers.values(), classifier if output != "features" else None)]
     if not takes_statistics and mask is None and not is_differentiated(made_of):
         kind = feats.device.type
-        casts = torch.is_autocast_enabled(kind) and feats.dtype != torch.float64
+        casts = is_autocast_on(kind) and feats.dtype != torch.float64
         dtype = torch.get_autocast_dtype(kind) if casts else feats.dtype
-        with torch.autocast(kind, enabled=False):
+        with without_autocast(kind):
             options: Any = {"output": output, "scale": scale, "context_first": context_first, "dtype": dtype}
             folded = fold_block(pixel, up, fusing, classifier, **options)
             return folded.run(feats.to(dtype), key.to(dtype), value, backend)
@@ -137,7 +138,7 @@ def ocr_block(
         eps.append(-1.0 if norm is None else norm.eps)
         slopes.append(1.0 if layer is None else float(layer.slope))
         names.append("" if norm is None or norm.group is None else norm.group.group_name)
-    with torch.autocast(feats.device.type, enabled=False):  # few numbers, of which all of y is made
+    with without_autocast(feats.device.type):  # few numbers, of which all of y is made
         contexts = value.to(exact)  # u, [B, Y, K]
         contexts = contexts if up is None or up.weight is None else torch.matmul(up.weight.to(exact), contexts)
     none = feats.new_empty(0, dtype=exact)
@@ -168,7 +169,9 @@ def _classified(z: Tensor, classifier: Classifier | None, output: Output) -> Ten
     """What `output` asks for, of z."""
     if output == "features" or classifier is None:
         return z
-    logits = F.linear(z.flatten(2).mT, *classifier).mT.unflatten(2, z.shape[2:])
+    weight, bias = classifier
+    logits = F.linear(z.flatten(2).mT, weight, None if bias is None else bias.to(weight.dtype))
+    logits = logits.mT.unflatten(2, z.shape[2:])
     return logits.argmax(1) if output == "classes" else in_format(logits, z)
 
 
@@ -280,7 +283,7 @@ def _gain_and_shift(layer: Layer, contexts: int, like: Tensor) -> tuple[Tensor, 
         return gain, shift if bias is None else shift + 0 * bias  # which the mean takes out
     exact = torch.promote_types(norm.running_var.dtype, torch.float32)
     gain = gain.to(exact) * (norm.running_var.to(exact) + norm.eps).rsqrt()
-    mean = norm.running_mean.to(exact)
+    mean = norm.running_mean.to(exact, copy=True)  # a pass in training may change it before the backward pass
     return gain, shift - gain * (mean if bias is None else mean - bias)
 
 
@@ -386,7 +389,7 @@ def _check_as(feats: Tensor, tensor: Tensor, *name: str) -> None:
     whole = "".join(name)
     check_device(whole, tensor, "feats", feats)
     check_dtype(whole, tensor)
-    casts = torch.is_autocast_enabled(feats.device.type)
+    casts = is_autocast_on(feats.device.type)
     if not casts or torch.float64 in (tensor.dtype, feats.dtype):  # which autocast leaves as it is
         check_same_dtype(whole, tensor, "feats", feats)
     if tensor.layout != torch.strided:
@@ -421,6 +424,7 @@ def _check_layer(name: str, layer: Layer, axes: str, sizes: dict[str, int], feat
             and tuple(vector.shape) == (channels,)
             and vector.dtype in DTYPES
             and vector.device == device
+            and vector.layout == torch.strided
         ):
             _refuse_vector(f"{name}.{_VECTORS[i]}", vector, channels, feats)
     if norm is not None:
@@ -432,6 +436,7 @@ def _refuse_vector(name: str, vector: Tensor, channels: int, feats: Tensor) -> N
     check_shape(name, vector, f"[{channels}]", tuple(vector.shape) == (channels,))
     check_dtype(name, vector)
     check_device(name, vector, "feats", feats)
+    raise TypeError(f"{name} must be dense, but is {vector.layout}")
 
 
 def _check_norm(name: str, norm: Norm) -> None:
@@ -444,6 +449,16 @@ def _check_norm(name: str, norm: Norm) -> None:
         raise TypeError(f"{name}.norm.eps must be a number, but is {type(norm.eps).__name__}")
     if not norm.eps >= 0:
         raise ValueError(f"{name}.norm.eps must be >= 0, but is {norm.eps}")
-    is_average = norm.momentum is None and norm.num_batches_tracked is not None
-    if runs and norm.training and not is_average and not isinstance(norm.momentum, (float, Real)):
-        raise TypeError(f"{name}.norm.momentum must be a number, but is {type(norm.momentum).__name__}")
+    tracked, momentum = norm.num_batches_tracked, norm.momentum
+    if tracked is not None and not (isinstance(tracked, Tensor) and tracked.numel() == 1):
+        found = f"has shape {tuple(tracked.shape)}" if isinstance(tracked, Tensor) else f"is {type(tracked).__name__}"
+        raise TypeError(f"{name}.norm.num_batches_tracked must be a tensor of one element or None, but {found}")
+    if norm.group is not None and not hasattr(norm.group, "group_name"):
+        raise TypeError(f"{name}.norm.group must be a process group or None, but is {type(norm.group).__name__}")
+    if not runs or not norm.training:
+        return
+    if not isinstance(momentum, (float, Real)) and (momentum is not None or tracked is None):
+        raise TypeError(f"{name}.norm.momentum must be a number, but is {type(momentum).__name__}")
+    for which in ("running_mean", "running_var"):
+        if 0 in getattr(norm, which).stride() and getattr(norm, which).numel() > 1:
+            raise ValueError(f"{name}.norm.{which} must have memory for each channel, but is expanded")

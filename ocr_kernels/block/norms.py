@@ -216,16 +216,19 @@ class Contexts:
     since weights add up to 1: u w = means + centred w. Norms magnify the rest.
     """
 
-    def __init__(self, u: Tensor, pixels: int, moments: tuple[Tensor, Tensor] | None) -> None:
-        """Moments of the weights are None where rho's norm takes none: one pixel that is NaN then spoils no other."""
+    def __init__(self, u: Tensor, pixels: int, mean_weights: Tensor, scatter: Tensor | None) -> None:
+        """Means of the weights, `[B, K, 1]`, and sums of outer products of weights less those, `[B, K, K]`.
+
+        Without the latter rho's norm takes no statistics. One pixel that is NaN, or a region that is infinite, then
+        spoils no other: the means are of pixels that are not, and where contexts have none, nothing is taken out.
+        """
         self.pixels = pixels  # of an image
-        self.scatter: Tensor | None = None  # [B, K, K]: sums of outer products of weights less their means
-        if moments is None:
-            self.mean_weights = u.new_zeros((u.shape[0], u.shape[2], 1))  # [B, K, 1]
-            means = u.mean(2, keepdim=True)
-        else:
-            self.mean_weights, self.scatter = moments
-            means = u @ self.mean_weights
+        self.scatter = scatter
+        means = u @ mean_weights
+        if scatter is None:
+            means = torch.where(means.isfinite(), means, 0)
+            mean_weights = torch.zeros_like(mean_weights)
+        self.mean_weights = mean_weights
         self.means = means.squeeze(2)  # [B, Y]
         self.centred = u - means  # [B, Y, K]
 

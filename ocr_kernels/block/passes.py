@@ -128,7 +128,9 @@ class Passes:
 
     def softmax(self, scores: Tensor, out: Tensor) -> Tensor:
         """Over regions."""
-        return out.copy_(torch.softmax(scores, 0))
+        scores = scores.to(self.exact)
+        weights = (scores - scores.amax(0, keepdim=True)).exp_()  # PyTorch's own adds up a dimension less exactly
+        return out.copy_(weights.div_(weights.sum(0, keepdim=True)))
 
     def softmax_backward(self, weights: Tensor, dweights: Tensor, matrix: Tensor, scale: float, out: Tensor) -> Tensor:
         """out = scale * w * (dw - sum_k w dw), where dw is dweights + M w + m, and `[M, m]` the matrix `[K, K + 1]`."""

@@ -96,18 +96,22 @@ def of_each(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
     return list(zip(*map(Tensor.unbind, tensors), strict=True))
 
 
+CHAIN = 2048
+"""Pixels that one product sums over: of few regions it is one chain of additions."""
+
+
 def contexts_of(u: Tensor, weights: Tensor, tiles: Passes, up: Layer) -> Contexts:
     batch, regions, pixels = weights.shape
     if not up.has_statistics:
-        return Contexts(u, pixels, None)
+        return Contexts(u, pixels, weights.nanmean(2, keepdim=True, dtype=u.dtype), None)
     mean_weights = weights.mean(2, keepdim=True, dtype=u.dtype) if pixels else u.new_zeros((batch, regions, 1))
     scatter = u.new_zeros((batch, regions, regions))
     of_images = of_each(scatter, mean_weights)
     for image, w in tiles.of(weights):
         total, mean = of_images[image]
-        centred = w - mean
-        total.addmm_(centred, centred.t())
-    return Contexts(u, pixels, (mean_weights, scatter))
+        for part in (w - mean).split(CHAIN, 1):
+            total += part @ part.t()  # `addmm_` would go on with the chain
+    return Contexts(u, pixels, mean_weights, scatter)
 
 
 # The two passes

@@ -234,10 +234,10 @@ def _region_weights(query: Norm, hidden: Tensor, key: Tensor, scale: float) -> T
 def _contexts_of(u: Tensor, weights: Tensor, up: Layer) -> Contexts:
     pixels = weights.shape[2]
     if not up.has_statistics or not pixels:
-        return Contexts(u, pixels, None)
+        return Contexts(u, pixels, weights.nanmean(2, keepdim=True, dtype=u.dtype), None)
     mean = weights.mean(2, keepdim=True, dtype=u.dtype)
     centred = weights - mean
-    return Contexts(u, pixels, (mean, torch.bmm(centred, centred.mT)))
+    return Contexts(u, pixels, mean, torch.bmm(centred, centred.mT))
 
 
 def _normalised(y: Contexts, up: Norm, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -37,7 +37,7 @@ def total(tensor: Tensor, group: distributed.ProcessGroup | None) -> Tensor:
 
 def _reduced(tensor: Tensor, reduction: str, group: distributed.ProcessGroup | None) -> Tensor:
     group = distributed.group.WORLD if group is None else group
-    if not isinstance(group, (type(None), distributed.ProcessGroup)):
+    if group is not None and not hasattr(group, "group_name"):
         raise TypeError(f"group must be a process group or None, but is {type(group).__name__}")
     if group is None:
         raise RuntimeError("torch.distributed is not initialised: call torch.distributed.init_process_group first")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -121,6 +122,17 @@ def _register(
 
     op = define(name)
     return op, underived(op, lambda: define(f"{name}_underived"))
+
+
+def is_autocast_on(device_type: str) -> bool:
+    """Of a type of device that has none, as "meta", it is off, where PyTorch raises."""
+    # PyTorch 2.11 does not compile the question
+    available = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device_type)
+    return available and torch.is_autocast_enabled(device_type)
+
+
+def without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    return torch.autocast(device_type, enabled=False) if is_autocast_on(device_type) else nullcontext()
 
 
 def autocast(tensor: Tensor, device_type: str) -> Tensor:

@@ -18,7 +18,7 @@ from ocr_kernels.core.arguments import (
 )
 from ocr_kernels.core.backends import Backend, resolve_backend
 from ocr_kernels.core.derivatives import is_in_transform
-from ocr_kernels.core.registration import autocast
+from ocr_kernels.core.registration import autocast, is_autocast_on
 from ocr_kernels.gather.registration import check_feats_and_logits, spatial_gather_backward_op, spatial_gather_op
 
 
@@ -38,7 +38,7 @@ class Sums(NamedTuple):
         ones = self.of_ones.detach() * factor
         fits = (ones > 1e-100) & (ones < 1e100)
         maximum = torch.where(fits, self.maximum, self.maximum + math.log(factor))
-        by = torch.where(fits, factor, 1.0)
+        by = torch.where(fits, factor, torch.ones_like(ones))
         return Sums(maximum, self.of_feats * by.unsqueeze(1), self.of_ones * by)
 
     def rows(self) -> Tensor:
@@ -149,9 +149,13 @@ class GatherState:
         """
         if not isinstance(factor, Real):
             raise TypeError(f"factor must be a number, but is {type(factor).__name__}")
-        if not 0 < factor < math.inf:
+        try:
+            value = float(factor)
+        except OverflowError:  # of an integer
+            value = math.inf
+        if not 0 < value < math.inf:
             raise ValueError(f"factor must be positive and finite, but is {factor}")
-        self._sums = self._known()[0].faded(factor)
+        self._sums = self._known()[0].faded(value)
 
     @staticmethod
     def merge(*states: GatherState) -> GatherState:
@@ -259,9 +263,7 @@ def _values(scales: list[Any]) -> set[float]:
 def as_the_op_casts(feats: Tensor) -> Tensor:
     """In the autocast dtype, where there is one."""
     kind = feats.device.type
-    # of other devices, as "meta", it raises; PyTorch 2.11 does not compile the question
-    available = torch.compiler.is_compiling() or torch.amp.is_autocast_available(kind)
-    return autocast(feats, kind) if available and torch.is_autocast_enabled(kind) else feats
+    return autocast(feats, kind) if is_autocast_on(kind) else feats
 
 
 def sums_of(feats: Tensor, logits: Tensor, scale: float, backend: Backend) -> Sums:
