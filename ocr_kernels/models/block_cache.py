@@ -23,7 +23,7 @@ from ocr_kernels.models.block_program import tensor_at
 from ocr_kernels.models.block_training import TrainingPlan, plan_training
 from ocr_kernels.models.block_weights import BlockPlan, Folded, computed_in
 from ocr_kernels.models.maps import Recorder
-from ocr_kernels.models.own_code import BASE, class_of, globals_of, kept, own_classes, read_by_forward
+from ocr_kernels.models.own_code import BASE, class_of, globals_of, kept, mentioned, own_classes, read_by_forward
 
 MOST_PLANS = 8
 """A module whose settings change from step to step trains by its own forward then."""
@@ -35,8 +35,8 @@ _mode_of = operator.attrgetter("training")
 class BlockCache:
     """A module's plans, and its folded weights of the last call; a copy starts without them."""
 
-    def __init__(self, plan: BlockPlan, training: TrainingPlan | None = None) -> None:
-        self.plan: BlockPlan | None = plan
+    def __init__(self, plan: BlockPlan | None, training: TrainingPlan | None = None) -> None:
+        self.plan = plan
         self.training = training
         self.snapshot: Snapshot | None = None
         self.trained: Structure | None = None  # for which the plan for training was last found to hold
@@ -44,7 +44,8 @@ class BlockCache:
         self.plans = 0  # that were made since the first
 
     def __reduce__(self) -> Any:
-        return BlockCache, (self.plan, self.training)
+        is_current = self.design is None or self.design.is_unchanged()  # a copy has nothing to compare with
+        return BlockCache, (self.plan, self.training) if is_current else (None, None)
 
     def plan_training(self, module: nn.Module) -> str:
         """Find out how the module computes step 4 in training; why it cannot be one op, if it cannot."""
@@ -206,14 +207,21 @@ class Design:
         self.settings += [(operator.itemgetter(*names), [globals]) for globals, names in globals_of(module)]
         self.settings_before: list[list[Any]] = [list(map(kept, map(get, owners))) for get, owners in self.settings]
         self.code: list[Any] = [vars(base) for base in {base for layer in self.layers for base in own_classes(layer)}]
-        self.code_before: list[tuple[Any, ...]] = [tuple(code.values()) for code in self.code]
+        self.code_before: list[tuple[Any, ...]] = [tuple(map(kept, code.values())) for code in self.code]
+        self.read = mentioned(module) - {"forward"}  # which is an attribute of what is replaced
+        self.names_before: list[set[str]] = self._names()
 
     def is_of(self, module: nn.Module) -> bool:
         return self.attributes[0] is vars(module)
 
     def is_unchanged(self) -> bool:
         """Whether the layers have the classes and settings that they had, in any mode."""
-        return list(map(class_of, self.layers)) == self.classes and self.has_settings() and self.has_code()
+        is_set_up = list(map(class_of, self.layers)) == self.classes and self._names() == self.names_before
+        return is_set_up and self.has_settings() and self.has_code()
+
+    def _names(self) -> list[set[str]]:
+        """Of each layer's attributes that the code may read."""
+        return [attributes.keys() & self.read for attributes in self.attributes]
 
     def has_settings(self) -> bool:
         """Whether the layers' attributes are what they were, but for their modes."""

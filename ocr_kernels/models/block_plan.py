@@ -32,6 +32,7 @@ from ocr_kernels.models.own_code import (
     BASE,
     functions_of,
     globals_of,
+    is_own_object,
     is_plain,
     is_value,
     kept,
@@ -332,12 +333,18 @@ def _traced(module: nn.Module, forward: Forward, inputs: tuple[Tensor, Tensor], 
     return tracer, out
 
 
+MOST_CONTAINERS = 1000
+"""That are watched: a global may lead to anything."""
+
+
 class Watch:
     """What a run of a module may leave behind beside its result."""
 
     def __init__(self, module: nn.Module, tensors: list[Tensor]) -> None:
-        self.parts: list[nn.Module] = list(module.modules())
-        self.attributes: list[dict[str, Any]] = [dict(vars(part)) for part in self.parts]
+        parts = list(module.modules())
+        self.owners: list[Any] = [*map(vars, parts), *map(vars, {base for part in parts for base in own_classes(part)})]
+        self.owners += [owned for part in parts for owned in (part._parameters, part._buffers, part._modules)]
+        self.attributes: list[dict[str, Any]] = list(map(dict, self.owners))
         self.containers: list[Any] = _containers(module)
         self.contents: list[Any] = list(map(kept, self.containers))
         self.tensors = tensors
@@ -346,12 +353,12 @@ class Watch:
 
     def left_behind(self) -> str:
         """What it did since then; the message completes "it ..."."""
-        for part, attributes in zip(self.parts, self.attributes, strict=True):
-            for name, value in vars(part).items():
+        for owner, attributes in zip(self.owners, self.attributes, strict=True):
+            for name, value in owner.items():
                 if name not in attributes or value is not attributes[name]:
                     return f"sets its attribute {name}"
         if not all(map(_is_same, self.containers, self.contents)):
-            return "changes a list or a dict"
+            return "changes a list, a dict or another object"
         is_unchanged = [
             bool(((t == value) | (t != t)).all()) for t, value in zip(self.tensors, self.values, strict=True)
         ]
@@ -361,12 +368,24 @@ class Watch:
 
 
 def _containers(module: nn.Module) -> list[Any]:
-    """The lists, dicts and sets that a run might fill: of modules, their classes, and the globals of their code."""
+    """The lists, dicts, sets and attributes of objects that a run might change.
+
+    Of modules, their classes, the globals of their code, and what those have.
+    """
     parts = list(module.modules())
     owners = [*map(vars, parts), *(vars(base) for base in {base for part in parts for base in own_classes(part)})]
-    found = [value for owner in owners for name, value in owner.items() if name not in BASE]
-    found += [globals[name] for globals, names in globals_of(module) for name in names]
-    return [value for value in found if isinstance(value, (list, dict, set, deque))]
+    todo = [value for owner in owners for name, value in owner.items() if name not in BASE]
+    todo += [globals[name] for globals, names in globals_of(module) for name in names]
+    found: dict[int, Any] = {}
+    while todo and len(found) < MOST_CONTAINERS:
+        value = todo.pop()
+        value = getattr(value, "__self__", value)  # of a bound method
+        if is_own_object(value) and not isinstance(value, (nn.Module, Tensor, type)):
+            value = vars(value)
+        if isinstance(value, (list, dict, set, deque, tuple)) and id(value) not in found:
+            found[id(value)] = value
+            todo += _items(value)
+    return [value for value in found.values() if not isinstance(value, tuple)]
 
 
 def _items(container: Any) -> list[Any]:

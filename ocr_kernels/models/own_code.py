@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import sys
 from collections import deque
-from types import FunctionType, ModuleType
+from types import BuiltinFunctionType, FunctionType, ModuleType
 from typing import Any
 
 from torch import nn
@@ -40,13 +41,28 @@ def _is_own(base: type) -> bool:
 
 
 def functions_of(base: type) -> list[FunctionType]:
-    return [value for value in map(inspect.unwrap, vars(base).values()) if isinstance(value, FunctionType)]
+    return [value for value in map(_function, vars(base).values()) if isinstance(value, FunctionType)]
+
+
+def _function(value: Any) -> Any:
+    """What a method, a static one or a property runs."""
+    if isinstance(value, (property, functools.cached_property)):
+        value = value.fget if isinstance(value, property) else value.func
+    return inspect.unwrap(value)
+
+
+def mentioned(module: nn.Module) -> frozenset[str]:
+    """All names and strings in the code of the classes of a module and its parts."""
+    classes = {base for part in module.modules() for base in own_classes(part)}
+    codes = [function.__code__ for base in classes for function in functions_of(base)]
+    strings = {each for code in codes for each in code.co_consts if isinstance(each, str)}
+    return frozenset(strings.union(*(code.co_names for code in codes)))
 
 
 def globals_of(module: nn.Module) -> list[tuple[dict[str, Any], tuple[str, ...]]]:
-    """The globals of its code that may be other values later, which are neither modules nor functions nor classes.
+    """The globals of its code that may be others later, which are neither modules nor classes.
 
-    Of functions of the same package that its forward calls, and of modules that it reads, plain values alone.
+    Of functions those of the same package, where its forward calls them. Of what they and modules have, plain values.
     """
     packages = {_package(base.__module__) for part in module.modules() for base in own_classes(part)}
     found: dict[int, tuple[dict[str, Any], set[str]]] = {}
@@ -66,15 +82,23 @@ def globals_of(module: nn.Module) -> list[tuple[dict[str, Any], tuple[str, ...]]
         for name in function.__globals__.keys() & names if (function, is_called) not in seen else ():
             value = function.__globals__[name]
             if isinstance(value, FunctionType):
-                todo += [(value, True)] * (is_called and _package(value.__module__) in packages - {"ocr_kernels"})
+                if is_called and _package(value.__module__) in packages - {"ocr_kernels"}:
+                    todo.append((value, True))
+                    add(function.__globals__, name)
             elif isinstance(value, ModuleType):
                 for other in vars(value).keys() & names if is_called and _package(value.__name__) != "torch" else ():
                     if is_plain(vars(value)[other]):
                         add(vars(value), other)
-            elif not callable(value) and (function in methods or is_plain(value)):
+            elif not isinstance(value, (type, BuiltinFunctionType)) and (function in methods or is_plain(value)):
                 add(function.__globals__, name)
         seen.add((function, is_called))
     return [(owner, tuple(sorted(names))) for owner, names in found.values()]
+
+
+def is_own_object(value: Any) -> bool:
+    """Whether its class is neither Python's nor PyTorch's, and it has attributes."""
+    package = _package(type(value).__module__)
+    return hasattr(value, "__dict__") and package not in sys.stdlib_module_names and package != "torch"
 
 
 def _package(name: str | None) -> str:
@@ -106,7 +130,7 @@ def read_by_forward(kind: type) -> frozenset[str]:
     todo = {"forward"}
     while todo:
         read |= todo
-        functions = (inspect.getattr_static(kind, name, None) for name in todo)
+        functions = (_function(inspect.getattr_static(kind, name, None)) for name in todo)
         names = (function.__code__.co_names for function in functions if isinstance(function, FunctionType))
         todo = set().union(*names) - read
     return frozenset(read)

@@ -374,6 +374,7 @@ class Recognition:
         if is_gather:
             self.fused("gather")
             out = spatial_gather(values, first, weights.scale)
+            out = out.mT.contiguous().mT if transpose else out  # random numbers are drawn in the order of memory
         else:
             self.fused("attention")
             out = pixel_region_attention(first.transpose(1, 2), last, values, weights.scale)

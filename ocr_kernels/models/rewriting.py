@@ -395,7 +395,12 @@ class _Calls(ast.NodeTransformer):
         return node
 
     def visit_AugAssign(self, node: ast.AugAssign) -> Any:
-        before = self._change(node.target)
+        target = node.target
+        if isinstance(target, ast.Attribute) and isinstance(target.value, ast.Name):  # a tensor's memory, perhaps
+            named = ast.Attribute(ast.Name(target.value.id, ast.Load()), target.attr, ast.Load())
+            before: ast.stmt = ast.copy_location(ast.Expr(ask("before_change", named)), target)
+        else:
+            before = self._change(target)
         self.generic_visit(node)
         node.value = ask("settle", node.value)
         return [before, node]
