@@ -561,7 +561,7 @@ REFUSALS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "another dtype": (Wider, "its result has another dtype than its pixels"),
     "another format": (Turned, "its result is not contiguous where its pixels are"),
     "configured": (Configured, "it reads config, whose changes would not be seen"),
-    "recording": (Recording, "it changes a list or a dict"),
+    "recording": (Recording, "it changes a list, a dict or another object"),
     "global": (Global, "it uses a tensor that is neither its own nor made in its forward"),
     "drawing": (Drawing, "it draws random numbers"),
     "meta": (lambda: Head().to("meta"), "its parameters are on the meta device"),

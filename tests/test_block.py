@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from ocr_kernels import modules, record_maps, reference, use_backend
+from ocr_kernels import available_backends, modules, record_maps, reference, use_backend
 from ocr_kernels.block import Layer, Norm, ocr_block, passes
 from ocr_kernels.block.norms import Settings
 from ocr_kernels.testing import assert_parity, lay_out
@@ -353,6 +353,85 @@ def test_bad_arguments(change: dict[str, Any], error: type[Exception], message: 
     ocr_block(**good)
     with pytest.raises(error, match=message):
         ocr_block(**{**good, **change})
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"running_mean": torch.zeros(1).expand(OUT)}, ValueError, "running_mean must have memory for each channel"),
+        ({"running_var": torch.ones(OUT).to_sparse()}, TypeError, "running_var must be dense"),
+        ({"bias": torch.ones(OUT).to_sparse()}, TypeError, "norm.bias must be dense"),
+        ({"num_batches_tracked": 3}, TypeError, "num_batches_tracked must be a tensor of one element or None, but is"),
+        ({"num_batches_tracked": torch.zeros(2)}, TypeError, r"one element or None, but has shape \(2,\)"),
+        ({"group": "all"}, TypeError, "fusing.norm.group must be a process group or None, but is str"),
+    ],
+)
+def test_what_is_wrong_with_a_norm_changes_no_other(
+    change: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    def norm(channels: int, **options: Any) -> Norm:
+        known = {"running_mean": torch.zeros(channels), "running_var": torch.ones(channels)}
+        return Norm(**{**known, "num_batches_tracked": torch.tensor(0), **options})
+
+    pixel = Layer(torch.randn(D, C), norm=norm(D))
+    args = torch.randn(B, C, 3, 5), torch.randn(B, D, K), torch.randn(B, V, K), [pixel], None
+    with pytest.raises(error, match=message):
+        ocr_block(*args, Layer(torch.randn(OUT, V + C), norm=norm(OUT, **change)))
+    assert not pixel.norm.running_mean.any()
+    assert pixel.norm.num_batches_tracked == 0
+
+
+@on_each_backend
+def test_a_region_that_no_pixel_uses_spoils_nothing() -> None:
+    """Where rho's norm takes no statistics: what regions have in common is that of the pixels, not of the regions."""
+    feats, key, value = torch.randn(1, C, 40), torch.randn(1, D, 19), torch.randn(1, V, 19)
+    feats[:, 0] = 1
+    key[:, 0, 0], value[:, :, 0] = -300, 1e4
+    first, fusing = torch.eye(D, C), torch.randn(OUT, V + C)
+
+    def z(dtype: torch.dtype, number: float = 1e4) -> Tensor:
+        args = [each.to(dtype) for each in (feats, key, value.clone().index_fill_(2, torch.tensor([0]), number))]
+        layers = Layer(first.to(dtype), slope=1.0), Layer(fusing.to(dtype), slope=1.0)
+        return ocr_block(args[0].requires_grad_(), *args[1:], [layers[0]], None, layers[1]).detach()
+
+    exact = z(torch.float64)
+    assert ((z(torch.float32) - exact).norm() / exact.norm()).item() < 1e-6
+    torch.testing.assert_close(z(torch.float64, 0.0), exact)
+
+
+@pytest.mark.parametrize("backend", ["reference", "native"])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_few_regions_of_many_pixels(
+    backend: Any, memory_format: torch.memory_format, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their covariance is no single chain of sums."""
+    if available_backends("cpu")[backend] is not True:
+        pytest.skip("no compiled library")
+    monkeypatch.setattr(passes, "TILE", 2**22)
+    args = tensors(torch.float32, size=(400, 300))
+    args[0] = args[0].detach().contiguous(memory_format=memory_format)
+
+    def z(dtype: torch.dtype) -> Tensor:
+        given = [arg.detach().to(dtype) for arg in args]
+        return block(given[0].requires_grad_(), *given[1:], slope=1.0, backend=backend).detach()
+
+    exact = z(torch.float64)
+    assert ((z(torch.float32) - exact).norm() / exact.norm()).item() < 2e-6
+
+
+def test_without_data() -> None:
+    args = [each.detach().to("meta") for each in tensors(torch.float32)]
+    assert block(*args, training=False).shape == (B, OUT, 3, 5)
+    args[0].requires_grad_()
+    assert block(*args).shape == (B, OUT, 3, 5)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_a_classifier_whose_bias_has_another_dtype(memory_format: torch.memory_format) -> None:
+    args = [each.detach().bfloat16() for each in tensors(torch.float32)]
+    args[0] = args[0].contiguous(memory_format=memory_format).requires_grad_()
+    classifier = torch.randn(4, OUT).bfloat16(), torch.randn(4)
+    assert block(*args, classifier=classifier).dtype == torch.bfloat16
 
 
 def test_one_pixel_has_no_variance() -> None:

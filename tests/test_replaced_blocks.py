@@ -637,3 +637,84 @@ def test_weights_that_are_channels_last(training: bool) -> None:
         assert (ops.block, ops.inference) == ((1, 0) if training else (0, 1))
         torch.testing.assert_close(found, plain(feats, regions), rtol=1e-4, atol=1e-5)
         assert found.is_contiguous(memory_format=memory_format)
+
+
+class InFloat32(reference.ObjectAttentionBlock):
+    """Its softmax is float32 whatever the model is."""
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        weights = (self.key_channels**-0.5 * torch.matmul(query.flatten(2).mT, key)).float().softmax(-1).to(value.dtype)
+        return torch.matmul(weights, value.mT).mT.reshape(query.shape)
+
+
+def test_a_softmax_in_float32_is_a_block_in_training() -> None:
+    module = type("Block", (reference.SpatialOCR,), {"attention": InFloat32})(8, 6, 10)
+    (row, *_) = replace_ocr_modules(module, example_inputs=(torch.randn(2, 8, 5, 4), torch.randn(2, 8, 3, 1))).replaced
+    assert {"block", "training"} <= set(row.computations or ()), row.notes
+
+
+class GathersItself(nn.Module):
+    """With step 4 in one module beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.aux, self.ocr = nn.Conv2d(8, 5, 1), Rows(nn.Identity())
+
+    def forward(self, feats: Tensor) -> Tensor:
+        weights = self.aux(feats).flatten(2).softmax(2)
+        regions = torch.matmul(weights, feats.flatten(2).mT).mT
+        return self.ocr(feats, regions)
+
+
+def test_a_block_inside_of_what_gathers_is_a_block() -> None:
+    module, feats = GathersItself().eval(), torch.randn(2, 8, 5, 4)
+    assert "block" in str(replace_ocr_modules(module, example_inputs=feats))
+    with CountOps() as ops, torch.no_grad():
+        module(feats)
+    assert (ops.gather, ops.inference, ops.attention) == (1, 1, 0)
+
+
+def test_what_the_filter_leaves_out_is_left_alone_inside_of_others() -> None:
+    module, feats = GathersItself().eval(), torch.randn(2, 8, 5, 4)
+    replace_ocr_modules(module, example_inputs=feats, filter=lambda _, name: name != "ocr")
+    with CountOps() as ops, torch.no_grad():
+        module(feats)
+    assert (ops.gather, ops.inference, ops.attention) == (1, 0, 0)
+
+
+def test_masks_drawn_after_the_gather_are_the_same() -> None:
+    """Random numbers follow the order of memory, so regions have that of the plain product."""
+
+    class Gather(nn.Module):
+        def forward(self, feats: Tensor, logits: Tensor) -> Tensor:
+            weights = logits.flatten(2).softmax(2)
+            return F.dropout(torch.matmul(weights, feats.flatten(2).mT).permute(0, 2, 1).unsqueeze(3), 0.5, True)
+
+    plain, args = Gather(), (torch.randn(2, 8, 5, 4), torch.randn(2, 5, 5, 4))
+    module = copy.deepcopy(plain)
+    assert replace_ocr_modules(module, example_inputs=args)
+    results = []
+    for each in (module, plain):
+        torch.manual_seed(1)
+        results.append(each(*args))
+    torch.testing.assert_close(*results)
+
+
+def test_an_attribute_that_changes_in_place_before_the_softmax() -> None:
+    class Memory(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("memory", torch.randn(2, 6, 4))
+
+        def forward(self, query: Tensor, key: Tensor) -> Tensor:
+            scores = torch.matmul(query.flatten(2).mT, self.memory)
+            if self.training:
+                self.memory *= 0.9
+            return torch.matmul(scores.softmax(2), key.mT)
+
+    plain, args = Memory().eval(), (torch.randn(2, 6, 5, 4), torch.randn(2, 6, 4))
+    module = copy.deepcopy(plain)
+    replace_ocr_modules(module, example_inputs=args)
+    for train in (False, True, True):
+        torch.testing.assert_close(module.train(train)(*args), plain.train(train)(*args))
+    torch.testing.assert_close(module.memory, plain.memory)

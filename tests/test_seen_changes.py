@@ -129,6 +129,7 @@ def set_scale(kind: type[Attention], module: nn.Module, value: float) -> None:
 @pytest.fixture(autouse=True)
 def seeded() -> Iterator[None]:
     global SCALE
+    Later.scales[0] = 1.0
     SCALE = SCALES[0] = settings.scale = Shared.shared = 1.0
     torch._dynamo.reset()
     with torch.random.fork_rng():
@@ -341,6 +342,65 @@ class AddsToAGlobal(Beside):
         return z
 
 
+class Meter:
+    def __init__(self) -> None:
+        self.seen: list[float] = []
+        self.count = 0
+
+    def update(self, z: Tensor) -> None:
+        self.seen.append(float(z.detach().sum()))
+        self.count += 1
+
+    __call__ = update
+
+
+METER = Meter()
+
+
+class ToldToAGlobal(Beside):
+    def beside(self, z: Tensor) -> Tensor:
+        METER.update(z)
+        return z
+
+
+class ToldByAMethod(Beside):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.log = Meter().update
+
+    def beside(self, z: Tensor) -> Tensor:
+        self.log(z)
+        return z
+
+
+class ToldToAnObject(Beside):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.meter = Meter()
+
+    def beside(self, z: Tensor) -> Tensor:
+        self.meter(z)
+        return z
+
+
+class CountsInItsClass(Beside):
+    calls = 0
+
+    def beside(self, z: Tensor) -> Tensor:
+        type(self).calls += 1
+        return z
+
+
+class SetsABuffer(Beside):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.register_buffer("mean", torch.zeros(12))
+
+    def beside(self, z: Tensor) -> Tensor:
+        self.mean = 0.9 * self.mean + 0.1 * z.detach().mean((0, 2, 3))
+        return z
+
+
 class Averages(Beside):
     def beside(self, z: Tensor) -> Tensor:
         self.memory.data.mul_(0.9).add_(0.1 * z.detach().mean((0, 2, 3)))
@@ -359,8 +419,11 @@ class DrawsByPython(Beside):
         return z * 0 if random.random() < 0.01 else z
 
 
+TOLD = [ToldToAGlobal, ToldByAMethod, ToldToAnObject, CountsInItsClass, SetsABuffer]
+
+
 @pytest.mark.parametrize(
-    "kind", [SetsAnAttribute, AddsToAList, AddsToItsClass, AddsToAGlobal, Averages, Draws, DrawsByPython]
+    "kind", [SetsAnAttribute, AddsToAList, AddsToItsClass, AddsToAGlobal, Averages, Draws, DrawsByPython, *TOLD]
 )
 def test_what_training_does_beside_its_result(kind: type[nn.Module]) -> None:
     state = random.getstate()
@@ -375,6 +438,108 @@ def test_what_training_does_beside_its_result(kind: type[nn.Module]) -> None:
         with CountOps() as ops:
             module.train(train)(*inputs())
         assert ops.block == 0
+
+
+@pytest.mark.parametrize("kind", TOLD)
+def test_what_inference_does_beside_its_result(kind: type[Beside]) -> None:
+    def forward(self: Any, feats: Tensor, proxy_feats: Tensor) -> Tensor:
+        return self.beside(reference.SpatialOCR.forward(self, feats, proxy_feats))
+
+    module = type("Always", (kind,), {"forward": forward})(16, 8, 12, dropout=0.0).eval()
+    before = METER.count, CountsInItsClass.calls
+    (row, *_) = replace_ocr_modules(module, example_inputs=inputs()).replaced
+    assert "block" not in row.computations
+    assert before == (METER.count, CountsInItsClass.calls)  # replacing leaves nothing behind
+    module(*inputs())
+    if kind is ToldToAGlobal:
+        assert METER.count == before[0] + 1
+    elif kind is ToldByAMethod:
+        assert module.log.__self__.count == 1
+    elif kind is ToldToAnObject:
+        assert module.meter.count == 1
+    elif kind is CountsInItsClass:
+        assert type(module).calls == before[1] + 1
+    else:
+        assert module.mean.any()
+
+
+class Later(reference.SpatialOCR):
+    """Its code reads what may come later, or stands in other places than a forward."""
+
+    scales: ClassVar[list[float]] = [1.0]
+
+    def gain(self) -> float:
+        return getattr(self, "later", 1.0)
+
+    @property
+    def temperature(self) -> float:
+        return SCALE
+
+    def forward(self, feats: Tensor, proxy_feats: Tensor) -> Tensor:
+        factor = self.gain() * self.temperature * self.scales[0] * helper()
+        return super().forward(feats, factor * proxy_feats)
+
+
+def helper() -> float:
+    return 1.0
+
+
+@pytest.mark.parametrize("what", ["attribute", "method", "property", "class", "function"])
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("copied", [False, True])
+def test_what_comes_later(what: str, train: bool, copied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, plain = pair(Later, train=train)
+    with torch.set_grad_enabled(train):
+        assert_same(module, plain, inputs())
+        if what == "attribute":
+            module.later = plain.later = 3.0
+        elif what == "method":
+            module.gain = plain.gain = lambda: 3.0
+        elif what == "property":
+            monkeypatch.setitem(globals(), "SCALE", 3.0)
+        elif what == "class":
+            Later.scales[0] = 3.0
+        else:
+            monkeypatch.setitem(globals(), "helper", lambda: 3.0)
+        assert_same(copy.deepcopy(module) if copied else module, plain, inputs())
+
+
+class Above(reference.SpatialOCR):
+    """What it reads belongs to another module."""
+
+    def forward(self, feats: Tensor, proxy_feats: Tensor) -> Tensor:
+        return super().forward(feats, self.above().factor * proxy_feats)
+
+
+class Shares(reference.SpatialOCR):
+    def forward(self, feats: Tensor, proxy_feats: Tensor) -> Tensor:
+        return self.shared(super().forward(feats, proxy_feats))
+
+
+def test_what_belongs_to_another_module_is_not_assumed() -> None:
+    owner = nn.Module()
+    owner.factor, owner.drop = 1.0, nn.Dropout2d(0.5)
+    above, shares = Above(16, 8, 12, dropout=0.0).eval(), Shares(16, 8, 12, dropout=0.0).eval()
+    above.above, vars(shares)["shared"] = weakref.ref(owner), owner.drop.eval()
+    for module, name in ((above, "above"), (shares, "shared")):
+        report = replace_ocr_modules(module, example_inputs=inputs())
+        assert f"it reads {name}, whose changes would not be seen" in str(report)
+        with CountOps() as ops, torch.no_grad():
+            module(*inputs())
+        assert ops.inference == 0
+
+
+def test_a_pass_in_eval_mode_and_one_in_training_have_one_backward_pass() -> None:
+    """As of a teacher and a student in one module: statistics change between them."""
+    module, plain = (each.double() for each in pair())
+    args = [each.double() for each in inputs()]
+    first, second = module.eval()(*args), module.train()(*args)
+    (first.square().mean() + second.square().mean()).backward()
+    for train in (False, True):  # else PyTorch's own norm takes the changed statistics for those of the first pass
+        plain.train(train)(*args).square().mean().backward()
+    for name, parameter in module.named_parameters():
+        if not any(part in name for part in ("f_object", "f_down")):  # the regions' norms are PyTorch's
+            torch.testing.assert_close(parameter.grad, plain.get_parameter(name).grad)
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])

@@ -7,6 +7,7 @@ import itertools
 import math
 import pickle
 from collections.abc import Callable, Iterator
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -515,6 +516,23 @@ def test_fade_weighs() -> None:
     assert_same(derivatives(fading, feats, logits), derivatives(weighted, feats, logits))
 
 
+def test_fading_is_exact() -> None:
+    """By one factor nothing changes, however small it is; and a part that comes after it counts as much more."""
+    first, second = (inputs(dtype=torch.float64) for _ in range(2))
+    for factor in (0.9, 1e-46, 1e39, Fraction(1, 3)):
+        state = state_of([first])
+        before = state.result()
+        state.fade(factor)
+        torch.testing.assert_close(state.result(), before, rtol=1e-15, atol=0)
+    state = state_of([first])
+    for _ in range(1000):
+        state.fade(0.999)
+    state.update(*second)
+    feats, logits = (torch.cat([a.flatten(2), b.flatten(2)], 2) for a, b in zip(first, second, strict=True))
+    logits = logits + torch.tensor([1000 * math.log(0.999), 0.0]).double().repeat_interleave(first[0][0, 0].numel())
+    torch.testing.assert_close(state.result(), GATHER.definition(feats, logits), rtol=1e-11, atol=1e-12)
+
+
 def test_a_long_stream_fades_without_end() -> None:
     """Weights of 1e-30 ** 20 are no numbers of float64; a region that was seen last then is remembered."""
     feats, logits = (tensor.detach() for tensor in exact_inputs())
@@ -565,6 +583,7 @@ FEATS, LOGITS = torch.randn(2, 3, 5), torch.randn(2, 4, 5)
         (lambda s: s.share(FEATS.half(), LOGITS), TypeError, "parts before, torch.float32, but has torch.float16"),
         (lambda s: s.fade(0), ValueError, "factor must be positive and finite, but is 0"),
         (lambda s: s.fade(math.inf), ValueError, "factor must be positive and finite, but is inf"),
+        (lambda s: s.fade(10**400), ValueError, "factor must be positive and finite, but is 1000"),
         (lambda s: s.fade(math.nan), ValueError, "factor must be positive and finite, but is nan"),
         (lambda s: s.fade("1"), TypeError, "factor must be a number, but is str"),
         (lambda s: s.fade(torch.ones(())), TypeError, "factor must be a number, but is Tensor"),

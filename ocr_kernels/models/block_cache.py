@@ -23,7 +23,16 @@ from ocr_kernels.models.block_program import tensor_at
 from ocr_kernels.models.block_training import TrainingPlan, plan_training
 from ocr_kernels.models.block_weights import BlockPlan, Folded, computed_in
 from ocr_kernels.models.maps import Recorder
-from ocr_kernels.models.own_code import BASE, class_of, globals_of, kept, mentioned, own_classes, read_by_forward
+from ocr_kernels.models.own_code import (
+    BASE,
+    class_of,
+    globals_of,
+    kept,
+    mentioned,
+    own_classes,
+    read_by_forward,
+    without_trace,
+)
 
 MOST_PLANS = 8
 """A module whose settings change from step to step trains by its own forward then."""
@@ -186,13 +195,14 @@ class BlockCache:
     def _plan_again(self, module: nn.Module) -> None:
         self.plans += 1
         self.design, self.trained = Design(module), None
-        found = plan_block(module)
-        if isinstance(found, BlockPlan) and found.folds:
-            checked = verify(module, found)
-            found = checked if isinstance(checked, str) else found
-        self.plan, self.training = (found if isinstance(found, BlockPlan) else None), None
-        if self.plan is not None:
-            self.plan_training(module)
+        with without_trace(module):
+            found = plan_block(module)
+            if isinstance(found, BlockPlan) and found.folds:
+                checked = verify(module, found)
+                found = checked if isinstance(checked, str) else found
+            self.plan, self.training = (found if isinstance(found, BlockPlan) else None), None
+            if self.plan is not None:
+                self.plan_training(module)
 
 
 class Design:

@@ -12,8 +12,10 @@ import dataclasses
 import inspect
 import itertools
 import warnings
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
+from types import MethodType
 from typing import Any
 
 import torch
@@ -30,11 +32,12 @@ from ocr_kernels.models.classifier import matrix_of
 from ocr_kernels.models.errors import Errors, errors, relative_error
 from ocr_kernels.models.own_code import (
     BASE,
+    containers_of,
     functions_of,
     globals_of,
-    is_own_object,
     is_plain,
     is_value,
+    items_of,
     kept,
     own_classes,
     present,
@@ -217,11 +220,12 @@ def _obstacle(module: nn.Module) -> str:
         return "its forward is the instance's own, not its class's"
     if any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers())):
         return "its parameters are on the meta device"
+    parts = set(module.modules())
     for name, part in module.named_modules():
         code = {n for base in own_classes(part) for f in functions_of(base) for n in f.__code__.co_names}
         for attribute, value in vars(part).items():
             is_read = attribute in (read_by_forward(type(part)) if attribute.startswith("_") else code)
-            if is_read and attribute not in BASE and not _is_seen(value):
+            if is_read and attribute not in BASE and not _is_seen(value, parts):
                 return f"it reads {name}{'.' * bool(name)}{attribute}, whose changes would not be seen"
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         if type(tensor) not in (Tensor, nn.Parameter):
@@ -234,8 +238,14 @@ def _obstacle(module: nn.Module) -> str:
     return ""
 
 
-def _is_seen(value: Any) -> bool:
-    """Whether a change of an attribute, or in it, is noticed."""
+def _is_seen(value: Any, parts: set[nn.Module]) -> bool:
+    """Whether a change of an attribute, or in it, is noticed; `parts` are those of the module."""
+    if isinstance(value, MethodType):
+        value = value.__self__
+    if isinstance(value, nn.Module):  # another's, or the whole network
+        return value in parts
+    if isinstance(value, weakref.ref):
+        return False
     return is_value(value) or callable(value) or isinstance(value, (Tensor, torch.dtype, torch.device))
 
 
@@ -325,16 +335,12 @@ def quiet(tensors: list[Tensor]) -> Iterator[None]:
 
 def _traced(module: nn.Module, forward: Forward, inputs: tuple[Tensor, Tensor], transposed: bool) -> tuple[Tracer, Any]:
     watch = Watch(module, [*module.parameters(), *module.buffers(), *inputs])
-    foreign = {id(item) for container in watch.containers for item in _items(container)}
+    foreign = {id(item) for container in watch.containers for item in items_of(container)}
     foreign |= {id(globals[name]) for globals, names in globals_of(module) for name in names}
     with sdpa_kernel(SDPBackend.MATH), Tracer(module, *inputs, transposed, foreign) as tracer:
         out = forward(module, *inputs)
     tracer.obstacle = tracer.obstacle or watch.left_behind()
     return tracer, out
-
-
-MOST_CONTAINERS = 1000
-"""That are watched: a global may lead to anything."""
 
 
 class Watch:
@@ -345,7 +351,7 @@ class Watch:
         self.owners: list[Any] = [*map(vars, parts), *map(vars, {base for part in parts for base in own_classes(part)})]
         self.owners += [owned for part in parts for owned in (part._parameters, part._buffers, part._modules)]
         self.attributes: list[dict[str, Any]] = list(map(dict, self.owners))
-        self.containers: list[Any] = _containers(module)
+        self.containers: list[Any] = containers_of(module)
         self.contents: list[Any] = list(map(kept, self.containers))
         self.tensors = tensors
         self.versions: list[int] = [tensor._version for tensor in tensors]
@@ -367,38 +373,13 @@ class Watch:
         return ""
 
 
-def _containers(module: nn.Module) -> list[Any]:
-    """The lists, dicts, sets and attributes of objects that a run might change.
-
-    Of modules, their classes, the globals of their code, and what those have.
-    """
-    parts = list(module.modules())
-    owners = [*map(vars, parts), *(vars(base) for base in {base for part in parts for base in own_classes(part)})]
-    todo = [value for owner in owners for name, value in owner.items() if name not in BASE]
-    todo += [globals[name] for globals, names in globals_of(module) for name in names]
-    found: dict[int, Any] = {}
-    while todo and len(found) < MOST_CONTAINERS:
-        value = todo.pop()
-        value = getattr(value, "__self__", value)  # of a bound method
-        if is_own_object(value) and not isinstance(value, (nn.Module, Tensor, type)):
-            value = vars(value)
-        if isinstance(value, (list, dict, set, deque, tuple)) and id(value) not in found:
-            found[id(value)] = value
-            todo += _items(value)
-    return [value for value in found.values() if not isinstance(value, tuple)]
-
-
-def _items(container: Any) -> list[Any]:
-    return list(container.values()) if isinstance(container, dict) else list(container)
-
-
 def _is_same(now: Any, before: Any) -> bool:
     """Whether a container holds what it held."""
     if not isinstance(now, (list, tuple, dict, deque)):
         return now is before or (isinstance(now, (int, float, str, set)) and bool(now == before))
     if len(now) != len(before) or (isinstance(now, dict) and list(now) != list(before)):
         return False
-    return all(map(_is_same, _items(now), _items(before)))
+    return all(map(_is_same, items_of(now), items_of(before)))
 
 
 def _tensors(out: Any) -> list[Tensor]:

@@ -28,7 +28,7 @@ BOUND = 1e-8
 """Largest relative difference at which two forwards in float64 count as equal."""
 
 
-ROUNDED = 1e-5
+ROUNDED = 1e-4
 """The same where one of them computes some of it in float32, as a softmax of `scores.float()`."""
 
 

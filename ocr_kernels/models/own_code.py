@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import inspect
 import sys
 from collections import deque
+from collections.abc import Iterator
 from types import BuiltinFunctionType, FunctionType, ModuleType
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 BASE = vars(nn.Module()).keys()
 """Attributes that every module has."""
@@ -96,9 +99,9 @@ def globals_of(module: nn.Module) -> list[tuple[dict[str, Any], tuple[str, ...]]
 
 
 def is_own_object(value: Any) -> bool:
-    """Whether its class is neither Python's nor PyTorch's, and it has attributes."""
-    package = _package(type(value).__module__)
-    return hasattr(value, "__dict__") and package not in sys.stdlib_module_names and package != "torch"
+    """Whether its class is neither Python's nor PyTorch's nor ours, and it has attributes."""
+    others = sys.stdlib_module_names | {"torch", "ocr_kernels"}
+    return hasattr(value, "__dict__") and _package(type(value).__module__) not in others
 
 
 def _package(name: str | None) -> str:
@@ -122,6 +125,62 @@ def kept(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: kept(each) for key, each in value.items()}
     return copy.copy(value) if isinstance(value, (set, deque)) else value
+
+
+MOST_CONTAINERS = 1000
+"""A global may lead to anything."""
+
+
+def containers_of(module: nn.Module) -> list[Any]:
+    """The lists, dicts, sets and attributes of objects that a run might change.
+
+    Of modules, their classes, the globals of their code, and what those have.
+    """
+    parts = list(module.modules())
+    owners = [*map(vars, parts), *(vars(base) for base in {base for part in parts for base in own_classes(part)})]
+    todo = [value for owner in owners for name, value in owner.items() if name not in BASE]
+    todo += [globals[name] for globals, names in globals_of(module) for name in names]
+    found: dict[int, Any] = {}
+    while todo and len(found) < MOST_CONTAINERS:
+        value = todo.pop()
+        value = getattr(value, "__self__", value)  # of a bound method
+        if is_own_object(value) and not isinstance(value, (nn.Module, Tensor, type)):
+            value = vars(value)
+        if isinstance(value, (list, dict, set, deque, tuple)) and id(value) not in found:
+            found[id(value)] = value
+            todo += items_of(value)
+    return [value for value in found.values() if not isinstance(value, tuple)]
+
+
+def items_of(container: Any) -> list[Any]:
+    return list(container.values()) if isinstance(container, dict) else list(container)
+
+
+@contextlib.contextmanager
+def without_trace(module: nn.Module) -> Iterator[None]:
+    """Afterwards what a module's code may change is as it was: objects, generators, classes, globals."""
+    classes = {base: dict(vars(base)) for part in module.modules() for base in own_classes(part)}
+    containers = [(container, copy.copy(container)) for container in containers_of(module)]
+    attributes = [value for part in module.modules() for value in vars(part).values()]
+    generators = [(value, value.get_state()) for value in attributes if isinstance(value, torch.Generator)]
+    try:
+        yield
+    finally:
+        for container, was in containers:
+            now, before = items_of(container), items_of(was)
+            if len(now) != len(before) or any(a is not b for a, b in zip(now, before, strict=True)):
+                container.clear()
+                (container.update if isinstance(container, (dict, set)) else container.extend)(was)
+        for base, members in classes.items():
+            for name, value in dict(vars(base)).items():
+                if name.startswith("__"):  # Python's own
+                    continue
+                if name not in members:
+                    delattr(base, name)
+                elif value is not members[name]:
+                    setattr(base, name, members[name])
+        for generator, state in generators:
+            generator.set_state(state)
 
 
 def read_by_forward(kind: type) -> frozenset[str]:

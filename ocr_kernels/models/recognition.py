@@ -320,6 +320,8 @@ class Recognition:
     def _seen(self, function: Any) -> tuple[FunctionType | None, tuple[Any, ...]]:
         """The rewritten copy of what `function` runs, and its first arguments."""
         if isinstance(function, nn.Module):
+            if getattr(vars(function).get("forward"), "block", None) is not None:  # which is more than is seen here
+                return None, ()
             copy = self.copies.get(type(function).forward)  # type: ignore[call-overload]
             return (copy, (function,)) if copy is not None and is_plain_call(function) else (None, ())
         if isinstance(function, FunctionType):

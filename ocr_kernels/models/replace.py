@@ -23,6 +23,7 @@ from ocr_kernels.models.block_plan import plan_block, verify
 from ocr_kernels.models.block_weights import BlockPlan
 from ocr_kernels.models.classifier import Join, joined, joins_of
 from ocr_kernels.models.errors import Errors
+from ocr_kernels.models.own_code import without_trace
 from ocr_kernels.models.recognition import NO_PRODUCT
 from ocr_kernels.models.replacement import Replacement, replacement_of
 from ocr_kernels.models.report import LeftAlone, Replaced, ReplacementReport
@@ -71,13 +72,24 @@ def replace_ocr_modules(
         >>> report.raise_if_incomplete()
     """
     _check_arguments(model, filter, example_inputs)
+    with without_trace(model):
+        return _replace(model, filter, example_inputs, blocks)
+
+
+def _replace(
+    model: nn.Module, filter: Callable[[nn.Module, str], bool] | None, example_inputs: Any, blocks: bool
+) -> ReplacementReport:
     rewriter, tried = Rewriter(), example_inputs is not None
     rows: dict[nn.Module, Replaced | LeftAlone | None] = {}
     replacements: dict[nn.Module, Replacement] = {}
     names = {module: name for name, module in model.named_modules()}
+
+    def is_wanted(module: nn.Module) -> bool:
+        return filter is None or filter(module, names[module])
+
     for module, name in names.items():
-        found = _replacement(module, rewriter, blocks)
-        if isinstance(found, Replacement) and filter is not None and not filter(module, name):
+        found = _replacement(module, rewriter, blocks, is_wanted)
+        if isinstance(found, Replacement) and not is_wanted(module):
             found = LeftAlone(name, type(module).__qualname__, "the filter says so", is_intended=True)
         if isinstance(found, Replacement):
             replacements[module] = found
@@ -93,7 +105,7 @@ def replace_ocr_modules(
         rows[module] = _as_a_block(row, names[module], replacement, finding) if blocks else row
     for module, name in names.items() if blocks else ():
         joining = _joining(module, replacements) if rows.get(module) is None else None
-        if joining is not None and (filter is None or filter(module, name)):
+        if joining is not None and is_wanted(module):
             replacements[module], row = joining
             rows[module] = dataclasses.replace(row, name=name)
     for module, replacement in replacements.items():
@@ -102,7 +114,7 @@ def replace_ocr_modules(
             replacement.beside_block = any(other.block is not None for other in replacements.values())
             replacement.was_run = bool(row.computations)
             replacement.install()
-        for part in _softmax_parts(module, rewriter) if isinstance(rows[module], Replaced) else ():
+        for part in _softmax_parts(module, rewriter, is_wanted) if isinstance(rows[module], Replaced) else ():
             if getattr(rows.get(part), "reason", None) == NO_PRODUCT:  # which is the module's own
                 rows[part] = None
     return ReplacementReport(
@@ -150,7 +162,9 @@ def _check_arguments(model: object, filter: object, example_inputs: object) -> N
 # Which modules may contain the computations
 
 
-def _replacement(module: nn.Module, rewriter: Rewriter, blocks: bool) -> Replacement | LeftAlone | None:
+def _replacement(
+    module: nn.Module, rewriter: Rewriter, blocks: bool, is_wanted: Callable[[nn.Module], bool]
+) -> Replacement | LeftAlone | None:
     """What may stand in for a module's forward; or why nothing can; or None where nothing in it looks like OCR."""
     kind = type(module)
     before = replacement_of(module)
@@ -164,7 +178,7 @@ def _replacement(module: nn.Module, rewriter: Rewriter, blocks: bool) -> Replace
         if "aten::softmax" in graph and any(f"aten::{name}" in graph for name in PRODUCTS):
             return LeftAlone("", kind.__qualname__, "it is a script of torch.jit, whose code is not Python's")
         return None
-    parts = _softmax_parts(module, rewriter)
+    parts = _softmax_parts(module, rewriter, is_wanted)
     reason = _why_not(module, bool(parts), rewriter)
     if reason is None:
         classes = tuple(dict.fromkeys([kind, *map(type, parts)]))
@@ -193,13 +207,14 @@ def computes_softmax(names: frozenset[str]) -> bool:
     return any("softmax" in name.lower() for name in names) or "scaled_dot_product_attention" in names
 
 
-def _softmax_parts(module: nn.Module, rewriter: Rewriter) -> list[nn.Module]:
-    """The children that may take a softmax for the module's own product."""
+def _softmax_parts(module: nn.Module, rewriter: Rewriter, is_wanted: Callable[[nn.Module], bool]) -> list[nn.Module]:
+    """The children that may take a softmax for the module's own product; one with products is asked for."""
     names = rewriter.names(type(module))
     if not names & PRODUCTS:
         return []
     parts = (part for name in names & module._modules.keys() for part in module.get_submodule(name).modules())
-    return [part for part in parts if isinstance(part, nn.Softmax) or computes_softmax(rewriter.names(type(part)))]
+    parts = (part for part in parts if isinstance(part, nn.Softmax) or computes_softmax(rewriter.names(type(part))))
+    return [part for part in parts if not rewriter.names(type(part)) & PRODUCTS or is_wanted(part)]
 
 
 def _may_be_a_block(module: nn.Module, rewriter: Rewriter) -> bool:
