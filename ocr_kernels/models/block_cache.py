@@ -242,7 +242,10 @@ class Design:
 
     def has_code(self) -> bool:
         """Whether classes, and what their methods are, are what they were."""
-        return [tuple(code.values()) for code in self.code] == self.code_before
+        try:
+            return [tuple(code.values()) for code in self.code] == self.code_before
+        except Exception:  # of an array that has no truth value
+            return False
 
 
 class Structure(Design):

@@ -9,7 +9,7 @@ import inspect
 import sys
 from collections import deque
 from collections.abc import Iterator
-from types import BuiltinFunctionType, FunctionType, ModuleType
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -143,12 +143,12 @@ def containers_of(module: nn.Module) -> list[Any]:
     found: dict[int, Any] = {}
     while todo and len(found) < MOST_CONTAINERS:
         value = todo.pop()
-        value = getattr(value, "__self__", value)  # of a bound method
+        value = value.__self__ if isinstance(value, MethodType) else value
         if is_own_object(value) and not isinstance(value, (nn.Module, Tensor, type)):
             value = vars(value)
         if isinstance(value, (list, dict, set, deque, tuple)) and id(value) not in found:
             found[id(value)] = value
-            todo += items_of(value)
+            todo += items_of(value) if len(value) <= MOST_CONTAINERS else []
     return [value for value in found.values() if not isinstance(value, tuple)]
 
 
