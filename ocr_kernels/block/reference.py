@@ -198,7 +198,7 @@ def backward(
     need_feats = needs[0]
     need_phi = any((*needs[:4], *needs[6:10]))
     y = contexts_of(contexts.to(exact), weights, tiles, layers[2])
-    dfeats = reused(empty_in_format(feats, channels if need_feats else 0))
+    dfeats = empty_in_format(feats, channels if need_feats else 0)  # autograd adds to what nobody else holds
     dx = dfeats.flatten(2)
 
     slope = last.layer.slope

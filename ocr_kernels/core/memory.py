@@ -1,7 +1,7 @@
 """Large maps of a training step on a CPU, in memory that the step before has left.
 
 The C library hands tensors of more than 32 MiB back to the system when they are freed. The next one is new memory,
-which the system clears page by page at its first write: beside the block's products that is a tenth of a step.
+which the system clears page by page at its first write.
 """
 
 from __future__ import annotations
@@ -54,14 +54,16 @@ def reused(tensor: Tensor) -> Tensor:
     Memory is in use for as long as any tensor, view, storage or array has a part of it, whoever holds that.
     """
     global _asked
-    storage = tensor.untyped_storage()
-    bytes = storage.nbytes()
+    bytes = tensor.numel() * tensor.element_size()
     if bytes < LEAST or not _is_on or type(tensor) is not Tensor or not tensor.is_cpu:
         return tensor
     if is_in_transform() or torch.are_deterministic_algorithms_enabled():  # which fill new memory
         return tensor
     alone = _alone()
     if alone is None:
+        return tensor
+    storage = tensor.untyped_storage()
+    if storage.nbytes() != bytes:
         return tensor
     with _lock:
         _asked += 1
