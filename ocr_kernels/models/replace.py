@@ -76,9 +76,7 @@ def replace_ocr_modules(
         return _replace(model, filter, example_inputs, blocks)
 
 
-def _replace(
-    model: nn.Module, filter: Callable[[nn.Module, str], bool] | None, example_inputs: Any, blocks: bool
-) -> ReplacementReport:
+def _replace(model: nn.Module, filter: Filter | None, example_inputs: Any, blocks: bool) -> ReplacementReport:
     rewriter, tried = Rewriter(), example_inputs is not None
     rows: dict[nn.Module, Replaced | LeftAlone | None] = {}
     replacements: dict[nn.Module, Replacement] = {}
